@@ -1,0 +1,36 @@
+# Everything runs in a virtual environment of its own; PYTHON chooses the interpreter (3.11 or newer).
+PYTHON ?= python3
+VENV ?= .venv
+RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(VENV)/bin/python
+
+.PHONY: install demo test lint evaluate bench clean
+
+install: $(VENV)/.installed
+
+# The exact versions are the pins of environment.yml.
+$(VENV)/.installed: environment.yml pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, found " + sys.version.split()[0] + ": run make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	sed -n 's/^ *- *\([A-Za-z0-9_.-]*==[^ ]*\).*/\1/p' environment.yml > $(VENV)/pins.txt
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r $(VENV)/pins.txt
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+demo: install
+	$(RUN) -m realsr_r1 demo
+
+test: install
+	$(RUN) -m ruff check .
+	$(RUN) -m pytest
+
+lint: install
+	$(RUN) -m ruff check --fix . && $(RUN) -m ruff format .
+
+evaluate: install
+	$(RUN) -m realsr_r1 evaluate
+
+bench: install
+	$(RUN) tests/benchmarks/bench.py
+
+clean:
+	rm -rf $(VENV) runs
