@@ -1,0 +1,263 @@
+"""Images as tokens: a VQ autoencoder, the LR photo's own reader, and the LR-guided decoder.
+
+All are one small class around transformers' Janus blocks, which are LlamaGen's (Sun et al. 2024, arXiv 2406.06525).
+transformers' own `JanusVQVAE` cannot be trained as shipped, hence our quantiser: l2-normalised codes with the
+straight-through gradient (Yu et al. 2022, ViT-VQGAN) and revival of dead codes. Simplification: space-to-depth
+("fold") before the first convolution, which makes training 25 times cheaper than blocks at full resolution.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.models.janus.configuration_janus import JanusVQVAEConfig
+from transformers.models.janus.modeling_janus import JanusVQVAEDecoder, JanusVQVAEEncoder
+
+WEIGHTS = Path(__file__).parent / "assets" / "weights"
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Shape of a VQ autoencoder. Its factor (pixels a code, per axis) is fold × 2^(levels - 1)."""
+
+    codes: int = 1024
+    code_dim: int = 8
+    fold: int = 4
+    base: int = 32
+    multiplier: tuple[int, ...] = (2, 3)
+    res_blocks: int = 1
+    latent: int = 96
+    commitment: float = 0.25
+    heads: dict[str, int] = field(default_factory=dict)  # auxiliary classifiers on the codes: name → classes
+
+    @property
+    def factor(self) -> int:
+        return self.fold * 2 ** (len(self.multiplier) - 1)
+
+
+NANO = TokenizerConfig()
+# The LR reader: 2×2 pixels a code, so that noise, blur and JPEG traces survive; its heads keep them there.
+READER = TokenizerConfig(fold=2, base=64, multiplier=(1,), latent=64)
+# LlamaGen's published tokenizers (c2i): 16,384 codes; ds8 is the paper's.
+LLAMAGEN_DS8 = TokenizerConfig(codes=16384, fold=1, base=128, multiplier=(1, 2, 2, 4), res_blocks=2, latent=256)
+LLAMAGEN_DS16 = TokenizerConfig(codes=16384, fold=1, base=128, multiplier=(1, 1, 2, 2, 4), res_blocks=2, latent=256)
+
+
+class Codebook(nn.Module):
+    """l2-normalised vector quantiser with straight-through gradient; counts its use so that dead codes can be revived."""
+
+    def __init__(self, codes: int, dim: int, commitment: float):
+        super().__init__()
+        self.weight = nn.Parameter(F.normalize(torch.randn(codes, dim), dim=1))
+        self.commitment = commitment
+        self.register_buffer("usage", torch.ones(codes), persistent=False)
+
+    def nearest(self, z: Tensor) -> Tensor:
+        """(b, d, h, w) encoder output → (b, h, w) indices of the closest codes by cosine."""
+        return torch.einsum("bdhw,kd->bhwk", F.normalize(z, dim=1), F.normalize(self.weight, dim=1)).argmax(-1)
+
+    def embed(self, codes: Tensor) -> Tensor:
+        """(b, h, w) indices → (b, d, h, w) unit vectors."""
+        return F.normalize(self.weight, dim=1)[codes].permute(0, 3, 1, 2)
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(b, d, h, w) → quantised (b, d, h, w), codes (b, h, w), loss (); gradients pass straight through."""
+        z = F.normalize(z, dim=1)
+        codes = self.nearest(z)
+        q = self.embed(codes)
+        loss = F.mse_loss(q, z.detach()) + self.commitment * F.mse_loss(z, q.detach())
+        if self.training:
+            count = torch.bincount(codes.flatten(), minlength=len(self.weight)).float()
+            self.usage.lerp_(count * (len(self.weight) / count.sum()), 0.01)  # 1 = used as often as the average code
+        return z + (q - z).detach(), codes, loss * z.shape[1]
+
+    @torch.no_grad()
+    def revive(self, z: Tensor, threshold: float = 0.05, generator: torch.Generator | None = None) -> int:
+        """Move codes used less than `threshold` of the average onto random encoder outputs of (b, d, h, w); returns how many."""
+        dead = (self.usage < threshold).nonzero().flatten()
+        pool = F.normalize(z, dim=1).permute(0, 2, 3, 1).flatten(0, 2)
+        pick = torch.randint(0, len(pool), (len(dead),), generator=generator)
+        self.weight[dead] = pool[pick.to(pool.device)].to(self.weight.dtype)
+        self.usage[dead] = 1.0
+        return len(dead)
+
+
+class VQModel(nn.Module):
+    """Image (b, 3, h, w) in [0, 1] ↔ codes (b, h/factor, w/factor)."""
+
+    def __init__(self, config: TokenizerConfig = NANO):
+        super().__init__()
+        self.config = config
+        channels = 3 * config.fold**2
+        blocks = JanusVQVAEConfig(
+            embed_dim=config.code_dim, num_embeddings=config.codes, latent_channels=config.latent, in_channels=channels,
+            out_channels=channels, base_channels=config.base, channel_multiplier=list(config.multiplier), num_res_blocks=config.res_blocks,
+        )  # fmt: skip
+        self.encoder, self.decoder = JanusVQVAEEncoder(blocks), JanusVQVAEDecoder(blocks)
+        self.quant_conv = nn.Conv2d(config.latent, config.code_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.code_dim, config.latent, 1)
+        self.quantize = Codebook(config.codes, config.code_dim, config.commitment)
+        if config.fold > 1:  # a light residual at full resolution: without it pixel-shuffle leaves a checkerboard
+            self.smooth = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.SiLU(), nn.Conv2d(16, 3, 3, padding=1))
+            nn.init.zeros_(self.smooth[2].weight)
+            nn.init.zeros_(self.smooth[2].bias)
+        if config.heads:
+            self.trunk = nn.Sequential(
+                nn.Conv2d(config.code_dim, 128, 3, padding=1), nn.SiLU(), nn.Conv2d(128, 128, 3, padding=1, stride=2), nn.SiLU()
+            )
+            self.heads = nn.ModuleDict({k: nn.Linear(256, n) for k, n in config.heads.items()})
+
+    @property
+    def factor(self) -> int:
+        return self.config.factor
+
+    def latents(self, x: Tensor) -> Tensor:
+        """(b, 3, h, w) in [0, 1] → continuous latents (b, d, h/factor, w/factor)."""
+        if x.shape[-1] % self.factor or x.shape[-2] % self.factor:
+            raise ValueError(f"image of {x.shape[-1]}x{x.shape[-2]} pixels does not divide by {self.factor}: pad or crop it first")
+        return self.quant_conv(self.encoder(F.pixel_unshuffle(x * 2 - 1, self.config.fold)))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """(b, 3, h, w) in [0, 1] → codes (b, h/factor, w/factor), int64."""
+        return self.quantize.nearest(self.latents(x))
+
+    def decode_latents(self, q: Tensor) -> Tensor:
+        """Quantised latents (b, d, h, w) → image (b, 3, h·factor, w·factor), not clamped."""
+        y = F.pixel_shuffle(self.decoder(self.post_quant_conv(q)), self.config.fold)
+        return ((y + self.smooth(y) if self.config.fold > 1 else y) + 1) / 2
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes (b, h, w) → image (b, 3, h·factor, w·factor) in [0, 1]."""
+        return self.decode_latents(self.quantize.embed(codes)).clamp(0, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Image → reconstruction (not clamped), quantised latents, codes, codebook loss."""
+        q, codes, loss = self.quantize(self.latents(x))
+        return self.decode_latents(q), q, codes, loss
+
+    def classify(self, q: Tensor) -> dict[str, Tensor]:
+        """Logits of the auxiliary heads from quantised latents (b, d, h, w): mean and maximum of a small conv trunk."""
+        h = self.trunk(q)
+        pooled = torch.cat([h.mean((2, 3)), h.amax((2, 3))], 1)
+        return {k: head(pooled) for k, head in self.heads.items()}
+
+
+class ResBlock(nn.Module):
+    """Two 3×3 convolutions around the identity, without normalisation (as in EDSR: it keeps colours exact)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+class GuidedDecoder(nn.Module):
+    """Corrects a plain decode with what the LR photo shows: a residual network at a quarter of the resolution.
+
+    It sees the plain decode, the upsampled LR and the code embeddings, mixes the first two pixel by pixel and adds a
+    correction. `use_codes=False` is the control: the same network on the LR alone, i.e. plain feed-forward regression.
+    """
+
+    def __init__(self, code_dim: int = 8, width: int = 96, blocks: int = 5, use_codes: bool = True):
+        super().__init__()
+        self.config = {"code_dim": code_dim, "width": width, "blocks": blocks, "use_codes": use_codes}
+        self.use_codes = use_codes
+        self.conv_in = nn.Conv2d((48 + code_dim if use_codes else 0) + 48, width, 3, padding=1)
+        self.body = nn.Sequential(*[ResBlock(width) for _ in range(blocks)])
+        self.conv_out = nn.Conv2d(width, 48 + 16, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)
+
+    def forward(self, lr: Tensor, decode: Tensor | None = None, embedded: Tensor | None = None) -> Tensor:
+        """LR (b, 3, h, w), decode (b, 3, 4h, 4w), embedded codes (b, d, h/2, w/2) → (b, 3, 4h, 4w), not clamped."""
+        up = F.interpolate(lr, scale_factor=4, mode="bicubic", align_corners=False).clamp(0, 1)
+        x = F.pixel_unshuffle(up, 4) - 0.5
+        if self.use_codes:
+            codes = F.interpolate(embedded, scale_factor=2, mode="nearest")
+            x = torch.cat([x, F.pixel_unshuffle(decode, 4) - 0.5, codes], 1)
+        residual, gate = self.conv_out(self.body(self.conv_in(x))).split([48, 16], 1)
+        residual, gate = F.pixel_shuffle(residual, 4), torch.sigmoid(F.pixel_shuffle(gate, 4))
+        return residual + (gate * decode + (1 - gate) * up if self.use_codes else up)
+
+
+def guided_decode(guided: GuidedDecoder, tokenizer: VQModel, codes: Tensor, lr: Tensor) -> Tensor:
+    """Codes (b, h, w) and the LR photo (b, 3, ·, ·) in [0, 1] → restored image in [0, 1]."""
+    return guided(lr, tokenizer.decode(codes), tokenizer.quantize.embed(codes)).clamp(0, 1)
+
+
+# ---------------------------------------------------------------- files
+
+
+def save(model: nn.Module, path: str | Path) -> None:
+    """Write weights (half precision) and configuration to one .safetensors file; the write is atomic."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    config = asdict(model.config) if isinstance(model, VQModel) else model.config
+    state = {k: v.detach().half().contiguous().cpu() for k, v in model.state_dict().items()}
+    part = path.with_suffix(".part")
+    save_file(state, part, metadata={"class": type(model).__name__, "config": json.dumps(config)})
+    part.replace(path)
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> VQModel | GuidedDecoder:
+    """Read a file written by `save`. One-sentence errors: FileNotFoundError if it is absent, ValueError if it is cut
+    short, of another program, or does not fit its own configuration."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"weights {path.name} are missing in {path.parent.name}/: train them (python -m realsr_r1 train --help) or reinstall"
+        )
+    try:
+        with safe_open(path, "pt") as f:
+            meta = f.metadata() or {}
+        state = load_file(path, device=str(device))
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"weights {path.name} are cut short or damaged: copy or train them again") from e
+    if meta.get("class") not in ("VQModel", "GuidedDecoder"):
+        raise ValueError(f"weights {path.name} were not written by realsr_r1's tokenizer: point to the right file")
+    config = json.loads(meta["config"])
+    if meta["class"] == "VQModel":
+        config["multiplier"] = tuple(config["multiplier"])
+        model = VQModel(TokenizerConfig(**config))
+    else:
+        model = GuidedDecoder(**config)
+    try:
+        model.load_state_dict({k: v.float() for k, v in state.items()})
+    except RuntimeError as e:
+        raise ValueError(f"weights {path.name} do not fit their configuration: they belong to another version, train them again") from e
+    return model.to(device).eval()
+
+
+def load_llamagen(state: dict[str, Tensor] | str | Path, config: TokenizerConfig = LLAMAGEN_DS8) -> VQModel:
+    """LlamaGen's published tokenizer (state dict, or its .pt file) as a VQModel; raises ValueError listing odd keys."""
+    if not isinstance(state, dict):
+        if not Path(state).exists():
+            raise FileNotFoundError(f"{state} does not exist: download vq_ds8_c2i.pt or vq_ds16_c2i.pt (FoundationVision/LlamaGen) first")
+        state = torch.load(state, map_location="cpu", weights_only=True)
+    state = state.get("model", state)
+    levels = len(config.multiplier)
+    renamed = {}
+    for key, value in state.items():
+        if key == "quantize.codebook_used":
+            continue
+        part = key.split(".")
+        if part[1:2] == ["conv_blocks"]:
+            # LlamaGen's decoder counts its blocks from the lowest resolution, and so do the Janus blocks.
+            part[1] = "down" if part[0] == "encoder" else "up"
+            part[3] = {"res": "block", "downsample": "downsample", "upsample": "upsample"}.get(part[3], part[3])
+        elif part[1:2] == ["mid"]:
+            part[2] = ("block_1", "attn_1", "block_2")[int(part[2])]
+        renamed[".".join(part)] = value
+    renamed["quantize.weight"] = F.normalize(renamed.pop("quantize.embedding.weight"), dim=1)
+    model = VQModel(config)
+    missing, unexpected = model.load_state_dict(renamed, strict=False)
+    if missing or unexpected:
+        raise ValueError(f"this is not LlamaGen's state dict for {levels} levels: missing {missing[:3]}, unexpected {unexpected[:3]}")
+    return model.eval()
