@@ -1,0 +1,212 @@
+"""Cold start: supervised fine-tuning on chains, with TRL's SFTTrainer as it is.
+
+Chains are built in bulk (pairs → codes → token ids) and kept on disk. Labels are -100 on the prompt, so the loss is on
+the completion only; words of the text weigh more than image codes, because they are a small share of a chain. The `direct` variant (LR → final image, no chain) trains on the same pairs for comparison.
+"""
+
+import csv
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from realsr_r1 import degradation, policy, scenes
+from realsr_r1.muon import MuonAdamW
+from realsr_r1.policy import PolicyConfig
+from realsr_r1.pretrain import device_of
+from realsr_r1.tokenizer import VQModel
+from realsr_r1.vlcot import CHAIN, DIRECT, EOS, IMAGE_TAGS, TAGS, Chain, Vocabulary
+
+
+@torch.no_grad()
+def encode_steps(tokenizer: VQModel, hr: Tensor, sizes: tuple[int, ...] = (4, 8, 16)) -> list[Tensor]:
+    """HR images (b, 3, s, s) in [0, 1] → codes of the three steps, coarse to fine: (b, n, n) for each n of `sizes`."""
+    return [
+        tokenizer.encode(hr if hr.shape[-1] == n * tokenizer.factor else F.interpolate(hr, size=n * tokenizer.factor, mode="area"))
+        for n in sizes
+    ]
+
+
+def chain_of(scene: scenes.Scene, labels: dict[str, str], images: list[Tensor]) -> Chain:
+    """The true chain of one scene: its labels in words, its three captions, the codes (h, w) of its three images."""
+    rough, middle, final = scene.captions
+    return Chain(degradation.to_words(labels), rough, images[0], middle, images[1], final, images[2])
+
+
+@torch.no_grad()
+def tokenise(
+    data: scenes.Pairs,
+    tokenizer: VQModel,
+    reader: VQModel,
+    vocabulary: Vocabulary,
+    direct: bool = False,
+    batch: int = 32,
+    device: str | torch.device = "cpu",
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs → token ids (n, length) int16, padded on the right, and their prompt length repeated (n,)."""
+    rows = []
+    for at in tqdm(range(0, len(data), batch), desc="chains", disable=len(data) < 1000, mininterval=5):
+        hr, lr = (t[at : at + batch].to(device).float() / 255 for t in (data.hr, data.lr))
+        prompts = vocabulary.prompts(reader.encode(lr).cpu(), DIRECT if direct else CHAIN)
+        steps = [s.cpu() for s in encode_steps(tokenizer, hr)]
+        image_ids = [vocabulary.image_ids(s).tolist() for s in steps]
+        word = vocabulary.ids
+        for i, prompt in enumerate(prompts.tolist()):
+            scene, labels = data.scenes[at + i], data.labels[at + i]
+            texts = iter((degradation.to_words(labels), *scene.captions))
+            images = iter(ids[i] for ids in (image_ids[-1:] if direct else image_ids))
+            ids = list(prompt)
+            for tag in IMAGE_TAGS[-1:] if direct else TAGS:
+                ids += [
+                    word[f"<{tag}>"],
+                    *(next(images) if tag in IMAGE_TAGS else vocabulary.encode(next(texts).replace(",", " ,"))),
+                    word[f"</{tag}>"],
+                ]
+            rows.append([*ids, word[EOS]])
+    length = max(map(len, rows))
+    out = np.zeros((len(rows), length), dtype=np.int16)
+    for i, r in enumerate(rows):
+        out[i, : len(r)] = r
+    return out, np.full(len(rows), prompts.shape[1])
+
+
+def chains(
+    data: scenes.Pairs,
+    tokenizer: VQModel,
+    reader: VQModel,
+    vocabulary: Vocabulary,
+    direct: bool = False,
+    cache: Path | None = None,
+    device="cpu",
+) -> Dataset:
+    """A `datasets` table with `input_ids` and `labels` (-100 on the prompt and the padding), cached on disk by content."""
+    path = None
+    if cache:
+        digest = hashlib.sha256()
+        for part in (
+            tokenizer.quantize.weight,
+            reader.quantize.weight,
+            data.hr[:: max(1, len(data) // 7)],
+            data.lr[:: max(1, len(data) // 7)],
+        ):
+            digest.update(part.detach().cpu().contiguous().numpy().tobytes())
+        digest.update("\n".join(vocabulary.words).encode())
+        path = Path(cache) / f"chains_{'direct' if direct else 'chain'}_{len(data)}_{digest.hexdigest()[:12]}.npz"
+    if path and path.exists():
+        saved = np.load(path)
+        ids, prompt = saved["ids"], saved["prompt"]
+    else:
+        ids, prompt = tokenise(data, tokenizer, reader, vocabulary, direct, device=device)
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.savez_compressed(path.with_suffix(".part.npz"), ids=ids, prompt=prompt)
+            path.with_suffix(".part.npz").replace(path)
+    labels = ids.astype(np.int32)
+    labels[np.arange(ids.shape[1])[None] < prompt[:, None]] = -100
+    labels[ids == 0] = -100
+    return Dataset.from_dict({"input_ids": ids.astype(np.int32), "labels": labels}).with_format("numpy")
+
+
+def weighted_cross_entropy(logits: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+    """Mean cross-entropy of logits (n, v) against words (n,), each weighted by its entry in `weights` (v,); -100 is left out."""
+    keep = target != -100
+    w = weights.to(target.device)[target[keep]]
+    return (F.cross_entropy(logits[keep].float(), target[keep], reduction="none") * w).sum() / w.sum()
+
+
+class ChainTrainer(SFTTrainer):
+    """SFTTrainer with word weights in the loss. Only the loss is ours: the head runs on the completion alone (logits of
+    the prompt are never needed), which TRL's `compute_loss_func` hook cannot do: it costs a second forward pass."""
+
+    def __init__(self, *args, word_weights: Tensor, **options):
+        super().__init__(*args, **options)
+        self.word_weights = word_weights
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs["labels"]
+        first = int((labels != -100).any(0).int().argmax())
+        labels = labels[:, first:]
+        # Padding is on the right, where a causal model cannot see it, so no attention mask is needed.
+        outputs = model(input_ids=inputs["input_ids"], logits_to_keep=labels.shape[1] + 1, use_cache=False)
+        loss = weighted_cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels.flatten(), self.word_weights)
+        return (loss, outputs) if return_outputs else loss
+
+
+class CsvLog(TrainerCallback):
+    """Keeps every logged row of the trainer in one CSV file; an interrupted run goes on with the same file."""
+
+    def __init__(self, path: Path):
+        self.path, self.rows = path, []
+        if path.exists():
+            with path.open() as f:
+                self.rows = list(csv.DictReader(f))
+
+    def on_train_begin(self, args, state, control, **_):
+        self.rows = [r for r in self.rows if int(r["step"]) <= state.global_step]
+
+    def on_log(self, args, state, control, logs=None, **_):
+        row = {"step": state.global_step, **{k: v for k, v in (logs or {}).items() if isinstance(v, (int, float))}}
+        self.rows.append(row)
+        names = list(dict.fromkeys(k for r in self.rows for k in r))
+        with self.path.open("w", newline="") as f:
+            w = csv.DictWriter(f, names)
+            w.writeheader()
+            w.writerows(self.rows)
+
+
+def validation_metrics(vocabulary: Vocabulary, text: Tensor):
+    """`compute_metrics` on teacher-forced predictions: share of text words and of image codes predicted right."""
+
+    def metrics(result) -> dict[str, float]:
+        predicted = result.predictions[:, :-1]
+        labels = result.label_ids[:, -predicted.shape[1] :]
+        known = np.where(labels == -100, 0, labels)
+        right = predicted == labels
+        return {
+            "text_accuracy": float(right[text.numpy()[known]].mean()),
+            "code_accuracy": float(right[known >= vocabulary.first_code].mean()),
+        }
+
+    return metrics
+
+
+def train_sft(train: Dataset, val: Dataset | None, out: Path, tokenizer: VQModel, reader: VQModel, config: PolicyConfig = PolicyConfig(),
+              epochs: float = 1.0, batch: int = 8, lr: float = 4e-3, text_weight: float = 6.0, seed: int = 0, device: str | None = None, max_steps: int = -1) -> None:  # fmt: skip
+    """Train a policy from scratch on chains and save it to the folder `out`, with the log beside it (`out`.csv).
+
+    Checkpoints go to `out`-checkpoints every 200 steps; the same call after a kill resumes from the last one. bfloat16
+    is used on CUDA only: many CPUs emulate it, hundreds of times slower.
+    """
+    out, dev = Path(out), device_of(device)
+    model = policy.build(config, seed=seed)
+    policy.embed_codebooks(model, tokenizer, reader, seed)
+    v = model.vocabulary
+    text = torch.zeros(len(v), dtype=torch.bool)
+    text[[v.ids[w] for w in v.text]] = True
+    folder = out.parent / f"{out.name}-checkpoints"
+    args = SFTConfig(
+        output_dir=str(folder), per_device_train_batch_size=batch, per_device_eval_batch_size=batch, num_train_epochs=epochs, max_steps=max_steps,
+        learning_rate=lr, lr_scheduler_type="cosine", warmup_steps=50, max_grad_norm=1.0, seed=seed,
+        bf16=dev.type == "cuda", gradient_checkpointing=False, use_cpu=dev.type == "cpu", max_length=None, packing=False,
+        dataset_kwargs={"skip_prepare_dataset": True}, logging_steps=20, save_steps=200, save_total_limit=1, report_to=[],
+        eval_strategy="steps" if val is not None else "no", eval_steps=200, dataloader_num_workers=0, label_names=["labels"], average_tokens_across_devices=False,
+    )  # fmt: skip
+    optimizer = MuonAdamW(model.to(dev), lr=lr)
+    trainer = ChainTrainer(
+        optimizers=(optimizer, None),
+        word_weights=torch.where(text, text_weight, 1.0), model=model, args=args, train_dataset=train, eval_dataset=val, processing_class=v.tokenizer, callbacks=[CsvLog(out.with_suffix(".csv"))],
+        compute_metrics=validation_metrics(v, text) if val is not None else None,
+        preprocess_logits_for_metrics=lambda logits, labels: (logits[0] if isinstance(logits, tuple) else logits).argmax(-1),
+    )  # fmt: skip
+    resume = folder.is_dir() and any(folder.glob("checkpoint-*"))
+    trainer.train(resume_from_checkpoint=resume or None)
+    trained = trainer.model
+    trained.nano, trained.vocabulary = config, v
+    policy.save(trained.cpu(), out)
