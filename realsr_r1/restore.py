@@ -1,0 +1,200 @@
+"""A whole photo, ×4: overlapping tiles → chains in batches → decoded, blended, with the chain of thought as a trace."""
+
+import json
+import math
+import sys
+import types
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from realsr_r1 import policy, scenes, tokenizer, vlcot
+from realsr_r1.policy import Sampling
+from realsr_r1.pretrain import device_of
+
+TILE, STRIDE, SCALE = 32, 24, 4  # LR pixels, LR pixels, factor
+MAX_PIXELS = 1024 * 1024  # of the LR photo: the result has 16 times as many
+SECONDS_A_TILE = 0.35  # two CPU cores, batches of 16 (`make bench`); only used to estimate
+
+
+@dataclass
+class Models:
+    """What a restoration needs, all on one device and in evaluation mode."""
+
+    tokenizer: tokenizer.VQModel
+    reader: tokenizer.VQModel
+    guided: tokenizer.GuidedDecoder
+    policy: PreTrainedModel
+
+    @property
+    def device(self) -> torch.device:
+        return self.policy.device
+
+
+def load_models(device: str | None = None, weights: str | Path = tokenizer.WEIGHTS, policy_name: str = "policy-sft") -> Models:
+    """The shipped weights, or those of another folder laid out alike. Raises as `tokenizer.load` and `policy.load` do."""
+    folder, dev = Path(weights), device_of(device)
+    vq, reader, guided = (tokenizer.load(folder / f"{n}.safetensors", dev) for n in ("tokenizer", "reader", "guided"))
+    lm = policy.load(folder / policy_name, dev)
+    if vq.config.codes != lm.nano.codes or reader.config.codes != lm.nano.lr_codes:
+        raise ValueError(
+            f"tokenizer ({vq.config.codes} codes) and policy ({lm.nano.codes} codes) do not belong together: use weights of one training"
+        )
+    return Models(vq, reader, guided, lm)
+
+
+def wavelet_color_fix(restored: Tensor, reference: Tensor, levels: int = 5) -> Tensor:
+    """Detail of `restored` on the low frequencies of `reference`, both (b, 3, h, w): the colour fix of PURE (from
+    StableSR), by à-trous smoothing with [1 2 1]/4 at dilations 1, 2, 4 …"""
+    k = torch.tensor([1.0, 2.0, 1.0], device=restored.device)
+    k = (k[:, None] * k[None] / 16).expand(3, 1, 3, 3)
+
+    def low(x: Tensor) -> Tensor:
+        for i in range(levels):
+            d = 2**i
+            mode = "reflect" if d < min(x.shape[-2:]) else "replicate"
+            x = F.conv2d(F.pad(x, (d, d, d, d), mode=mode), k, dilation=d, groups=3)
+        return x
+
+    return (restored - low(restored) + low(reference)).clamp(0, 1)
+
+
+def decode_final(models: Models, codes: Tensor, lr: Tensor, decoder: str = "guided") -> Tensor:
+    """Final codes (b, h, w) and LR tiles (b, 3, ·, ·) → (b, 3, 4·, 4·) in [0, 1]. `decoder`: "guided", "wavelet" (plain
+    decode and colour fix, the paper's way) or "plain"."""
+    if decoder == "guided":
+        return tokenizer.guided_decode(models.guided, models.tokenizer, codes, lr)
+    y = models.tokenizer.decode(codes)
+    if decoder == "plain":
+        return y
+    if decoder == "wavelet":
+        return wavelet_color_fix(y, F.interpolate(lr, scale_factor=SCALE, mode="bicubic", align_corners=False).clamp(0, 1))
+    raise ValueError(f"no decoder {decoder!r}: choose guided, wavelet or plain")
+
+
+@torch.no_grad()
+def think(
+    models: Models, lr: Tensor, how: Sampling = Sampling(), generator: torch.Generator | None = None, direct: bool = False
+) -> list[vlcot.Chain]:
+    """LR tiles (b, 3, 32, 32) in [0, 1] → one sampled chain each. Under the grammar every chain parses."""
+    v = models.policy.vocabulary
+    prompts = v.prompts(models.reader.encode(lr.to(models.device)).cpu(), vlcot.DIRECT if direct else vlcot.CHAIN)
+    ids = policy.sample(models.policy, prompts, how, generator).ids.cpu()
+    return [vlcot.parse(v.decode(row)) for row in ids]
+
+
+def tile_origins(length: int) -> list[int]:
+    """Left edges of the tiles that cover `length` LR pixels (at least one tile long)."""
+    n = 1 + math.ceil(max(0, length - TILE) / STRIDE)
+    return [round(i * (length - TILE) / max(1, n - 1)) for i in range(n)]
+
+
+def _window() -> Tensor:
+    """(128, 128) blending weights, falling off over the overlap so that neighbours cross-fade without a seam."""
+    overlap = (TILE - STRIDE) * SCALE
+    ramp = torch.ones(TILE * SCALE)
+    edge = (torch.arange(overlap) + 0.5) / overlap
+    ramp[:overlap], ramp[-overlap:] = edge, edge.flip(0)
+    return ramp[:, None] * ramp[None]
+
+
+def restore(photo: Image.Image | str | Path, models: Models | None = None, how: Sampling | None = None, seed: int = 0, device: str | None = None, decoder: str = "guided",
+            batch: int = 16, progress: bool = True, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, dict]:  # fmt: skip
+    """Restore a photo ×4. Returns the picture and the trace: settings, and for every tile its place and the chain's parts.
+
+    Any PIL image or path goes; tiles are 32×32 LR pixels and overlap by 8. Memory is that of the result plus one batch.
+    If memory runs out the batch is halved; on Ctrl-C the tiles done so far are kept and the rest is bicubic. Raises
+    ValueError with one sentence for unreadable or too large photos.
+    """
+    image = scenes.open_photo(photo) if isinstance(photo, (str, Path)) else scenes.to_rgb(photo)
+    w, h = image.size
+    padded_w, padded_h = max(w, TILE), max(h, TILE)
+    origins = [(x, y) for y in tile_origins(padded_h) for x in tile_origins(padded_w)]
+    if w * h > max_pixels:
+        minutes = len(origins) * SECONDS_A_TILE / 60
+        raise ValueError(
+            f"a photo of {w}x{h} pixels needs {len(origins)} tiles (about {minutes:.0f} minutes on two cores) and is rarely in need of ×4: scale it down, or raise --max-pixels"
+        )
+    models = models or load_models(device)
+    how = how or Sampling()
+    lr = F.pad(scenes.to_tensor(image)[None], (0, padded_w - w, 0, padded_h - h), mode="replicate")
+    total = F.interpolate(lr, scale_factor=SCALE, mode="bicubic", align_corners=False).clamp(0, 1)[0] * 1e-6
+    weight = torch.full(total.shape[1:], 1e-6)
+    window, done, tiles = _window(), 0, []
+    with tqdm(total=len(origins), desc="tiles", disable=not progress) as bar:
+        try:
+            while done < len(origins):
+                places = origins[done : done + batch]
+                crops = torch.cat([lr[..., y : y + TILE, x : x + TILE] for x, y in places])
+                # Each batch has its own seed, so that a run does not depend on how much came before it.
+                generator = torch.Generator().manual_seed(seed * 1_000_003 + done)
+                try:
+                    chains = think(models, crops, how, generator)
+                    codes = torch.stack([c.final_image for c in chains]).to(models.device)
+                    with torch.no_grad():
+                        restored = decode_final(models, codes, crops.to(models.device), decoder).cpu()
+                except (torch.OutOfMemoryError, MemoryError):
+                    if batch == 1:
+                        raise
+                    batch //= 2
+                    continue
+                for (x, y), tile, chain in zip(places, restored, chains, strict=True):
+                    at = (slice(y * SCALE, (y + TILE) * SCALE), slice(x * SCALE, (x + TILE) * SCALE))
+                    total[:, at[0], at[1]] += tile * window
+                    weight[at] += window
+                    parts = {t: getattr(chain, t) for t in vlcot.TAGS}
+                    tiles.append({"x": x, "y": y, **{k: p.tolist() if isinstance(p, Tensor) else p for k, p in parts.items()}})
+                done += len(places)
+                bar.update(len(places))
+        except KeyboardInterrupt:
+            bar.write(f"stopped after {done} of {len(origins)} tiles: the rest of the picture is bicubic")
+    out = scenes.to_image((total / weight)[:, : h * SCALE, : w * SCALE])
+    settings = {
+        "seed": seed,
+        "decoder": decoder,
+        "batch": batch,
+        "device": str(models.device),
+        "lr_size": [w, h],
+        "tile": TILE,
+        "stride": STRIDE,
+        "scale": SCALE,
+        **asdict(how),
+    }
+    return out, {"settings": settings, "complete": done == len(origins), "tiles": tiles}
+
+
+def restore_file(photo: str | Path, out: str | Path, trace: str | Path | None = None, **options) -> dict:
+    """`restore` from file to file; both places are checked before the work starts. Returns the trace."""
+    for path in filter(None, (out, trace)):
+        folder = Path(path).parent
+        if not folder.is_dir():
+            raise ValueError(f"output folder {folder} does not exist: create it first")
+        probe = folder / f".{Path(path).name}.write-test"
+        try:
+            probe.touch()
+            probe.unlink()
+        except OSError as e:
+            raise ValueError(f"output folder {folder} cannot be written: choose another place for {Path(path).name}") from e
+    if Path(out).suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"{Path(out).name} has no picture suffix that Pillow writes: end it in .png, .jpg or .webp")
+    image, record = restore(photo, **options)
+    image.save(out)
+    if trace:
+        Path(trace).write_text(json.dumps(record))
+    return record
+
+
+class _Callable(types.ModuleType):
+    """Lets `from realsr_r1 import restore` be called: Python binds that name to this module, whichever comes first."""
+
+    def __call__(self, *args, **options):
+        return restore(*args, **options)
+
+
+sys.modules[__name__].__class__ = _Callable
