@@ -49,13 +49,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 # Steps of the shipped weights' recipe.
-RECIPE = {"tokenizer": 5500, "reader": 4000, "guided": 2000, "regression": 2000, "sft": 2000, "direct": 2000}
+RECIPE = {"tokenizer": 5500, "reader": 1500, "guided": 2000, "regression": 2000, "sft": 2000, "direct": 2000}
 
 
 def train(a: argparse.Namespace) -> None:
     import torch
 
-    from realsr_r1 import pretrain, scenes, sft, tokenizer, vlcot
+    from realsr_r1 import pretrain, scenes, sft, vlcot, weights
 
     if a.threads:
         torch.set_num_threads(a.threads)
@@ -68,11 +68,11 @@ def train(a: argparse.Namespace) -> None:
     elif a.what == "reader":
         pretrain.train_reader(data, out, **options)
     elif a.what in ("guided", "regression"):
-        pretrain.train_guided(data, tokenizer.load(a.out / "tokenizer.safetensors"), out, use_codes=a.what == "guided", **options)
+        pretrain.train_guided(data, weights.load(a.out / "tokenizer.safetensors"), out, use_codes=a.what == "guided", **options)
     else:
         device = pretrain.device_of(a.device)
-        vq, reader = (tokenizer.load(a.out / f"{n}.safetensors", device) for n in ("tokenizer", "reader"))
-        words, direct = vlcot.Vocabulary(vq.config.codes, reader.config.codes), a.what == "direct"
+        vq, reader = (weights.load(a.out / f"{n}.safetensors", device) for n in ("tokenizer", "reader"))
+        words, direct = vlcot.Vocabulary(vq.config.codes, reader.vocabulary), a.what == "direct"
         val = scenes.cached_pairs(96, "val", cache=a.data)
         sets = [sft.chains(d, vq, reader, words, direct, a.data, device) for d in (data, val)]
         extra = {k: v for k, v in (("lr", a.lr), ("batch", a.batch)) if v}

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from realsr_r1 import degradation, perceptual, policy, pretrain, scenes, tokenizer, viz, vlcot
+from realsr_r1 import degradation, perceptual, policy, pretrain, scenes, tokenizer, viz, vlcot, weights
 from realsr_r1.policy import Sampling
 from realsr_r1.restore import Models, decode_final, restore, think
 
@@ -130,15 +130,15 @@ def first_results(
     started = time.time()
     data = scenes.cached_pairs(n, "test", cache=cache)
     train = scenes.cached_pairs(cnn_pairs, "train", cache=cache)
-    folder = tokenizer.WEIGHTS
+    folder = weights.WEIGHTS
     direct = policy.load(folder / "policy-direct") if (folder / "policy-direct").exists() else None
-    regression = tokenizer.load(folder / "regression.safetensors") if (folder / "regression.safetensors").exists() else None
+    regression = weights.load(folder / "regression.safetensors") if (folder / "regression.safetensors").exists() else None
     pictures, texts, keep = run_methods(models, data, direct, regression, how, seed)
     valid = valid_share(models, data, min(n, 256), replace(how, greedy_text=False), seed)
     yardsticks = {}
     for name, reader in (("cnn", None), ("probe", models.reader)):
         net = pretrain.train_labelnet(train, reader, cnn_steps, seed=seed)
-        yardsticks[name] = {k: v.tolist() for k, v in pretrain.label_accuracy(net, data, reader).items()}
+        yardsticks[name] = {k: v.tolist() for k, v in pretrain.label_accuracy(net, data).items()}
 
     lines = ["| method | PSNR (RGB, dB) ↑ | LPIPS-alex ↓ |", "|---|---|---|"]
     lines += [f"| {m} | {cell(s['PSNR'], 2)} | {cell(s['LPIPS'])} |" for m, s in pictures.items()]

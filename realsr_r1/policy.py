@@ -14,8 +14,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
-from realsr_r1.tokenizer import WEIGHTS, VQModel
+from realsr_r1.reader import LRReader
+from realsr_r1.tokenizer import VQModel
 from realsr_r1.vlcot import DIRECT, EOS, PAD, TAGS, LayoutGrammar, Vocabulary
+from realsr_r1.weights import WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class PolicyConfig:
     heads: int = 4
     mlp: int = 512
     codes: int = 1024
-    lr_codes: int = 1024
+    lr_codes: int = 1280
     sizes: tuple[int, ...] = (4, 8, 16)
     max_words: int = 24
 
@@ -65,12 +67,12 @@ def build(config: PolicyConfig = PolicyConfig(), vocabulary: Vocabulary | None =
 
 
 @torch.no_grad()
-def embed_codebooks(model: Qwen3ForCausalLM, tokenizer: VQModel, reader: VQModel, seed: int = 0) -> None:
+def embed_codebooks(model: Qwen3ForCausalLM, tokenizer: VQModel, reader: LRReader, seed: int = 0) -> None:
     """Start the embeddings of codes from the codebooks, randomly projected: codes that look alike start alike."""
     g = torch.Generator().manual_seed(seed)
     table = model.get_input_embeddings().weight
-    for first, book in ((model.vocabulary.first_code, tokenizer.quantize), (model.vocabulary.first_lr_code, reader.quantize)):
-        vectors = torch.nn.functional.normalize(book.weight, dim=1).cpu()
+    for first, book in ((model.vocabulary.first_code, tokenizer.quantize.weight), (model.vocabulary.first_lr_code, reader.vectors)):
+        vectors = torch.nn.functional.normalize(book, dim=1).cpu()
         projection = torch.randn(vectors.shape[1], table.shape[1], generator=g) * 0.02
         noise = torch.randn(len(vectors), table.shape[1], generator=g) * 0.005
         table[first : first + len(vectors)] = (vectors @ projection + noise).to(table.device, table.dtype)
@@ -88,7 +90,7 @@ def save(model: Qwen3ForCausalLM, folder: str | Path) -> None:
 
 
 def load(folder: str | Path = WEIGHTS / "policy-sft", device: str | torch.device = "cpu") -> Qwen3ForCausalLM:
-    """A policy written by `save`. One-sentence errors, as in `tokenizer.load`."""
+    """A policy written by `save`. One-sentence errors, as in `weights.load`."""
     folder = Path(folder)
     if not (folder / "model.safetensors").exists() or not (folder / "nano.json").exists():
         raise FileNotFoundError(

@@ -8,7 +8,6 @@ import csv
 import math
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +17,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from realsr_r1 import degradation, perceptual, scenes
-from realsr_r1.tokenizer import NANO, READER, WEIGHTS, GuidedDecoder, VQModel, guided_decode, load, save
+from realsr_r1.reader import LabelBody, LRReader, ReaderConfig
+from realsr_r1.tokenizer import NANO, GuidedDecoder, VQModel, guided_decode
+from realsr_r1.weights import WEIGHTS, load, save
 
 LABEL_CLASSES = {n: (degradation.RESIZES if "resize" in n else degradation.LEVELS) for n in degradation.LABELS}
 
@@ -185,14 +186,14 @@ def reader_targets(data: scenes.Pairs) -> tuple[dict[str, int], Tensor]:
     return {k: len(v) for k, v in names.items()}, torch.tensor(rows)
 
 
-def train_reader(data: scenes.Pairs, out: Path = WEIGHTS / "reader.safetensors", steps: int = 3000, lr: float = 1e-3, batch: int = 32,
-                 seed: int = 0, device: str | None = None, use_heads: bool = True) -> VQModel:  # fmt: skip
-    """The LR photo's own reader: pixels and high-pass residual reconstructed, and auxiliary heads that name the degradation
-    and the content from the codes alone. Without the heads (`use_heads=False`) it is a plain near-lossless tokenizer."""
+def train_reader(data: scenes.Pairs, out: Path = WEIGHTS / "reader.safetensors", steps: int = 1500, lr: float = 2e-3, batch: int = 64,
+                 seed: int = 0, device: str | None = None) -> LRReader:  # fmt: skip
+    """The LR photo's own reader: pixels and their high-pass residual reconstructed from the pixel codes, and heads that
+    name the degradation and the content from the summary codes alone."""
     dev = device_of(device)
     classes, targets = reader_targets(data)
     torch.manual_seed(seed)
-    model = VQModel(replace(READER, heads=classes if use_heads else {})).to(dev)
+    model = LRReader(ReaderConfig(heads=classes)).to(dev)
     batches = Batches(data, dev, seed, photo_share=0)
 
     def highpass(z: Tensor) -> Tensor:
@@ -201,16 +202,14 @@ def train_reader(data: scenes.Pairs, out: Path = WEIGHTS / "reader.safetensors",
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         _, x, i = batches.pairs(step, batch)
         if step % 20 == 19 and step < 0.8 * steps:
-            model.quantize.revive(model.latents(x).detach(), generator=batches.generator(step))
-        y, q, _codes, codebook = model(x)
+            for book, z in zip((model.quantize, model.quantize_summary), model.latents(x), strict=True):
+                book.revive(z.detach(), generator=batches.generator(step))
+        y, logits, codebook = model(x)
         pixels, detail = (x - y).abs().mean(), (highpass(x) - highpass(y)).abs().mean()
-        loss, parts = 2 * pixels + 2 * detail + 0.25 * codebook, {"l1": float(pixels.detach())}
-        if use_heads:
-            t = targets[i].to(dev)
-            for k, (name, logits) in enumerate(model.classify(q).items()):
-                ce = F.cross_entropy(logits, t[:, k])
-                loss = loss + ce * 0.15
-                parts[name] = float((logits.argmax(1) == t[:, k]).float().mean())
+        loss, parts, t = 5 * pixels + 5 * detail + 0.25 * codebook, {"l1": float(pixels.detach())}, targets[i].to(dev)
+        for k, (name, out_k) in enumerate(logits.items()):
+            loss = loss + 0.5 * F.cross_entropy(out_k, t[:, k], label_smoothing=0.05)
+            parts[name] = float((out_k.argmax(1) == t[:, k]).float().mean())
         return loss, parts
 
     return fit(model, loss_of, steps, Path(out), lr, seed)
@@ -288,52 +287,49 @@ def measure_tokenizer(
 
 
 class LabelNet(nn.Module):
-    """A small CNN that names degradation and content: the yardstick on LR pixels (b, 3, 32, 32), and the probe of what
-    codes carry, on code embeddings (b, d, 16, 16)."""
+    """A small CNN that names degradation and content: the yardstick on LR pixels (b, 3, 32, 32), and, given a reader,
+    the probe of what its codes carry (both codebooks' embeddings instead of the pixels)."""
 
-    def __init__(self, channels: int, stride: int, classes: dict[str, int], width: int = 48):
+    def __init__(self, classes: dict[str, int], reader: LRReader | None = None, width: int = 48):
         super().__init__()
-        self.config = {"channels": channels, "stride": stride, "classes": classes, "width": width}
+        self.reader = [reader] if reader is not None else []  # in a list: not a part that trains
+        d = reader.config.code_dim if reader else 3
+        self.body = LabelBody(d, width, stride=1 if reader else 2)
+        extra = reader.config.summary * d if reader else 0
+        self.heads = nn.ModuleDict({k: nn.Linear(4 * width + extra, n) for k, n in classes.items()})
 
-        def layer(i, o, s=1):
-            return nn.Sequential(nn.Conv2d(i, o, 3, s, 1), nn.BatchNorm2d(o), nn.ReLU())
-
-        self.body = nn.Sequential(
-            layer(channels, width),
-            layer(width, width, stride),
-            layer(width, width),
-            layer(width, 2 * width, 2),
-            layer(2 * width, 2 * width),
-        )
-        self.heads = nn.ModuleDict({k: nn.Linear(4 * width, n) for k, n in classes.items()})
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        h = self.body(x)
-        pooled = torch.cat([h.mean((2, 3)), h.amax((2, 3))], 1)
-        return {k: head(pooled) for k, head in self.heads.items()}
+    def forward(self, lr: Tensor) -> dict[str, Tensor]:
+        """LR photos (b, 3, 32, 32) in [0, 1] → logits of each label."""
+        if self.reader:
+            with torch.no_grad():
+                e = self.reader[0].vectors[self.reader[0].encode(lr)].permute(0, 3, 1, 2)
+            h = torch.cat([self.body(e[:, :, :-1]), e[:, :, -1].flatten(1)], 1)
+        else:
+            h = self.body(lr - 0.5)
+        return {k: head(h) for k, head in self.heads.items()}
 
 
 def train_labelnet(
     data: scenes.Pairs,
-    reader: VQModel | None = None,
-    steps: int = 3000,
+    reader: LRReader | None = None,
+    steps: int = 1500,
     batch: int = 64,
     lr: float = 2e-3,
     seed: int = 0,
     device: str | None = None,
 ) -> LabelNet:
-    """Train a LabelNet on LR pixels, or, given a reader, on the embeddings of its codes (same net, same budget)."""
+    """Train a LabelNet on LR pixels, or, given a reader, on its codes (same net, same budget)."""
     dev = device_of(device)
     classes, targets = reader_targets(data)
     torch.manual_seed(seed)
-    net = LabelNet(reader.config.code_dim if reader else 3, 1 if reader else 2, classes).to(dev).train()
+    net = LabelNet(classes, reader).to(dev).train()
     batches = Batches(data, dev, seed, photo_share=0)
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps)
     for step in tqdm(range(steps), desc="probe on codes" if reader else "CNN on pixels", mininterval=10):
         _, x, i = batches.pairs(step, batch)
         t = targets[i].to(dev)
-        loss = sum(F.cross_entropy(logits, t[:, k]) for k, logits in enumerate(net(label_inputs(x, reader)).values()))
+        loss = sum(F.cross_entropy(logits, t[:, k], label_smoothing=0.05) for k, logits in enumerate(net(x).values()))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -342,19 +338,13 @@ def train_labelnet(
 
 
 @torch.no_grad()
-def label_inputs(lr: Tensor, reader: VQModel | None) -> Tensor:
-    """What a LabelNet sees of LR photos (b, 3, h, w): centred pixels, or the embeddings of the reader's codes."""
-    return reader.quantize.embed(reader.encode(lr)) if reader else lr - 0.5
-
-
-@torch.no_grad()
-def label_accuracy(net: nn.Module, data: scenes.Pairs, reader: VQModel | None = None, batch: int = 100) -> dict[str, Tensor]:
+def label_accuracy(net: LabelNet, data: scenes.Pairs, batch: int = 100) -> dict[str, Tensor]:
     """Right (1) or wrong (0) for each pair and label, (n,) each."""
     _, targets = reader_targets(data)
     device = next(net.parameters()).device
     right: dict[str, list[Tensor]] = {}
     for at in range(0, len(data), batch):
-        out = net(label_inputs(data.lr[at : at + batch].to(device).float() / 255, reader))
+        out = net(data.lr[at : at + batch].to(device).float() / 255)
         for k, (name, logits) in enumerate(out.items()):
             right.setdefault(name, []).append((logits.argmax(1).cpu() == targets[at : at + batch, k]).float())
     return {k: torch.cat(v) for k, v in right.items()}

@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 from realsr_r1 import policy, scenes, tokenizer, vlcot
 from realsr_r1.policy import Sampling
 from realsr_r1.pretrain import device_of
+from realsr_r1.reader import LRReader
+from realsr_r1.weights import WEIGHTS, load
 
 TILE, STRIDE, SCALE = 32, 24, 4  # LR pixels, LR pixels, factor
 MAX_PIXELS = 1024 * 1024  # of the LR photo: the result has 16 times as many
@@ -28,7 +30,7 @@ class Models:
     """What a restoration needs, all on one device and in evaluation mode."""
 
     tokenizer: tokenizer.VQModel
-    reader: tokenizer.VQModel
+    reader: LRReader
     guided: tokenizer.GuidedDecoder
     policy: PreTrainedModel
 
@@ -37,12 +39,12 @@ class Models:
         return self.policy.device
 
 
-def load_models(device: str | None = None, weights: str | Path = tokenizer.WEIGHTS, policy_name: str = "policy-sft") -> Models:
-    """The shipped weights, or those of another folder laid out alike. Raises as `tokenizer.load` and `policy.load` do."""
+def load_models(device: str | None = None, weights: str | Path = WEIGHTS, policy_name: str = "policy-sft") -> Models:
+    """The shipped weights, or those of another folder laid out alike. Raises as `weights.load` and `policy.load` do."""
     folder, dev = Path(weights), device_of(device)
-    vq, reader, guided = (tokenizer.load(folder / f"{n}.safetensors", dev) for n in ("tokenizer", "reader", "guided"))
+    vq, reader, guided = (load(folder / f"{n}.safetensors", dev) for n in ("tokenizer", "reader", "guided"))
     lm = policy.load(folder / policy_name, dev)
-    if vq.config.codes != lm.nano.codes or reader.config.codes != lm.nano.lr_codes:
+    if vq.config.codes != lm.nano.codes or reader.vocabulary != lm.nano.lr_codes:
         raise ValueError(
             f"tokenizer ({vq.config.codes} codes) and policy ({lm.nano.codes} codes) do not belong together: use weights of one training"
         )

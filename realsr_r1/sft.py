@@ -21,6 +21,7 @@ from realsr_r1 import degradation, policy, scenes
 from realsr_r1.muon import MuonAdamW
 from realsr_r1.policy import PolicyConfig
 from realsr_r1.pretrain import device_of
+from realsr_r1.reader import LRReader
 from realsr_r1.tokenizer import VQModel
 from realsr_r1.vlcot import CHAIN, DIRECT, EOS, IMAGE_TAGS, TAGS, Chain, Vocabulary
 
@@ -44,7 +45,7 @@ def chain_of(scene: scenes.Scene, labels: dict[str, str], images: list[Tensor]) 
 def tokenise(
     data: scenes.Pairs,
     tokenizer: VQModel,
-    reader: VQModel,
+    reader: LRReader,
     vocabulary: Vocabulary,
     direct: bool = False,
     batch: int = 32,
@@ -80,7 +81,7 @@ def tokenise(
 def chains(
     data: scenes.Pairs,
     tokenizer: VQModel,
-    reader: VQModel,
+    reader: LRReader,
     vocabulary: Vocabulary,
     direct: bool = False,
     cache: Path | None = None,
@@ -92,7 +93,7 @@ def chains(
         digest = hashlib.sha256()
         for part in (
             tokenizer.quantize.weight,
-            reader.quantize.weight,
+            reader.vectors,
             data.hr[:: max(1, len(data) // 7)],
             data.lr[:: max(1, len(data) // 7)],
         ):
@@ -177,7 +178,7 @@ def validation_metrics(vocabulary: Vocabulary, text: Tensor):
     return metrics
 
 
-def train_sft(train: Dataset, val: Dataset | None, out: Path, tokenizer: VQModel, reader: VQModel, config: PolicyConfig = PolicyConfig(),
+def train_sft(train: Dataset, val: Dataset | None, out: Path, tokenizer: VQModel, reader: LRReader, config: PolicyConfig = PolicyConfig(),
               epochs: float = 1.0, batch: int = 8, lr: float = 4e-3, text_weight: float = 6.0, seed: int = 0, device: str | None = None, max_steps: int = -1) -> None:  # fmt: skip
     """Train a policy from scratch on chains and save it to the folder `out`, with the log beside it (`out`.csv).
 

@@ -1,24 +1,19 @@
-"""Images as tokens: a VQ autoencoder, the LR photo's own reader, and the LR-guided decoder.
+"""Images as tokens: a VQ autoencoder, and the LR-guided decoder.
 
-All are one small class around transformers' Janus blocks, which are LlamaGen's (Sun et al. 2024, arXiv 2406.06525).
+The autoencoder is a small class around transformers' Janus blocks, which are LlamaGen's (Sun et al. 2024, arXiv 2406.06525).
 transformers' own `JanusVQVAE` cannot be trained as shipped, hence our quantiser: l2-normalised codes with the
 straight-through gradient (Yu et al. 2022, ViT-VQGAN) and revival of dead codes. Simplification: space-to-depth
 ("fold") before the first convolution, which makes training 25 times cheaper than blocks at full resolution.
 """
 
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.models.janus.configuration_janus import JanusVQVAEConfig
 from transformers.models.janus.modeling_janus import JanusVQVAEDecoder, JanusVQVAEEncoder
-
-WEIGHTS = Path(__file__).parent / "assets" / "weights"
 
 
 @dataclass(frozen=True)
@@ -33,7 +28,6 @@ class TokenizerConfig:
     res_blocks: int = 1
     latent: int = 96
     commitment: float = 0.25
-    heads: dict[str, int] = field(default_factory=dict)  # auxiliary classifiers on the codes: name → classes
 
     @property
     def factor(self) -> int:
@@ -41,8 +35,6 @@ class TokenizerConfig:
 
 
 NANO = TokenizerConfig()
-# The LR reader: 2×2 pixels a code, so that noise, blur and JPEG traces survive; its heads keep them there.
-READER = TokenizerConfig(fold=2, base=64, multiplier=(1,), latent=64)
 # LlamaGen's published tokenizers (c2i): 16,384 codes; ds8 is the paper's.
 LLAMAGEN_DS8 = TokenizerConfig(codes=16384, fold=1, base=128, multiplier=(1, 2, 2, 4), res_blocks=2, latent=256)
 LLAMAGEN_DS16 = TokenizerConfig(codes=16384, fold=1, base=128, multiplier=(1, 1, 2, 2, 4), res_blocks=2, latent=256)
@@ -106,11 +98,6 @@ class VQModel(nn.Module):
             self.smooth = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.SiLU(), nn.Conv2d(16, 3, 3, padding=1))
             nn.init.zeros_(self.smooth[2].weight)
             nn.init.zeros_(self.smooth[2].bias)
-        if config.heads:
-            self.trunk = nn.Sequential(
-                nn.Conv2d(config.code_dim, 128, 3, padding=1), nn.SiLU(), nn.Conv2d(128, 128, 3, padding=1, stride=2), nn.SiLU()
-            )
-            self.heads = nn.ModuleDict({k: nn.Linear(256, n) for k, n in config.heads.items()})
 
     @property
     def factor(self) -> int:
@@ -139,12 +126,6 @@ class VQModel(nn.Module):
         """Image → reconstruction (not clamped), quantised latents, codes, codebook loss."""
         q, codes, loss = self.quantize(self.latents(x))
         return self.decode_latents(q), q, codes, loss
-
-    def classify(self, q: Tensor) -> dict[str, Tensor]:
-        """Logits of the auxiliary heads from quantised latents (b, d, h, w): mean and maximum of a small conv trunk."""
-        h = self.trunk(q)
-        pooled = torch.cat([h.mean((2, 3)), h.amax((2, 3))], 1)
-        return {k: head(pooled) for k, head in self.heads.items()}
 
 
 class ResBlock(nn.Module):
@@ -190,49 +171,6 @@ class GuidedDecoder(nn.Module):
 def guided_decode(guided: GuidedDecoder, tokenizer: VQModel, codes: Tensor, lr: Tensor) -> Tensor:
     """Codes (b, h, w) and the LR photo (b, 3, ·, ·) in [0, 1] → restored image in [0, 1]."""
     return guided(lr, tokenizer.decode(codes), tokenizer.quantize.embed(codes)).clamp(0, 1)
-
-
-# ---------------------------------------------------------------- files
-
-
-def save(model: nn.Module, path: str | Path) -> None:
-    """Write weights (half precision) and configuration to one .safetensors file; the write is atomic."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    config = asdict(model.config) if isinstance(model, VQModel) else model.config
-    state = {k: v.detach().half().contiguous().cpu() for k, v in model.state_dict().items()}
-    part = path.with_suffix(".part")
-    save_file(state, part, metadata={"class": type(model).__name__, "config": json.dumps(config)})
-    part.replace(path)
-
-
-def load(path: str | Path, device: str | torch.device = "cpu") -> VQModel | GuidedDecoder:
-    """Read a file written by `save`. One-sentence errors: FileNotFoundError if it is absent, ValueError if it is cut
-    short, of another program, or does not fit its own configuration."""
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"weights {path.name} are missing in {path.parent.name}/: train them (python -m realsr_r1 train --help) or reinstall"
-        )
-    try:
-        with safe_open(path, "pt") as f:
-            meta = f.metadata() or {}
-        state = load_file(path, device=str(device))
-    except (SafetensorError, OSError) as e:
-        raise ValueError(f"weights {path.name} are cut short or damaged: copy or train them again") from e
-    if meta.get("class") not in ("VQModel", "GuidedDecoder"):
-        raise ValueError(f"weights {path.name} were not written by realsr_r1's tokenizer: point to the right file")
-    config = json.loads(meta["config"])
-    if meta["class"] == "VQModel":
-        config["multiplier"] = tuple(config["multiplier"])
-        model = VQModel(TokenizerConfig(**config))
-    else:
-        model = GuidedDecoder(**config)
-    try:
-        model.load_state_dict({k: v.float() for k, v in state.items()})
-    except RuntimeError as e:
-        raise ValueError(f"weights {path.name} do not fit their configuration: they belong to another version, train them again") from e
-    return model.to(device).eval()
 
 
 def load_llamagen(state: dict[str, Tensor] | str | Path, config: TokenizerConfig = LLAMAGEN_DS8) -> VQModel:

@@ -103,12 +103,12 @@ def well_formed(text: str) -> bool:
 class Vocabulary:
     """Words ↔ ids of the nano policy: task words, tags, layout words, caption words, LR codes, image codes."""
 
-    def __init__(self, codes: int = 1024, lr_codes: int = 1024, words: list[str] | None = None):
+    def __init__(self, codes: int = 1024, lr_codes: int = 1280, words: list[str] | None = None):
         text = sorted(
             set(words or scenes.vocabulary()) | set(degradation.LEVELS) | set(degradation.RESIZES) | {"blur", "noise", "compression", ","}
         )
         tags = [w for t in TAGS for w in (f"<{t}>", f"</{t}>")]
-        layout = [START, END, ROW, *(f"<n{n}>" for n in range(1, 17))]
+        layout = [START, END, ROW, *(f"<n{n}>" for n in range(1, 18))]
         self.words = [
             PAD,
             EOS,

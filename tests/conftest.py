@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from realsr_r1 import policy, scenes, tokenizer, vlcot
+from realsr_r1.reader import LRReader, ReaderConfig
 
 torch.manual_seed(0)
 
@@ -21,7 +22,7 @@ def tiny():
     """Random tiny tokenizer, reader and policy of the shipped layout: (vq, reader, policy)."""
     torch.manual_seed(0)
     vq = tokenizer.VQModel(tokenizer.TokenizerConfig(codes=64, base=32, multiplier=(1, 1), latent=32)).eval()
-    reader = tokenizer.VQModel(tokenizer.TokenizerConfig(codes=32, fold=2, base=32, multiplier=(1,), latent=32)).eval()
+    reader = LRReader(ReaderConfig(codes=24, summary_codes=8, width=8, heads={"noise": 4})).eval()
     config = policy.PolicyConfig(hidden=32, layers=2, heads=2, mlp=64, codes=64, lr_codes=32)
     return vq, reader, policy.build(config).eval()
 

@@ -32,7 +32,7 @@ def test_text_scores_of_a_true_and_a_false_chain(pairs):
 
 
 def test_first_results_end_to_end_in_small(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate.tokenizer, "WEIGHTS", tmp_path / "none")
+    monkeypatch.setattr(evaluate.weights, "WEIGHTS", tmp_path / "none")
     models = R.Models(tiny[0], tiny[1], tokenizer.GuidedDecoder(width=16, blocks=1).eval(), tiny[2])
     record = evaluate.first_results(models, tmp_path, n=6, cnn_pairs=24, cnn_steps=2)
     table = (tmp_path / "results.md").read_text()

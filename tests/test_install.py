@@ -52,6 +52,8 @@ def test_no_module_imports_a_later_one():
         "scenes",
         "perceptual",
         "tokenizer",
+        "reader",
+        "weights",
         "pretrain",
         "vlcot",
         "muon",

@@ -11,6 +11,7 @@ from PIL import Image
 
 import realsr_r1.restore as R
 from realsr_r1 import policy, scenes, tokenizer, vlcot
+from realsr_r1 import weights as weights_io
 from realsr_r1.__main__ import main
 
 
@@ -110,7 +111,7 @@ def test_package_name_can_be_called(models):
 @pytest.fixture
 def weights(models, tmp_path):
     for name in ("tokenizer", "reader", "guided"):
-        tokenizer.save(getattr(models, name), tmp_path / "w" / f"{name}.safetensors")
+        weights_io.save(getattr(models, name), tmp_path / "w" / f"{name}.safetensors")
     policy.save(models.policy, tmp_path / "w" / "policy-sft")
     return tmp_path / "w"
 
@@ -151,7 +152,7 @@ def test_read_only_folder(tmp_path, monkeypatch, models):
 
 def test_tokenizer_and_policy_must_belong_together(weights, tiny):
     other = tokenizer.VQModel(tokenizer.TokenizerConfig(codes=48, base=32, multiplier=(1, 1), latent=32))
-    tokenizer.save(other, weights / "tokenizer.safetensors")
+    weights_io.save(other, weights / "tokenizer.safetensors")
     with pytest.raises(ValueError, match="do not belong together"):
         R.load_models("cpu", weights)
 

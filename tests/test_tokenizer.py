@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from realsr_r1 import perceptual, pretrain, tokenizer
+from realsr_r1 import perceptual, pretrain, tokenizer, weights
 
 
 def test_quantiser_by_hand():
@@ -85,37 +85,49 @@ def test_llamagen_layout_loads_key_by_key():
         tokenizer.load_llamagen(theirs, config)
 
 
-@pytest.mark.parametrize(
-    ("config", "factor"), [(tokenizer.LLAMAGEN_DS8, 8), (tokenizer.LLAMAGEN_DS16, 16), (tokenizer.NANO, 8), (tokenizer.READER, 2)]
-)
+@pytest.mark.parametrize(("config", "factor"), [(tokenizer.LLAMAGEN_DS8, 8), (tokenizer.LLAMAGEN_DS16, 16), (tokenizer.NANO, 8)])
 def test_pixels_a_code(config, factor):
     assert config.factor == factor
 
 
 def test_save_and_load(tiny, tmp_path):
-    for model in (tiny[1], tokenizer.GuidedDecoder(width=16, blocks=1)):
-        tokenizer.save(model, tmp_path / "m.safetensors")
-        back = tokenizer.load(tmp_path / "m.safetensors")
+    for model in (*tiny[:2], tokenizer.GuidedDecoder(width=16, blocks=1)):
+        weights.save(model, tmp_path / "m.safetensors")
+        back = weights.load(tmp_path / "m.safetensors")
         assert all(torch.allclose(a, b, atol=2e-3) for a, b in zip(model.state_dict().values(), back.state_dict().values(), strict=True))
 
 
 def test_bad_weights_get_one_sentence(tiny, tmp_path):
     path = tmp_path / "m.safetensors"
     with pytest.raises(FileNotFoundError, match="are missing"):
-        tokenizer.load(path)
-    tokenizer.save(tiny[1], path)
+        weights.load(path)
+    weights.save(tiny[1], path)
     whole = path.read_bytes()
     path.write_bytes(whole[:-50])
     with pytest.raises(ValueError, match="cut short or damaged"):
-        tokenizer.load(path)
-    path.write_bytes(whole.replace(b'codes\\": 32', b'codes\\": 16'))
+        weights.load(path)
+    path.write_bytes(whole.replace(b'summary_codes\\": 8', b'summary_codes\\": 9'))
     with pytest.raises(ValueError, match="do not fit"):
-        tokenizer.load(path)
+        weights.load(path)
     from safetensors.torch import save_file
 
     save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="were not written by"):
-        tokenizer.load(path)
+        weights.load(path)
+
+
+def test_reader_keeps_the_pixels_apart_from_the_summary(tiny):
+    reader = tiny[1]
+    x = torch.rand(2, 3, 32, 32)
+    codes = reader.encode(x)
+    assert codes.shape == (2, 17, 16)
+    assert codes[:, :16].max() < 24 <= codes[:, 16].min() and codes.max() < reader.vocabulary == 32
+    y, logits, loss = reader(x)
+    assert y.shape == x.shape and logits["noise"].shape == (2, 4) and loss.ndim == 0
+    # one photo's summary does not depend on its neighbour in the batch
+    assert torch.equal(reader.encode(x[1:])[0], codes[1])
+    with pytest.raises(ValueError, match="32 pixels wide"):
+        reader.encode(torch.rand(1, 3, 64, 64))
 
 
 def test_guided_decoder_starts_between_its_two_inputs():
@@ -190,4 +202,4 @@ def test_each_training_runs_and_writes_weights(what, pairs, tiny, tmp_path, monk
         pretrain.train_reader(pairs, out, steps=2, batch=4, device="cpu")
     else:
         pretrain.train_guided(pairs, tiny[0], out, steps=2, batch=2, use_codes=what == "guided", device="cpu")
-    assert tokenizer.load(out) is not None and out.with_suffix(".csv").exists()
+    assert weights.load(out) is not None and out.with_suffix(".csv").exists()
