@@ -66,7 +66,7 @@ def train(a: argparse.Namespace) -> None:
     if a.what == "tokenizer":
         pretrain.train_tokenizer(data, out, **options)
     elif a.what == "reader":
-        pretrain.train_reader(data, out, **options)
+        pretrain.train_reader(data, out, crops=scenes.cached_pairs(a.pairs * 6 // 10, "train", cache=a.data, crops=True), **options)
     elif a.what in ("guided", "regression"):
         pretrain.train_guided(data, weights.load(a.out / "tokenizer.safetensors"), out, use_codes=a.what == "guided", **options)
     else:

@@ -25,9 +25,9 @@ RESIZES = ("downsample", "keep", "upsample")
 LABELS = ("blur", "resize", "noise", "compression", "final_resize")
 KERNELS = ("iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso", "plateau_aniso")
 # Upper bounds of no / light / medium; above is heavy. Measured at LR scale, see `label`.
-BLUR_BOUNDS = (0.3, 0.6, 0.9)  # blur radius (standard deviation of the kernel), LR pixels
-NOISE_BOUNDS = (2.0, 8.0, 18.0)  # standard deviation, of 255
-JPEG_BOUNDS = (8.0, 45.0, 75.0)  # 100 - effective quality
+BLUR_BOUNDS = (0.35, 0.75, 1.2)  # blur radius (standard deviation of the kernel), LR pixels
+NOISE_BOUNDS = (2.0, 11.5, 27.0)  # standard deviation, of 255
+JPEG_BOUNDS = (8.0, 56.0, 80.0)  # 100 - effective quality
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,11 @@ class Stage:
     gray_prob: float = 0.4
     jpeg_prob: float = 1.0
     jpeg_quality: tuple[int, int] = (30, 95)
-    log_uniform: bool = False  # noise and quality uniform in the logarithm
+    # Instead of the ranges above, one of several ranges, each equally often; values as seen at LR scale (LR pixels, of
+    # 255, 100 - quality). None in a tuple leaves the operation out.
+    blur_levels: tuple[tuple[float, float] | None, ...] = ()
+    noise_levels: tuple[tuple[float, float] | None, ...] = ()
+    jpeg_levels: tuple[tuple[float, float] | None, ...] = ()
 
 
 SECOND = Stage(blur_prob=0.8, sigma=(0.2, 1.5), resize_prob=(0.3, 0.4, 0.3), resize_range=(0.3, 1.2), noise_sigma=(1.0, 25.0),
@@ -75,11 +79,12 @@ PRESETS = {
     # Two stages with the upper halves of the ranges.
     "severe": DegradationConfig(stages=(Stage(sigma=(1.5, 4.0), noise_sigma=(15, 40), poisson_scale=(1.0, 4.0), jpeg_quality=(20, 60), resize_range=(0.15, 0.8)),
                                         Stage(blur_prob=0.9, sigma=(0.8, 2.0), noise_sigma=(10, 30), poisson_scale=(1.0, 3.0), jpeg_quality=(15, 50), resize_prob=(0.2, 0.6, 0.2), resize_range=(0.3, 1.0)))),
-    # One stage in the order of the paper's five labels, with ranges that make the four levels about equally frequent:
-    # what the shipped nano weights are trained on. The photo is saved after its resize to LR in half of the draws.
-    "nano": DegradationConfig(base_on_lr=True, stages=(Stage(blur_prob=0.9, kernel_sizes=(21,), sinc_prob=0.05, sigma=(0.4, 5.0),
-                                       resize_prob=(0.3, 0.3, 0.4), resize_range=(0.55, 1.7), noise_prob=0.8, gaussian_prob=0.7, noise_sigma=(2.5, 45), poisson_scale=(0.6, 4.0),
-                                       gray_prob=0.3, jpeg_prob=0.75, jpeg_quality=(8, 85), log_uniform=True),)),
+    # One stage in the order of the paper's five labels, its levels equally frequent and clearly apart, so that an eye (or
+    # a network) can tell them: what the shipped nano weights are trained on. Half of the photos are saved at LR size.
+    "nano": DegradationConfig(base_on_lr=True, stages=(Stage(kernel_sizes=(33,), kernel_probs=(0.5, 0.5, 0, 0, 0, 0), sinc_prob=0.0, resize_prob=(0.25, 0.25, 0.5),
+                                       resize_range=(0.55, 1.5), gaussian_prob=1.0, gray_prob=0.3,
+                                       blur_levels=((0.05, 0.2), (0.5, 0.65), (0.9, 1.1), (1.5, 1.9)), noise_levels=(None, (5, 9), (14, 22), (32, 48)),
+                                       jpeg_levels=(None, (30, 50), (62, 75), (86, 93))),)),
 }  # fmt: skip
 
 
@@ -152,9 +157,8 @@ class _Dice:
     def __init__(self, generator: torch.Generator):
         self.generator = generator
 
-    def uniform(self, lo: float, hi: float, log: bool = False) -> float:
-        u = float(torch.rand((), generator=self.generator))
-        return math.exp(math.log(lo) + u * (math.log(hi) - math.log(lo))) if log else lo + u * (hi - lo)
+    def uniform(self, lo: float, hi: float) -> float:
+        return lo + float(torch.rand((), generator=self.generator)) * (hi - lo)
 
     def chance(self, p: float) -> bool:
         return self.uniform(0, 1) < p
@@ -167,13 +171,17 @@ class _Dice:
         return int(torch.randint(0, 2**31 - 1, (), generator=self.generator))
 
 
-def _draw_blur(d: _Dice, s: Stage) -> dict:
+def _draw_blur(d: _Dice, s: Stage, scale: float) -> dict | None:
     size = d.pick(s.kernel_sizes)
     if d.chance(s.sinc_prob):
         return _draw_sinc(d, size) | {"op": "blur", "kernel": "sinc"}
     kind = d.pick(KERNELS, s.kernel_probs)
-    sx = d.uniform(*s.sigma)
-    sy, theta = (d.uniform(*s.sigma), d.uniform(-math.pi, math.pi)) if kind.endswith("aniso") else (sx, 0.0)
+    level = d.pick(s.blur_levels) if s.blur_levels else None
+    if s.blur_levels and level is None:
+        return None
+    lo, hi = (level[0] * scale, level[1] * scale) if level else s.sigma
+    sx = d.uniform(lo, hi)
+    sy, theta = (d.uniform(lo, hi), d.uniform(-math.pi, math.pi)) if kind.endswith("aniso") else (sx, 0.0)
     beta = 1.0
     if kind.startswith(("generalized", "plateau")):
         lo, hi = s.beta_generalized if kind.startswith("generalized") else s.beta_plateau
@@ -185,11 +193,21 @@ def _draw_sinc(d: _Dice, size: int) -> dict:
     return {"op": "sinc", "size": size, "omega": d.uniform(math.pi / 3 if size < 13 else math.pi / 5, math.pi)}
 
 
-def _draw_noise(d: _Dice, s: Stage) -> dict:
+def _draw_noise(d: _Dice, s: Stage, scale: float) -> dict | None:
     gray, seed = d.chance(s.gray_prob), d.seed()
-    if d.chance(s.gaussian_prob):
-        return {"op": "noise", "kind": "gaussian", "sigma": d.uniform(*s.noise_sigma, log=s.log_uniform), "gray": gray, "seed": seed}
-    return {"op": "noise", "kind": "poisson", "scale": d.uniform(*s.poisson_scale, log=s.log_uniform), "gray": gray, "seed": seed}
+    if not d.chance(s.gaussian_prob):
+        return {"op": "noise", "kind": "poisson", "scale": d.uniform(*s.poisson_scale), "gray": gray, "seed": seed}
+    level = d.pick(s.noise_levels) if s.noise_levels else s.noise_sigma
+    if level is None:
+        return None
+    return {"op": "noise", "kind": "gaussian", "sigma": d.uniform(*level) * (scale if s.noise_levels else 1.0), "gray": gray, "seed": seed}
+
+
+def _draw_jpeg(d: _Dice, s: Stage, scale: float) -> dict | None:
+    if not s.jpeg_levels:
+        return {"op": "jpeg", "quality": round(d.uniform(*s.jpeg_quality))}
+    level = d.pick(s.jpeg_levels)
+    return level and {"op": "jpeg", "quality": max(3, round(100 - d.uniform(*level) * scale))}
 
 
 def _draw_resize(d: _Dice, s: Stage, base: tuple[int, int]) -> dict:
@@ -205,20 +223,22 @@ def draw(hr_size: tuple[int, int], config: DegradationConfig, generator: torch.G
     lr_size = (max(1, hr_size[0] // config.scale), max(1, hr_size[1] // config.scale))
     for i, s in enumerate(config.stages):
         if d.chance(s.blur_prob):
-            ops.append(_draw_blur(d, s))
+            ops.append(_draw_blur(d, s, hr_size[1] / lr_size[1]))
         ops.append(_draw_resize(d, s, lr_size if i > 0 or config.base_on_lr else hr_size))
+        later = max(1.0, ops[-1]["size"][1] / lr_size[1])  # what the coming downsampling takes away, see `label`
         if d.chance(s.noise_prob):
-            ops.append(_draw_noise(d, s))
+            ops.append(_draw_noise(d, s, later))
         if i + 1 < len(config.stages) or len(config.stages) == 1:
             if d.chance(s.jpeg_prob):
-                ops.append({"op": "jpeg", "quality": round(d.uniform(*s.jpeg_quality, log=s.log_uniform))})
+                ops.append(_draw_jpeg(d, s, later))
+    ops = [op for op in ops if op is not None]
     last = {"op": "resize", "size": list(lr_size), "mode": d.pick(("area", "bilinear", "bicubic")), "final": True}
     if len(config.stages) == 1:
         return [*ops, last]
     # Second order ends with [resize + sinc] and JPEG in either order (Real-ESRGAN, section 3.4).
     resized = [last] + ([_draw_sinc(d, d.pick(s.kernel_sizes))] if d.chance(config.final_sinc_prob) else [])
-    jpeg = [{"op": "jpeg", "quality": round(d.uniform(*s.jpeg_quality, log=s.log_uniform))}]
-    return ops + (resized + jpeg if d.chance(0.5) else jpeg + resized)
+    final_jpeg = [_draw_jpeg(d, s, 1.0)]
+    return ops + (resized + final_jpeg if d.chance(0.5) else final_jpeg + resized)
 
 
 # ---------------------------------------------------------------- applying

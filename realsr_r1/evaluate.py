@@ -129,7 +129,7 @@ def first_results(
     how = how or Sampling()
     started = time.time()
     data = scenes.cached_pairs(n, "test", cache=cache)
-    train = scenes.cached_pairs(cnn_pairs, "train", cache=cache)
+    train, crops = (scenes.cached_pairs(k, "train", cache=cache, crops=c) for k, c in ((cnn_pairs, False), (cnn_pairs // 2, True)))
     folder = weights.WEIGHTS
     direct = policy.load(folder / "policy-direct") if (folder / "policy-direct").exists() else None
     regression = weights.load(folder / "regression.safetensors") if (folder / "regression.safetensors").exists() else None
@@ -137,7 +137,7 @@ def first_results(
     valid = valid_share(models, data, min(n, 256), replace(how, greedy_text=False), seed)
     yardsticks = {}
     for name, reader in (("cnn", None), ("probe", models.reader)):
-        net = pretrain.train_labelnet(train, reader, cnn_steps, seed=seed)
+        net = pretrain.train_labelnet(train, reader, crops, steps=cnn_steps, seed=seed)
         yardsticks[name] = {k: v.tolist() for k, v in pretrain.label_accuracy(net, data).items()}
 
     lines = ["| method | PSNR (RGB, dB) ↑ | LPIPS-alex ↓ |", "|---|---|---|"]

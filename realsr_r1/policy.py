@@ -13,11 +13,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from realsr_r1.reader import LRReader
 from realsr_r1.tokenizer import VQModel
 from realsr_r1.vlcot import DIRECT, EOS, PAD, TAGS, LayoutGrammar, Vocabulary
 from realsr_r1.weights import WEIGHTS
+
+transformers_logging.disable_progress_bar()  # loading takes milliseconds
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ def entropy_k(logits: Tensor) -> Tensor:
     """PURE's image top-k from the entropy H of (b, v) logits, in nats clamped to 0–10: 1 + 1999·sigmoid(H − 5), (b,) int64."""
     logp = logits.log_softmax(-1)
     entropy = -(logp.exp() * logp.nan_to_num(neginf=0.0)).sum(-1)
-    return (1 + 1999 * torch.sigmoid(entropy.clamp(0, 10) - 5)).long()
+    return (1 + 1999 * torch.sigmoid(entropy.clamp(0, 10) - 5)).round().long()
 
 
 def keep_top_k(logits: Tensor, k: Tensor) -> Tensor:

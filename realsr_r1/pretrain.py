@@ -179,37 +179,51 @@ def reader_targets(data: scenes.Pairs) -> tuple[dict[str, int], Tensor]:
         "kind": sorted({e["kind"] for e in entries}),
         "background": sorted(scenes.PREPOSITIONS),
     }
-    rows = [
-        [names[k].index(la[k]) if k in la else names[k].index(getattr(s, k)) for k in names]
-        for la, s in zip(data.labels, data.scenes, strict=True)
-    ]
+    shown = [[names[k].index(getattr(s, k)) for k in list(names)[len(LABEL_CLASSES) :]] for s in data.scenes]
+    shown = shown or [[-100] * (len(names) - len(LABEL_CLASSES))] * len(data)  # crops of photographs: nothing is known
+    rows = [[names[k].index(la[k]) for k in LABEL_CLASSES] + s for la, s in zip(data.labels, shown, strict=True)]
     return {k: len(v) for k, v in names.items()}, torch.tensor(rows)
 
 
+class Mixed:
+    """Labelled batches for networks that name things: half scenes, half crops of photographs (if given), mirrored and
+    in slightly other colours at random, so that they are not learnt by heart."""
+
+    def __init__(self, data: scenes.Pairs, crops: scenes.Pairs | None, device: torch.device, seed: int):
+        self.parts = [(Batches(d, device, seed, photo_share=0), reader_targets(d)[1].to(device)) for d in (data, crops) if d is not None]
+
+    def __call__(self, step: int, n: int) -> tuple[Tensor, Tensor]:
+        """LR photos (n, 3, h, w) in [0, 1] and their targets (n, heads), -100 where nothing is known."""
+        found = [(batches.pairs(step, n // len(self.parts)), targets) for batches, targets in self.parts]
+        x = torch.cat([lr for (_, lr, _), _ in found])
+        tint = 1 + 0.3 * (torch.rand((len(x), 3, 1, 1), generator=self.parts[0][0].generator(step + 10**9)) - 0.5)
+        return (x * tint.to(x.device)).clamp(0, 1), torch.cat([t[i.to(t.device)] for (_, _, i), t in found])
+
+
 def train_reader(data: scenes.Pairs, out: Path = WEIGHTS / "reader.safetensors", steps: int = 1500, lr: float = 2e-3, batch: int = 64,
-                 seed: int = 0, device: str | None = None) -> LRReader:  # fmt: skip
+                 seed: int = 0, device: str | None = None, crops: scenes.Pairs | None = None) -> LRReader:  # fmt: skip
     """The LR photo's own reader: pixels and their high-pass residual reconstructed from the pixel codes, and heads that
     name the degradation and the content from the summary codes alone."""
     dev = device_of(device)
-    classes, targets = reader_targets(data)
     torch.manual_seed(seed)
-    model = LRReader(ReaderConfig(heads=classes)).to(dev)
-    batches = Batches(data, dev, seed, photo_share=0)
+    model = LRReader(ReaderConfig(heads=reader_targets(data)[0])).to(dev)
+    batches = Mixed(data, crops, dev, seed)
 
     def highpass(z: Tensor) -> Tensor:
         return z - F.avg_pool2d(F.pad(z, (1, 1, 1, 1), mode="replicate"), 3, 1)
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
-        _, x, i = batches.pairs(step, batch)
+        x, t = batches(step, batch)
         if step % 20 == 19 and step < 0.8 * steps:
             for book, z in zip((model.quantize, model.quantize_summary), model.latents(x), strict=True):
-                book.revive(z.detach(), generator=batches.generator(step))
+                book.revive(z.detach(), generator=torch.Generator().manual_seed(step))
         y, logits, codebook = model(x)
         pixels, detail = (x - y).abs().mean(), (highpass(x) - highpass(y)).abs().mean()
-        loss, parts, t = 5 * pixels + 5 * detail + 0.25 * codebook, {"l1": float(pixels.detach())}, targets[i].to(dev)
+        loss, parts = 5 * pixels + 5 * detail + 0.25 * codebook, {"l1": float(pixels.detach())}
         for k, (name, out_k) in enumerate(logits.items()):
             loss = loss + 0.5 * F.cross_entropy(out_k, t[:, k], label_smoothing=0.05)
-            parts[name] = float((out_k.argmax(1) == t[:, k]).float().mean())
+            known = t[:, k] != -100
+            parts[name] = float((out_k.argmax(1) == t[:, k])[known].float().mean())
         return loss, parts
 
     return fit(model, loss_of, steps, Path(out), lr, seed)
@@ -312,6 +326,7 @@ class LabelNet(nn.Module):
 def train_labelnet(
     data: scenes.Pairs,
     reader: LRReader | None = None,
+    crops: scenes.Pairs | None = None,
     steps: int = 1500,
     batch: int = 64,
     lr: float = 2e-3,
@@ -320,15 +335,13 @@ def train_labelnet(
 ) -> LabelNet:
     """Train a LabelNet on LR pixels, or, given a reader, on its codes (same net, same budget)."""
     dev = device_of(device)
-    classes, targets = reader_targets(data)
     torch.manual_seed(seed)
-    net = LabelNet(classes, reader).to(dev).train()
-    batches = Batches(data, dev, seed, photo_share=0)
+    net = LabelNet(reader_targets(data)[0], reader).to(dev).train()
+    batches = Mixed(data, crops, dev, seed)
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps)
     for step in tqdm(range(steps), desc="probe on codes" if reader else "CNN on pixels", mininterval=10):
-        _, x, i = batches.pairs(step, batch)
-        t = targets[i].to(dev)
+        x, t = batches(step, batch)
         loss = sum(F.cross_entropy(logits, t[:, k], label_smoothing=0.05) for k, logits in enumerate(net(x).values()))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

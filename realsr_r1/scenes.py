@@ -306,17 +306,25 @@ class Pairs:
         return len(self.hr)
 
 
-def pairs(seeds: range | list[int], split: str = "train", preset: str = "nano", size: int = 128, photo_share: float = 0.1) -> Pairs:
-    """Scenes of these seeds, each degraded by a draw of its own seed: the same seed always gives the same pair."""
+def pairs(
+    seeds: range | list[int], split: str = "train", preset: str = "nano", size: int = 128, photo_share: float = 0.1, crops: bool = False
+) -> Pairs:
+    """Scenes of these seeds, each degraded by a draw of its own seed: the same seed always gives the same pair.
+
+    With `crops` the pictures are random squares of all the split's photographs, which have labels but no scene (`scenes`
+    is empty): degradation can be learnt from any picture, and more pictures teach it better.
+    """
     hr, lr, labels, scenes = [], [], [], []
     for seed in tqdm(seeds, desc=f"{split} pairs", disable=len(seeds) < 1000, mininterval=5):
-        s = scene(seed, split, size, photo_share)
-        d = degradation.degrade(s.image[None], preset, torch.Generator().manual_seed(seed))
-        hr.append((s.image * 255).round().byte())
+        s = None if crops else scene(seed, split, size, photo_share)
+        x = crop(seed, split, size) if crops else s.image
+        d = degradation.degrade(x[None], preset, torch.Generator().manual_seed(seed))
+        hr.append((x * 255).round().byte())
         lr.append((d.lr[0] * 255).round().byte())
         labels.append(d.labels[0])
-        s.image = None
-        scenes.append(s)
+        if s:
+            s.image = None
+            scenes.append(s)
     return Pairs(torch.stack(hr), torch.stack(lr), labels, scenes)
 
 
@@ -324,25 +332,24 @@ def pairs(seeds: range | list[int], split: str = "train", preset: str = "nano", 
 FIRST_SEED = {"train": 0, "val": 1_000_000, "test": 2_000_000}
 
 
-def cached_pairs(n: int, split: str = "train", preset: str = "nano", cache: str | Path | None = None) -> Pairs:
+def cached_pairs(n: int, split: str = "train", preset: str = "nano", cache: str | Path | None = None, crops: bool = False) -> Pairs:
     """The first `n` pairs of a split, kept in the folder `cache` (if given) and read from there the next time.
 
     A cache that holds at least `n` pairs of this split and preset is used; a damaged one is made again.
     """
-    path = Path(cache) / f"{split}_{preset}.pt" if cache else None
+    path = Path(cache) / f"{split}_{preset}{'_crops' * crops}.pt" if cache else None
     if path and path.exists():
         try:
-            saved = torch.load(path, weights_only=True, mmap=True)
+            saved = torch.load(path, weights_only=True)
             if len(saved["hr"]) >= n:
                 known = [json.loads(line) for line in saved["known"][:n]]
-                return Pairs(saved["hr"][:n], saved["lr"][:n], [k[0] for k in known], [Scene(None, **k[1]) for k in known])
+                return Pairs(saved["hr"][:n], saved["lr"][:n], [k[0] for k in known], [Scene(None, **k[1]) for k in known if k[1]])
         except (RuntimeError, OSError, KeyError, ValueError, pickle.UnpicklingError):
             path.unlink()
-    made = pairs(range(FIRST_SEED[split], FIRST_SEED[split] + n), split, preset)
+    made = pairs(range(FIRST_SEED[split], FIRST_SEED[split] + n), split, preset, crops=crops)
     if path:
-        known = [
-            json.dumps([la, {k: v for k, v in asdict(s).items() if k != "image"}]) for la, s in zip(made.labels, made.scenes, strict=True)
-        ]
+        whole = [{k: v for k, v in asdict(s).items() if k != "image"} for s in made.scenes] or [None] * len(made)
+        known = [json.dumps(pair) for pair in zip(made.labels, whole, strict=True)]
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save({"hr": made.hr, "lr": made.lr, "known": known}, path.with_suffix(".part"))
         path.with_suffix(".part").replace(path)

@@ -194,7 +194,7 @@ def train_sft(train: Dataset, val: Dataset | None, out: Path, tokenizer: VQModel
     folder = out.parent / f"{out.name}-checkpoints"
     args = SFTConfig(
         output_dir=str(folder), per_device_train_batch_size=batch, per_device_eval_batch_size=batch, num_train_epochs=epochs, max_steps=max_steps,
-        learning_rate=lr, lr_scheduler_type="cosine", warmup_steps=50, max_grad_norm=1.0, seed=seed,
+        learning_rate=lr, lr_scheduler_type="cosine", warmup_steps=min(50, max_steps // 10) if max_steps > 0 else 50, max_grad_norm=1.0, seed=seed,
         bf16=dev.type == "cuda", gradient_checkpointing=False, use_cpu=dev.type == "cpu", max_length=None, packing=False,
         dataset_kwargs={"skip_prepare_dataset": True}, logging_steps=20, save_steps=200, save_total_limit=1, report_to=[],
         eval_strategy="steps" if val is not None else "no", eval_steps=200, dataloader_num_workers=0, label_names=["labels"], average_tokens_across_devices=False,

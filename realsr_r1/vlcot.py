@@ -81,12 +81,12 @@ def render(chain: Chain) -> str:
 
 
 def parse(text: str) -> Chain:
-    """Completion text → Chain. Never raises: a part that is missing, repeated or malformed is None."""
+    """Completion text → Chain. Never raises: a part that is missing, repeated, empty or malformed is None."""
     chain = Chain()
     for tag in TAGS:
         found = re.findall(rf"<{tag}>((?:(?!</?(?:{'|'.join(TAGS)})>).)*)</{tag}>", text, re.DOTALL)
         if len(found) == 1:
-            setattr(chain, tag, parse_image(found[0]) if tag in IMAGE_TAGS else " ".join(found[0].split()).replace(" ,", ","))
+            setattr(chain, tag, parse_image(found[0]) if tag in IMAGE_TAGS else " ".join(found[0].split()).replace(" ,", ",") or None)
     return chain
 
 

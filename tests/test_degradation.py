@@ -75,7 +75,7 @@ def test_lr_is_eight_bit():
 
 def chain(sigma=0.1, noise=0.0, quality=None, mid=(16, 16)):
     ops = [
-        {"op": "blur", "kernel": "iso", "size": 21, "sigma_x": sigma, "sigma_y": sigma, "theta": 0.0, "beta": 1.0},
+        {"op": "blur", "kernel": "iso", "size": 41, "sigma_x": sigma, "sigma_y": sigma, "theta": 0.0, "beta": 1.0},
         {"op": "resize", "size": list(mid), "mode": "area"},
     ]
     ops.append({"op": "noise", "kind": "gaussian", "sigma": noise, "gray": False, "seed": 1, "std": noise})
@@ -89,13 +89,13 @@ def chain(sigma=0.1, noise=0.0, quality=None, mid=(16, 16)):
     [
         ({"sigma": 0.4}, "blur", "no"),
         ({"sigma": 2.0}, "blur", "light"),  # 2 px at 64 px is 0.5 px at 16 px
-        ({"sigma": 3.0}, "blur", "medium"),
-        ({"sigma": 4.6}, "blur", "heavy"),
+        ({"sigma": 3.6}, "blur", "medium"),
+        ({"sigma": 6.0}, "blur", "heavy"),
         ({"noise": 1.0}, "noise", "no"),
         ({"noise": 5.0}, "noise", "light"),
-        ({"noise": 12.0}, "noise", "medium"),
-        ({"noise": 30.0}, "noise", "heavy"),
-        ({"noise": 30.0, "mid": (64, 64)}, "noise", "light"),  # averaged away by the later ×1/4: 7.5
+        ({"noise": 18.0}, "noise", "medium"),
+        ({"noise": 40.0}, "noise", "heavy"),
+        ({"noise": 40.0, "mid": (64, 64)}, "noise", "light"),  # averaged away by the later ×1/4: 10
         ({}, "compression", "no"),
         ({"quality": 80}, "compression", "light"),
         ({"quality": 40}, "compression", "medium"),

@@ -79,7 +79,9 @@ def test_llamagen_layout_loads_key_by_key():
         assert known in theirs
     loaded = tokenizer.load_llamagen({"model": theirs}, config)
     x = torch.rand(1, 3, 32, 32)
-    assert torch.equal(loaded.encode(x), ours.encode(x)) and torch.allclose(loaded.decode(ours.encode(x)), ours.decode(ours.encode(x)))
+    assert torch.equal(loaded.encode(x), ours.encode(x)) and torch.allclose(
+        loaded.decode(ours.encode(x)), ours.decode(ours.encode(x)), atol=1e-5
+    )
     theirs.pop("encoder.mid.1.q.weight")
     with pytest.raises(ValueError, match=r"missing \['encoder.mid.attn_1.q.weight'\]"):
         tokenizer.load_llamagen(theirs, config)
