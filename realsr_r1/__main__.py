@@ -41,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
 
     e = sub.add_parser("evaluate", help="the first results table, on held-out scenes")
     e.add_argument("-n", type=int, default=512, help="test scenes")
+    e.add_argument("--cnn-steps", type=int, default=1200, help="training steps of the yardstick networks")
     e.add_argument("-o", "--out", type=Path, default=Path("figures"))
     e.add_argument("--data", type=Path, default=Path("runs/data"))
     e.add_argument("--seed", type=int, default=0)
@@ -49,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 # Steps of the shipped weights' recipe.
-RECIPE = {"tokenizer": 5500, "reader": 1500, "guided": 2000, "regression": 2000, "sft": 2000, "direct": 2000}
+RECIPE = {"tokenizer": 5500, "reader": 1400, "guided": 750, "regression": 750, "sft": 600, "direct": 600}
 
 
 def train(a: argparse.Namespace) -> None:
@@ -95,7 +96,7 @@ def run(a: argparse.Namespace) -> None:
         if a.command == "demo":
             evaluate.demo(a.out, load_models(a.device))
         else:
-            evaluate.first_results(load_models(a.device), a.out, a.n, cache=a.data, seed=a.seed)
+            evaluate.first_results(load_models(a.device), a.out, a.n, cnn_steps=a.cnn_steps, cache=a.data, seed=a.seed)
 
 
 def main(argv: list[str] | None = None) -> int:

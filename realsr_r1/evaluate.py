@@ -106,7 +106,7 @@ def valid_share(models: Models, data: scenes.Pairs, n: int, how: Sampling, seed:
 
 
 def cell(values, digits: int = 3, percent: bool = False) -> str:
-    """ "mean [low, high]" for a table."""
+    """Mean and interval for a table, as in 0.123 [0.100, 0.150]."""
     m, lo, hi = bootstrap(values)
     return f"{m:.1%} [{lo:.1%}, {hi:.1%}]" if percent else f"{m:.{digits}f} [{lo:.{digits}f}, {hi:.{digits}f}]"
 
@@ -116,7 +116,7 @@ def first_results(
     out: Path,
     n: int = 512,
     cnn_pairs: int = 12_000,
-    cnn_steps: int = 2000,
+    cnn_steps: int = 1200,
     cache: Path | None = None,
     seed: int = 0,
     how: Sampling | None = None,
