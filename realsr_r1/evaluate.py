@@ -121,7 +121,7 @@ def first_results(
     seed: int = 0,
     how: Sampling | None = None,
 ) -> dict:
-    """Measure everything of the first table on `n` test scenes and write results.json, results.md and contact_sheet.png.
+    """Measure everything of the first table on `n` test scenes and write results.json, results.md and contact_sheet.webp.
 
     The CNN on LR pixels and the probe on the reader's codes are trained here, on training scenes, as yardsticks.
     """
@@ -178,7 +178,7 @@ def first_results(
         "chain, guided decoder",
     ]
     rows = [[data.lr[i].float() / 255, *(keep[c][i] for c in columns), data.hr[i].float() / 255] for i in range(min(24, n))]
-    viz.grid(rows, ["LR", *columns, "HR"], side=128).save(out / "contact_sheet.png")
+    viz.grid(rows, ["LR", *columns, "HR"], side=128).save(out / "contact_sheet.webp", quality=85, method=6)
     print("\n".join([*lines, "", note]))
     return record
 

@@ -38,7 +38,7 @@ def test_first_results_end_to_end_in_small(tiny, tmp_path, monkeypatch):
     table = (tmp_path / "results.md").read_text()
     assert "| bicubic |" in table and "| category |" in table and "95% bootstrap" in table
     assert len(record["pictures"]["bicubic"]["LPIPS"]) == 6 and record["valid"] == [0.0] * 6
-    assert (tmp_path / "contact_sheet.png").exists() and (tmp_path / "results.json").exists()
+    assert (tmp_path / "contact_sheet.webp").exists() and (tmp_path / "results.json").exists()
 
 
 def test_labelnet_learns_what_pixels_show():
