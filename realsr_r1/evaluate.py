@@ -183,7 +183,7 @@ def first_results(
     return record
 
 
-def demo(out: Path, models: Models, crop: tuple[int, int] = (128, 96), seed: int = 0) -> Image.Image:
+def demo(out: Path, models: Models, crop: tuple[int, int] = (80, 56), seed: int = 0) -> Image.Image:
     """Restore the centre of each shipped real low-quality photo, print its chain of thought, and draw the picture."""
     rows = []
     for path in sorted((scenes.ASSETS / "real_lr").glob("*.webp")):
