@@ -67,7 +67,7 @@ def test_no_module_imports_a_later_one():
     assert {p.stem for p in (ROOT / "realsr_r1").glob("*.py")} == {*order, "__init__"}
     for i, name in enumerate(order):
         text = (ROOT / "realsr_r1" / f"{name}.py").read_text()
-        used = set(re.findall(r"from realsr_r1\.(\w+) import", text))
-        for group in re.findall(r"from realsr_r1 import ([\w, ]+)", text):
+        used = set(re.findall(r"^\s*from realsr_r1\.(\w+) import", text, re.M))
+        for group in re.findall(r"^\s*from realsr_r1 import ([\w, ]+)", text, re.M):
             used |= {w.strip().split(" as ")[0] for w in group.split(",")}
         assert used <= set(order[:i]), f"{name} imports {used - set(order[:i])}"
