@@ -1,4 +1,4 @@
-"""Muon for matrices, AdamW for the rest: about half the steps of AdamW for a small policy trained from scratch.
+"""Muon for matrices, AdamW for the rest: meant to need fewer steps than AdamW alone (not compared here).
 
 Muon (Jordan et al. 2024) replaces a matrix's momentum by the nearest orthogonal matrix, found by a few Newton–Schulz
 iterations, so that every direction learns at the same pace. torch.optim.Muon exists, but iterates in bfloat16, which

@@ -22,7 +22,7 @@ from realsr_r1.weights import WEIGHTS, load
 
 TILE, STRIDE, SCALE = 32, 24, 4  # LR pixels, LR pixels, factor
 MAX_PIXELS = 1024 * 1024  # of the LR photo: the result has 16 times as many
-SECONDS_A_TILE = 0.35  # two CPU cores, batches of 16 (`make bench`); only used to estimate
+SECONDS_A_TILE = 1.0  # rough: `make demo` takes about 13 s a batch on two CPU cores; only used to estimate
 
 
 @dataclass

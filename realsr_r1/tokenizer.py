@@ -3,7 +3,7 @@
 The autoencoder is a small class around transformers' Janus blocks, which are LlamaGen's (Sun et al. 2024, arXiv 2406.06525).
 transformers' own `JanusVQVAE` cannot be trained as shipped, hence our quantiser: l2-normalised codes with the
 straight-through gradient (Yu et al. 2022, ViT-VQGAN) and revival of dead codes. Simplification: space-to-depth
-("fold") before the first convolution, which makes training 25 times cheaper than blocks at full resolution.
+("fold") before the first convolution, which makes training far cheaper than blocks at full resolution.
 """
 
 from dataclasses import dataclass
