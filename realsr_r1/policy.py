@@ -136,31 +136,41 @@ def keep_top_k(logits: Tensor, k: Tensor) -> Tensor:
 
 @dataclass
 class Sampled:
-    """Completions (b, n) padded with the pad word, and of each word its log-probability under the bare softmax (b, n)."""
+    """Completions (b, n) padded with the pad word, and of each word its log-probability (b, n): under the softmax over
+    the words that the grammar allows, from which it was drawn, and under the bare softmax, which a trainer sees."""
 
     ids: Tensor
     logprobs: Tensor
+    bare: Tensor
 
 
 @torch.no_grad()
 def sample(model: Qwen3ForCausalLM, prompts: Tensor, how: Sampling = Sampling(), generator: torch.Generator | None = None,
-           grammar: LayoutGrammar | None = None, use_grammar: bool = True, prefix: Tensor | None = None, max_new: int | None = None) -> Sampled:  # fmt: skip
-    """Complete prompts (b, p) of equal length. Same generator state, same completions.
+           grammar: LayoutGrammar | None = None, use_grammar: bool = True, prefix: Tensor | None = None, max_new: int | None = None,
+           copies: int = 1, rows: tuple[int, int] | None = None) -> Sampled:  # fmt: skip
+    """Complete prompts (b, p) of equal length, each `copies` times (b·copies completions, those of a prompt adjacent):
+    a group reads its shared prompt once. Same generator state, same completions.
 
-    `prefix` (b, n) fixes the first words (an oracle's text, say). `use_grammar=False` lets any word come anywhere, which
-    measures whether the form has been learnt. Log-probabilities are of the grammar-masked softmax at temperature 1.
+    `prefix` (b·copies, n) fixes the first words (an oracle's text, say). `use_grammar=False` lets any word come anywhere,
+    which measures whether the form has been learnt. `rows` = (first, total) says that these completions are rows
+    first… of a larger batch of `total`, drawn by several processes with equal generators: each gets the same
+    completions as one process would. Log-probabilities are at temperature 1.
     """
     if how.temperature <= 0:
         raise ValueError(f"temperature must be above 0, got {how.temperature}: use image_greedy for greedy images")
     device, v = model.device, model.vocabulary
     direct = bool((prompts[:, -1] == v.ids[DIRECT]).all())
     grammar = grammar or grammar_of(model, direct)
-    b = len(prompts)
+    b = len(prompts) * copies
+    first, total = rows or (0, b)
     prompts = prompts.to(device)
     cache, state = DynamicCache(config=model.config), grammar.start(b)
     unconditional = None  # the guidance cache: it starts anew at each image
     hidden = model.model(prompts, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
-    words, logprobs = [], []
+    if copies > 1:
+        cache.batch_repeat_interleave(copies)
+        hidden = hidden.repeat_interleave(copies, 0)
+    words, logprobs, bare = [], [], []
     done = torch.zeros(b, dtype=torch.bool, device=device)
     last = hidden_free = None
     start, end = v.ids["<image>"], v.ids["</image>"]
@@ -185,13 +195,16 @@ def sample(model: Qwen3ForCausalLM, prompts: Tensor, how: Sampling = Sampling(),
                 chosen = torch.where(image[:, None], keep_top_k(chosen, entropy_k(chosen)), chosen)
             elif how.top_k:
                 chosen = torch.where(image[:, None], keep_top_k(chosen, torch.full((b,), how.top_k, device=device)), chosen)
-            noise = torch.rand(chosen.shape, generator=generator, device=generator.device if generator is not None else device).to(device)
+            shape = (total, chosen.shape[1])
+            noise = torch.rand(shape, generator=generator, device=generator.device if generator is not None else device)
+            noise = noise[first : first + b].to(device)
             gumbel = -torch.log(-torch.log(noise.clamp(1e-20, 1 - 1e-7)))
             greedy = image & how.image_greedy | ~image & how.greedy_text
             word = torch.where(greedy, chosen.argmax(-1), (chosen + gumbel).argmax(-1))
         word = torch.where(done, v.ids[PAD], word)
         words.append(word)
-        logprobs.append(scores.log_softmax(-1).gather(-1, word[:, None])[:, 0].masked_fill(done, 0.0))
+        for kept, x in ((logprobs, scores), (bare, logits)):
+            kept.append(x.log_softmax(-1).gather(-1, word[:, None])[:, 0].masked_fill(done, 0.0))
         done = done | (word == v.ids[EOS])
         state = grammar.step(state, word)
         if bool(done.all()):
@@ -206,7 +219,7 @@ def sample(model: Qwen3ForCausalLM, prompts: Tensor, how: Sampling = Sampling(),
                 hidden_free = out.last_hidden_state[:, -1]
                 if bool((word == end).any()):
                     unconditional = hidden_free = last
-    return Sampled(torch.stack(words, 1), torch.stack(logprobs, 1))
+    return Sampled(torch.stack(words, 1), torch.stack(logprobs, 1), torch.stack(bare, 1))
 
 
 def logprobs_of(model: Qwen3ForCausalLM, prompts: Tensor, completions: Tensor, grammar: LayoutGrammar | None = None) -> Tensor:

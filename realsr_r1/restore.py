@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from realsr_r1 import policy, scenes, tokenizer, vlcot
+from realsr_r1 import photos, policy, tokenizer, vlcot
 from realsr_r1.policy import Sampling
 from realsr_r1.pretrain import device_of
 from realsr_r1.reader import LRReader
@@ -114,7 +114,7 @@ def restore(photo: Image.Image | str | Path, models: Models | None = None, how: 
     If memory runs out the batch is halved; on Ctrl-C the tiles done so far are kept and the rest is bicubic. Raises
     ValueError with one sentence for unreadable or too large photos.
     """
-    image = scenes.open_photo(photo) if isinstance(photo, (str, Path)) else scenes.to_rgb(photo)
+    image = photos.open_photo(photo) if isinstance(photo, (str, Path)) else photos.to_rgb(photo)
     w, h = image.size
     padded_w, padded_h = max(w, TILE), max(h, TILE)
     origins = [(x, y) for y in tile_origins(padded_h) for x in tile_origins(padded_w)]
@@ -125,7 +125,7 @@ def restore(photo: Image.Image | str | Path, models: Models | None = None, how: 
         )
     models = models or load_models(device)
     how = how or Sampling()
-    lr = F.pad(scenes.to_tensor(image)[None], (0, padded_w - w, 0, padded_h - h), mode="replicate")
+    lr = F.pad(photos.to_tensor(image)[None], (0, padded_w - w, 0, padded_h - h), mode="replicate")
     total = F.interpolate(lr, scale_factor=SCALE, mode="bicubic", align_corners=False).clamp(0, 1)[0] * 1e-6
     weight = torch.full(total.shape[1:], 1e-6)
     window, done, tiles = _window(), 0, []
@@ -156,7 +156,7 @@ def restore(photo: Image.Image | str | Path, models: Models | None = None, how: 
                 bar.update(len(places))
         except KeyboardInterrupt:
             bar.write(f"stopped after {done} of {len(origins)} tiles: the rest of the picture is bicubic")
-    out = scenes.to_image((total / weight)[:, : h * SCALE, : w * SCALE])
+    out = photos.to_image((total / weight)[:, : h * SCALE, : w * SCALE])
     settings = {
         "seed": seed,
         "decoder": decoder,

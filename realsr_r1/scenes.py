@@ -1,4 +1,4 @@
-"""Photo collages and photo folders: an image, three captions of growing detail, and tags.
+"""Photo collages and labelled photos: an image, three captions of growing detail, and tags.
 
 A collage puts a real cut-out photograph on a real background photograph, so the object, its colour, size and
 position and the background are known exactly; captions and rewards have exact ground truth, without a captioner.
@@ -13,7 +13,6 @@ Splits are by cut-out and by background photograph: what is validated or tested 
 """
 
 import json
-import math
 import pickle
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -26,6 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from realsr_r1 import degradation
+from realsr_r1.photos import Dice, square
 
 ASSETS = Path(__file__).parent / "assets"
 COLORS = ("black", "gray", "white", "red", "orange", "brown", "yellow", "green", "blue", "purple", "pink")
@@ -150,29 +150,6 @@ def _load(kind: str, name: str) -> Image.Image:
     return image.convert("RGBA" if kind == "cutouts" else "RGB")
 
 
-class _Dice:
-    """Scalars for scenes from one numpy generator."""
-
-    def __init__(self, seed: int):
-        self.rng = np.random.default_rng(seed)
-
-    def pick(self, items, p=None):
-        return items[int(self.rng.choice(len(items), p=p))]
-
-    def uniform(self, lo, hi):
-        return float(self.rng.uniform(lo, hi))
-
-
-def _square(image: Image.Image, box: tuple[float, float, float, float], size: int, d: _Dice, zoom: tuple[float, float]) -> Image.Image:
-    """A random square crop of the region `box` (fractions), scaled to size, mirrored half of the time."""
-    w, h = image.size
-    left, top, right, bottom = box[0] * w, box[1] * h, box[2] * w, box[3] * h
-    side = min(right - left, bottom - top) * d.uniform(*zoom)
-    x, y = d.uniform(left, right - side), d.uniform(top, bottom - side)
-    out = image.resize((size, size), Image.Resampling.LANCZOS, box=(x, y, x + side, y + side))
-    return ImageOps.mirror(out) if d.uniform(0, 1) < 0.5 else out
-
-
 @lru_cache(maxsize=8)
 def _pools(split: str) -> tuple[dict, dict, list]:
     """For one split: category → cut-out names, background class → (photo, region), labelled photos."""
@@ -192,7 +169,7 @@ def _pools(split: str) -> tuple[dict, dict, list]:
 
 def collage(seed: int, split: str = "train", size: int = 128) -> Scene:
     """The collage of this seed: same seed, split and size, same picture (numpy's generator; no global state)."""
-    d = _Dice(seed)
+    d = Dice(seed)
     cutouts, backgrounds, _ = _pools(split)
     categories = sorted(cutouts)
     p = np.sqrt([len(cutouts[c]) for c in categories])
@@ -202,7 +179,7 @@ def collage(seed: int, split: str = "train", size: int = 128) -> Scene:
     places = [b for b in KIND_PLACES.get(kind, PLACES[category]) if b in backgrounds and (b != "sky" or kind in FLYING)]
     place = d.pick(places)
     photo, region = d.pick(backgrounds[place])
-    canvas = _square(_load("photos", photo), region["box"], size, d, (0.75, 1.0) if place in GROUND else (0.5, 1.0))
+    canvas = square(_load("photos", photo), region["box"], size, d, (0.75, 1.0) if place in GROUND else (0.5, 1.0))
     canvas = np.asarray(canvas, dtype=np.float32)
     canvas = np.clip(canvas * d.uniform(0.85, 1.12), 0, 255)
 
@@ -261,11 +238,11 @@ def _shadow(layer: Image.Image, ground: bool, bottom: int, size: int) -> np.ndar
 
 def photo_scene(seed: int, split: str = "train", size: int = 128) -> Scene:
     """A whole labelled photograph, randomly cropped; colours from the pixels of its centre and its border."""
-    d = _Dice(seed)
+    d = Dice(seed)
     photos = _pools(split)[2]
     name = d.pick(photos)
     e = metadata()["photos"][name]
-    pixels = np.asarray(_square(_load("photos", name), (0, 0, 1, 1), size, d, (0.85, 1.0)))
+    pixels = np.asarray(square(_load("photos", name), (0, 0, 1, 1), size, d, (0.85, 1.0)))
     centre = np.zeros((size, size), bool)
     centre[size // 4 : -size // 4, size // 4 : -size // 4] = True
     return Scene(
@@ -276,14 +253,14 @@ def photo_scene(seed: int, split: str = "train", size: int = 128) -> Scene:
 
 def scene(seed: int, split: str = "train", size: int = 128, photo_share: float = 0.1) -> Scene:
     """A collage or, for `photo_share` of the seeds, a whole labelled photograph."""
-    return (photo_scene if _Dice(seed ^ 0x5EED).uniform(0, 1) < photo_share else collage)(seed, split, size)
+    return (photo_scene if Dice(seed ^ 0x5EED).uniform(0, 1) < photo_share else collage)(seed, split, size)
 
 
 def crop(seed: int, split: str = "train", size: int = 128) -> Tensor:
     """A random square of any shipped photograph of the split, (3, size, size) in [0, 1]; no caption needed."""
-    d = _Dice(seed)
+    d = Dice(seed)
     names = sorted(n for n, e in metadata()["photos"].items() if e["split"] == split)
-    image = _square(_load("photos", d.pick(names)), (0, 0, 1, 1), size, d, (0.45, 1.0))
+    image = square(_load("photos", d.pick(names)), (0, 0, 1, 1), size, d, (0.45, 1.0))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
@@ -354,81 +331,3 @@ def cached_pairs(n: int, split: str = "train", preset: str = "nano", cache: str 
         torch.save({"hr": made.hr, "lr": made.lr, "known": known}, path.with_suffix(".part"))
         path.with_suffix(".part").replace(path)
     return made
-
-
-def open_photo(path: str | Path) -> Image.Image:
-    """Any photo that Pillow opens, upright and as RGB: EXIF rotation applied, transparency on white, first frame of an
-    animation, 16-bit grey scaled to 8 bits. Raises ValueError with one sentence if the file is missing or broken."""
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f"{path} does not exist: check the path")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: give the path of one photo")
-    try:
-        image = Image.open(path)
-        image.load()
-    except Image.DecompressionBombError as e:
-        raise ValueError(f"{path} has too many pixels to open safely: scale it down first") from e
-    except (OSError, SyntaxError, ValueError) as e:
-        broken = (
-            "is damaged or cut short"
-            if "truncated" in str(e).lower() or "broken" in str(e).lower()
-            else "is not an image that Pillow can read"
-        )
-        raise ValueError(f"{path} {broken}: try to open and save it again as PNG or JPEG") from e
-    return to_rgb(image)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An upright 8-bit RGB copy of any PIL image; see `open_photo`."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        array = np.asarray(image, dtype=np.float32)
-        top = 65535.0 if array.max() > 255 else 255.0
-        image = Image.fromarray(np.clip(array * (255 / top), 0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return image.convert("RGB")
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """PIL RGB → (3, h, w) in [0, 1]."""
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
-
-
-def to_image(x: Tensor) -> Image.Image:
-    """(3, h, w) in [0, 1] → PIL RGB."""
-    return Image.fromarray((x.detach().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
-
-
-class PhotoFolder:
-    """A user's own photos: a folder (searched in depth), optionally with `captions.jsonl` beside them.
-
-    Each line of captions.jsonl is {"file": ..., "captions": [rough, middle, final], "tags": [...]}; photos without a
-    line have `None` for both. `self[i]` gives (crop (3, size, size) in [0, 1], captions, tags): the crop is the
-    largest square at a place chosen by `seed + i`. Raises ValueError if the folder holds no photo.
-    """
-
-    SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
-
-    def __init__(self, folder: str | Path, size: int = 128, seed: int = 0):
-        self.folder, self.size, self.seed = Path(folder), size, seed
-        self.files = sorted(p for p in self.folder.rglob("*") if p.suffix.lower() in self.SUFFIXES) if self.folder.is_dir() else []
-        if not self.files:
-            raise ValueError(f"{folder} holds no photos ({', '.join(sorted(self.SUFFIXES))}): check the path")
-        notes = self.folder / "captions.jsonl"
-        lines = [json.loads(line) for line in notes.read_text().splitlines() if line.strip()] if notes.exists() else []
-        self.notes = {line["file"]: line for line in lines}
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, list[str] | None, list[str] | None]:
-        image = open_photo(self.files[i])
-        scale = max(1.0, self.size / min(image.size))
-        if scale > 1:
-            image = image.resize((math.ceil(image.width * scale), math.ceil(image.height * scale)), Image.Resampling.BICUBIC)
-        square = _square(image, (0, 0, 1, 1), self.size, _Dice(self.seed + i), (1.0, 1.0))
-        note = self.notes.get(str(self.files[i].relative_to(self.folder)), {})
-        return to_tensor(square), note.get("captions"), note.get("tags")

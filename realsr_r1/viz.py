@@ -3,7 +3,7 @@
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from realsr_r1.scenes import to_image
+from realsr_r1.photos import to_image
 
 
 def fit_side(image: Image.Image, side: int) -> Image.Image:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from realsr_r1 import scenes
+from realsr_r1 import photos, scenes
 
 
 def test_same_seed_same_scene_and_other_seed_another():
@@ -69,12 +69,12 @@ def test_photo_folder_with_and_without_captions(tmp_path):
     Image.new("RGB", (300, 200), "red").save(tmp_path / "a.png")
     Image.new("RGB", (60, 40), "blue").save(tmp_path / "b.jpg")
     (tmp_path / "captions.jsonl").write_text(json.dumps({"file": "a.png", "captions": ["x", "y", "z"], "tags": ["t"]}))
-    folder = scenes.PhotoFolder(tmp_path)
+    folder = photos.PhotoFolder(tmp_path)
     x, captions, tags = folder[0]
     assert len(folder) == 2 and x.shape == (3, 128, 128) and captions == ["x", "y", "z"] and tags == ["t"]
     assert folder[1][0].shape == (3, 128, 128) and folder[1][1] is None
     with pytest.raises(ValueError, match="holds no photos"):
-        scenes.PhotoFolder(tmp_path / "empty")
+        photos.PhotoFolder(tmp_path / "empty")
 
 
 def save_photo(path, kind):
@@ -101,7 +101,7 @@ def save_photo(path, kind):
 
 @pytest.mark.parametrize("kind", ["cmyk", "palette", "16-bit", "gray", "alpha", "gif"])
 def test_every_mode_opens_as_rgb(tmp_path, kind):
-    image = scenes.open_photo(save_photo(tmp_path / "x.png", kind))
+    image = photos.open_photo(save_photo(tmp_path / "x.png", kind))
     assert image.mode == "RGB" and image.size == (50, 40)
     assert np.asarray(image).std() > 5  # not clipped to one value
 
@@ -110,18 +110,18 @@ def test_exif_rotation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     Image.new("RGB", (50, 40), "red").save(tmp_path / "x.jpg", exif=exif)
-    assert scenes.open_photo(tmp_path / "x.jpg").size == (40, 50)
+    assert photos.open_photo(tmp_path / "x.jpg").size == (40, 50)
 
 
 def test_bad_files_get_one_sentence(tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
     with pytest.raises(ValueError, match="not an image"):
-        scenes.open_photo(tmp_path / "notes.txt")
+        photos.open_photo(tmp_path / "notes.txt")
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 80, 3), np.uint8)).save(tmp_path / "x.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "x.jpg").read_bytes()[:900])
     with pytest.raises(ValueError, match="damaged or cut short"):
-        scenes.open_photo(tmp_path / "cut.jpg")
+        photos.open_photo(tmp_path / "cut.jpg")
     with pytest.raises(ValueError, match="does not exist"):
-        scenes.open_photo(tmp_path / "absent.png")
+        photos.open_photo(tmp_path / "absent.png")
     with pytest.raises(ValueError, match="is a folder"):
-        scenes.open_photo(tmp_path)
+        photos.open_photo(tmp_path)

@@ -13,7 +13,7 @@ import types
 import torch
 import torch.nn.functional as F
 
-from realsr_r1 import degradation, policy, restore, scenes
+from realsr_r1 import degradation, photos, policy, restore, scenes
 from realsr_r1.policy import Sampling
 
 ROWS: list[tuple[str, str]] = []
@@ -130,7 +130,7 @@ def main() -> None:
             f"{1 / speed[True]:.0f} a second with the grammar, {1 / speed[False]:.0f} without: overhead {speed[True] / speed[False] - 1:+.0%}",
         )
     for side in (64, 128, 256):
-        photo = scenes.to_image(F.interpolate(hr[:1], size=side, mode="bicubic")[0])
+        photo = photos.to_image(F.interpolate(hr[:1], size=side, mode="bicubic")[0])
         start_time = time.perf_counter()
         restore.restore(photo, m, progress=False)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,253 @@
+"""VLCoT-GRPO: the policy learns from groups of its own chains, with TRL's GRPOTrainer as it is.
+
+Ours is what TRL leaves open: the rollouts (whole chains, sampled in batches under the layout grammar at temperature 1,
+a group reading its prompt once), which words count (those that the grammar forced carry no choice and stay out of the
+loss), the rewards, and what is written down. Differences to the released code, see PAPER.md's defects: text is sampled,
+not greedy; what is sampled is what the loss sees; the KL to the SFT policy is on; every reward's spread is logged.
+
+Advantage, clipping and KL are TRL's: A = (r - mean of the group) / (standard deviation of the group + 1e-4).
+"""
+
+import inspect
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from realsr_r1 import degradation, photos, policy, scenes, vlcot
+from realsr_r1.policy import Sampling
+from realsr_r1.pretrain import device_of
+from realsr_r1.reader import LRReader
+from realsr_r1.rewards import guarded
+from realsr_r1.sft import CsvLog
+from realsr_r1.tokenizer import VQModel
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func may change in TRL; our range of versions is tested
+FIRST_SEED = 500_000  # prompts of reinforcement learning: train split, compositions that cold start has not seen
+
+
+@dataclass(frozen=True)
+class GrpoSettings:
+    """One run. A step samples `prompts` groups of `group` chains, then takes one step on all of them, `micro_batch` at a time."""
+
+    steps: int = 40
+    prompts: int = 4
+    group: int = 8
+    micro_batch: int = 8
+    lr: float = 1e-4
+    beta: float = 0.02  # weight of the KL to the SFT policy; the released code has none
+    epsilon: float = 0.2  # clipping of the ratio
+    loss_type: str = "grpo"  # or any other that TRL knows: dapo, dr_grpo, …
+    scale_rewards: str = "group"  # "none" leaves out the division by the group's standard deviation
+    iterations: int = 1  # passes over each batch of rollouts
+    weights: tuple[float, ...] | None = None  # of the rewards; None: all 1, as in the released code
+    greedy_text: bool = False  # True: as in the released code; kills the rewards on text
+    save_steps: int = 5
+    sheet_steps: int = 10
+    seed: int = 0
+
+    def __post_init__(self):
+        total = self.prompts * self.group
+        if self.group < 2:
+            raise ValueError(f"a group of {self.group} has no spread to learn from: set group to 2 or more")
+        if total % self.micro_batch:
+            raise ValueError(
+                f"{self.prompts} prompts x {self.group} completions = {total} do not divide into micro-batches of {self.micro_batch}: change one of the three"
+            )
+
+
+def prompts(
+    seeds: Iterable[int], reader: LRReader, vocabulary: vlcot.Vocabulary, split: str = "train", preset: str = "nano", batch: int = 32
+) -> Dataset:
+    """Fresh collages as prompts: columns `prompt` (words), `degradation` (the five labels in words), `tags`, `seed`, `split`."""
+    rows, seeds = [], list(seeds)
+    for at in range(0, len(seeds), batch):
+        data = scenes.pairs(seeds[at : at + batch], split, preset)
+        ids = vocabulary.prompts(reader.encode(data.lr.float() / 255).cpu())
+        for seed, words, scene, labels in zip(seeds[at : at + batch], ids.tolist(), data.scenes, data.labels, strict=True):
+            rows.append(
+                {
+                    "prompt": vocabulary.decode(words),
+                    "degradation": degradation.to_words(labels),
+                    "tags": list(scene.tags),
+                    "seed": seed,
+                    "split": split,
+                }
+            )
+    return Dataset.from_list(rows)
+
+
+@dataclass
+class Clock:
+    """Where the time of a step goes, in seconds, and what the rollouts measured since the last log."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: {"sampling": 0.0, "rewards": 0.0, "step": 0.0})
+    outside: list[float] = field(default_factory=list)  # probability that bare sampling would have left the grammar, per free word
+    started: float = 0.0
+
+
+class Rollouts:
+    """TRL's `rollout_func`: prompts (each repeated for its group) → completions under the grammar, log-probabilities of
+    the bare softmax, which the loss uses, and `env_mask`, 0 where the grammar left no choice."""
+
+    def __init__(self, settings: GrpoSettings, clock: Clock | None = None):
+        self.settings, self.clock = settings, clock or Clock()
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
+        started, accelerator = time.time(), trainer.accelerator
+        model = accelerator.unwrap_model(trainer.model)
+        v, grammar = model.vocabulary, policy.grammar_of(model)
+        groups = [(text, len(list(same))) for text, same in itertools.groupby(prompts)]
+        copies = groups[0][1] if len({n for _, n in groups}) == 1 else 1
+        unique = [text for text, _ in groups] if copies > 1 else prompts
+        ids = [v.encode(text) for text in unique]
+        # One stream of noise for all processes, so that two draw what one would.
+        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + trainer.state.global_step)
+        how = Sampling(greedy_text=self.settings.greedy_text, entropy_top_k=False)
+        rows = (accelerator.process_index * len(prompts), accelerator.num_processes * len(prompts))
+        drawn = policy.sample(model, torch.tensor(ids), how, generator, grammar, copies=copies, rows=rows)
+        words = drawn.ids.cpu()
+        length = (words != v.ids[vlcot.PAD]).sum(1).tolist()
+        free = ~grammar.forced_mask(drawn.ids).cpu() & (words != v.ids[vlcot.PAD])
+        self.clock.outside.append(float(1 - (drawn.bare - drawn.logprobs).cpu()[free].exp().mean()))
+        self.clock.seconds["sampling"] += time.time() - started
+        return {
+            "prompt_ids": [row for row in ids for _ in range(copies)],
+            "completion_ids": [w[:n] for w, n in zip(words.tolist(), length, strict=True)],
+            "logprobs": [p[:n] for p, n in zip(drawn.bare.tolist(), length, strict=True)],
+            "env_mask": [m[:n] for m, n in zip(free.int().tolist(), length, strict=True)],
+        }
+
+
+class Measured:
+    """A reward that is checked (`rewards.guarded`), timed, and whose share of groups without any spread is logged."""
+
+    def __init__(self, reward: Callable, group: int, clock: Clock):
+        self.reward, self.group, self.clock = guarded(reward), group, clock
+        self.__name__ = reward.__name__
+
+    def __call__(self, completions, log_metric: Callable | None = None, **columns) -> list[float]:
+        started = time.time()
+        values = self.reward(completions, **columns)
+        self.clock.seconds["rewards"] += time.time() - started
+        if log_metric and len(values) % self.group == 0:
+            groups = torch.tensor(values).view(-1, self.group)
+            log_metric(f"zero_spread/{self.__name__}", float((groups.std(1) < 1e-6).float().mean()))
+        return values
+
+
+class StepLog(TrainerCallback):
+    """Adds the clock's readings to every logged row: seconds a step and their parts, probability outside the grammar."""
+
+    def __init__(self, clock: Clock):
+        self.clock = clock
+
+    def on_step_begin(self, args, state, control, **_):
+        self.clock.started = time.time()
+
+    def on_step_end(self, args, state, control, **_):
+        self.clock.seconds["step"] += time.time() - self.clock.started
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if logs is not None and "reward" in logs:
+            logs |= {f"seconds/{k}": round(v, 2) for k, v in self.clock.seconds.items()}
+            logs["outside_grammar"] = sum(self.clock.outside) / max(1, len(self.clock.outside))
+            self.clock.seconds, self.clock.outside = dict.fromkeys(self.clock.seconds, 0.0), []
+
+
+class GroupSheet(TrainerCallback):
+    """Keeps a contact sheet of one fixed group: a row of its final images (plain decode) each time, LR and HR in front."""
+
+    def __init__(self, path: Path, reader: LRReader, tokenizer: VQModel, settings: GrpoSettings, seed: int = 1_000_003):
+        self.path, self.settings, self.tokenizer = path, settings, tokenizer
+        pair = scenes.pairs([seed], "val")
+        self.lr, self.hr = pair.lr.float() / 255, pair.hr.float() / 255
+        self.codes, self.rows = reader.encode(self.lr), []
+
+    @torch.no_grad()
+    def _row(self, model) -> Tensor:
+        how = Sampling(greedy_text=self.settings.greedy_text, entropy_top_k=False)
+        prompts = model.vocabulary.prompts(self.codes)
+        ids = policy.sample(model, prompts, how, torch.Generator().manual_seed(0), copies=min(8, self.settings.group)).ids.cpu()
+        chains = [vlcot.parse(model.vocabulary.decode(row)) for row in ids]
+        images = self.tokenizer.decode(torch.stack([c.final_image for c in chains]))
+        lr = torch.nn.functional.interpolate(self.lr, size=self.hr.shape[-1], mode="nearest")
+        return torch.cat([*lr, *self.hr, *images], -1)
+
+    def on_step_begin(self, args, state, control, model=None, **_):
+        if state.is_world_process_zero and state.global_step % self.settings.sheet_steps == 0:
+            row = self._row(getattr(model, "module", model))
+            photos.to_image(row).save(self.path.with_name(f"{self.path.stem}_{state.global_step:04d}.png"))
+
+
+def check_columns(dataset: Dataset, rewards: Iterable[Callable]) -> None:
+    """Raise ValueError naming the first column that a reward needs (a parameter without a default) and the dataset lacks."""
+    given = {"prompts", "completions", "completion_ids", *dataset.column_names}
+    for reward in rewards:
+        for p in inspect.signature(reward).parameters.values():
+            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.default is p.empty and p.name not in given:
+                raise ValueError(
+                    f"reward {reward.__name__} needs the column {p.name!r}, the dataset has {', '.join(dataset.column_names)}: add it"
+                )
+
+
+def make_trainer(sft: str | Path, dataset: Dataset, rewards: list[Callable], out: Path, settings: GrpoSettings = GrpoSettings(),
+                 callbacks: Iterable[TrainerCallback] = (), device: str | None = None) -> GRPOTrainer:  # fmt: skip
+    """TRL's GRPOTrainer on the policy in folder `sft`. Logs go to `out`.csv, checkpoints to `out`-checkpoints."""
+    check_columns(dataset, rewards)
+    dev, clock = device_of(device), Clock()
+    model = policy.load(sft)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    total = settings.prompts * settings.group
+    if total % (world * settings.micro_batch):
+        raise ValueError(f"{total} completions a step do not divide among {world} processes in micro-batches of {settings.micro_batch}")
+    args = GRPOConfig(
+        output_dir=str(out.with_name(f"{out.name}-checkpoints")), max_steps=settings.steps, learning_rate=settings.lr, lr_scheduler_type="constant",
+        per_device_train_batch_size=settings.micro_batch, gradient_accumulation_steps=total // (world * settings.micro_batch),
+        num_generations=settings.group, num_iterations=settings.iterations, beta=settings.beta, epsilon=settings.epsilon, loss_type=settings.loss_type,
+        scale_rewards=settings.scale_rewards, reward_weights=list(settings.weights) if settings.weights else None,
+        temperature=1.0, max_completion_length=policy.grammar_of(model).max_length, mask_truncated_completions=False,
+        adam_beta2=0.95, weight_decay=0.0, max_grad_norm=1.0, seed=settings.seed, data_seed=settings.seed, shuffle_dataset=False,
+        bf16=dev.type == "cuda", use_cpu=dev.type == "cpu", gradient_checkpointing=False, logging_steps=1, save_steps=settings.save_steps,
+        save_total_limit=1, report_to=[], remove_unused_columns=False, disable_tqdm=False, average_tokens_across_devices=False,
+    )  # fmt: skip
+    trainer = GRPOTrainer(
+        model=model, args=args, train_dataset=dataset, processing_class=model.vocabulary.tokenizer, rollout_func=Rollouts(settings, clock),
+        reward_funcs=[Measured(r, settings.group, clock) for r in rewards], callbacks=[StepLog(clock), CsvLog(out.with_suffix(".csv")), *callbacks],
+    )  # fmt: skip
+    return trainer
+
+
+def train_grpo(sft: str | Path, dataset: Dataset, rewards: list[Callable], out: str | Path, settings: GrpoSettings = GrpoSettings(),
+               callbacks: Iterable[TrainerCallback] = (), device: str | None = None) -> GRPOTrainer:  # fmt: skip
+    """Improve the policy in the folder `sft` and save it to the folder `out`, which `restore` takes.
+
+    The same call after a kill resumes from the last checkpoint (at most `save_steps` steps are lost). Raises
+    RuntimeError with one sentence if memory runs out, ValueError for settings, columns or rewards that do not fit.
+    """
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    trainer = make_trainer(sft, dataset, rewards, out, settings, callbacks, device)
+    model = trainer.model
+    config, vocabulary = model.nano, model.vocabulary
+    folder = Path(trainer.args.output_dir)
+    try:
+        trainer.train(resume_from_checkpoint=(folder.is_dir() and any(folder.glob("checkpoint-*"))) or None)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and not isinstance(e, torch.OutOfMemoryError) and "allocate memory" not in str(e):
+            raise
+        raise RuntimeError("memory ran out in GRPO: lower micro_batch first (same result, slower), then group or prompts") from e
+    if trainer.accelerator.is_main_process:
+        trained = trainer.accelerator.unwrap_model(trainer.model)
+        trained.nano, trained.vocabulary = config, vocabulary
+        policy.save(trained.cpu(), out)
+    return trainer

@@ -1,0 +1,256 @@
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from realsr_r1 import grpo, policy, vlcot
+from realsr_r1.grpo import GrpoSettings
+
+ROOT = Path(__file__).parents[1]
+SMALL = {"prompts": 2, "group": 4, "micro_batch": 4, "save_steps": 100}
+
+
+def code_share(completions, **_):
+    """Planted reward: share of code 7 among all image codes."""
+    out = []
+    for text in completions:
+        codes = [w for w in text.split() if w.startswith("<c")]
+        out.append(codes.count("<c7>") / max(1, len(codes)))
+    return out
+
+
+def variety(completions, **_):
+    """A reward on the text alone: share of different words in the rough understanding."""
+    words = [t.split("<rough_understand>")[1].split("</rough_understand>")[0].split() for t in completions]
+    return [len(set(w)) / 6 for w in words]
+
+
+def constant(completions, **_):
+    return [0.5] * len(completions)
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, tmp_path_factory):
+    config = policy.PolicyConfig(hidden=32, layers=2, heads=2, mlp=64, codes=64, lr_codes=32, sizes=(2, 3, 4), max_words=6)
+    path = tmp_path_factory.mktemp("sft") / "policy"
+    policy.save(policy.build(config, seed=3), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def dataset(tiny, words):
+    return grpo.prompts(range(500_000, 500_016), tiny[1], words)
+
+
+def weights_of(path):
+    return {k: v for k, v in policy.load(path).state_dict().items()}
+
+
+def rows(path):
+    with path.with_suffix(".csv").open() as f:
+        return list(csv.DictReader(f))
+
+
+@pytest.fixture
+def trainer(folder, dataset, tmp_path):
+    return grpo.make_trainer(folder, dataset, [code_share], tmp_path / "p", GrpoSettings(**SMALL), device="cpu")
+
+
+@pytest.fixture
+def rollout(trainer, dataset):
+    prompts = [p for p in dataset["prompt"][:2] for _ in range(4)]
+    return trainer.rollout_func(prompts, trainer)
+
+
+def batch_of(rollout):
+    n = max(map(len, rollout["completion_ids"]))
+
+    def pad(rows, value=0):
+        return torch.tensor([list(r) + [value] * (n - len(r)) for r in rows])
+
+    mask = pad([[1] * len(r) for r in rollout["completion_ids"]])
+    return (
+        torch.tensor(rollout["prompt_ids"]),
+        pad(rollout["completion_ids"]),
+        mask,
+        pad(rollout["env_mask"]),
+        pad(rollout["logprobs"], 0.0),
+    )
+
+
+def test_prompts_carry_what_the_rewards_need(dataset, words):
+    assert set(dataset.column_names) == {"prompt", "degradation", "tags", "seed", "split"}
+    row = dataset[0]
+    assert len(words.encode(row["prompt"])) == 17 * 17 + 5 and row["prompt"].endswith(vlcot.CHAIN)
+    assert len(row["degradation"].split(",")) == 5 and len(row["tags"]) == 2
+
+
+def test_sampling_logprobs_are_the_trainers(trainer, rollout):
+    prompt, completion, mask, _, sampled = batch_of(rollout)
+    with torch.no_grad():
+        seen = trainer._get_per_token_logps_and_entropies(
+            trainer.model, torch.cat([prompt, completion], 1), torch.cat([torch.ones_like(prompt), mask], 1), completion.shape[1]
+        )[0]
+    assert ((seen - sampled).abs() * mask).max() < 1e-4  # hence a first-step ratio of 1 within 1e-4
+    assert (sampled * mask).min() < -1
+
+
+def test_a_group_reads_its_prompt_once_and_differs_in_its_chains(rollout):
+    prompt, completion, *_ = batch_of(rollout)
+    assert len({tuple(p) for p in prompt.tolist()}) == 2 and prompt.shape[0] == 8
+    assert len({tuple(c) for c in completion.tolist()}) == 8
+
+
+def test_only_free_words_carry_gradient(trainer, rollout, monkeypatch):
+    prompt, completion, mask, free, sampled = batch_of(rollout)
+    logps = sampled.clone().requires_grad_()
+    monkeypatch.setattr(trainer, "_get_per_token_logps_and_entropies", lambda *a, **k: (logps, torch.zeros_like(sampled), None))
+    inputs = {
+        "prompt_ids": prompt, "prompt_mask": torch.ones_like(prompt), "completion_ids": completion, "completion_mask": mask, "tool_mask": free,
+        "advantages": torch.linspace(-1.3, 1, 8), "ref_per_token_logps": sampled - 0.1, "num_items_in_batch": torch.tensor(1),
+    }  # fmt: skip
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.train()
+    trainer._compute_loss(trainer.model, inputs).backward()
+    assert (logps.grad[free == 0] == 0).all() and (logps.grad[free == 1] != 0).all()
+    grammar = policy.grammar_of(trainer.model)
+    assert torch.equal(free.bool(), ~grammar.forced_mask(completion) & mask.bool())
+    assert 0.2 < float((1 - free[mask == 1].float()).mean()) < 0.9  # the layout is a real share of a chain
+
+
+def test_every_parameter_moves_and_the_first_loss_is_zero(folder, dataset, tmp_path):
+    before = weights_of(folder)
+    grpo.train_grpo(folder, dataset, [code_share], tmp_path / "p", GrpoSettings(steps=2, lr=1e-2, beta=0.0, **SMALL), device="cpu")
+    log = rows(tmp_path / "p")
+    # On-policy the ratio is 1, so the loss is the mean advantage, and that is 0 in every group. Its gradient is not.
+    assert abs(float(log[0]["loss"])) < 1e-5 and float(log[0]["grad_norm"]) > 1e-3
+    assert float(log[0]["kl"]) == 0 if log[0].get("kl") else True
+    after = weights_of(tmp_path / "p")
+    still = [k for k in before if torch.equal(before[k], after[k])]
+    assert not still
+
+
+def test_a_planted_reward_is_learned(folder, dataset, tmp_path):
+    settings = GrpoSettings(**SMALL | {"steps": 14, "lr": 1e-2, "beta": 0.0, "group": 8, "micro_batch": 8})
+    grpo.train_grpo(folder, dataset, [code_share], tmp_path / "p", settings, device="cpu")
+    reward = [float(r["reward"]) for r in rows(tmp_path / "p") if r.get("reward")]
+    assert len(reward) == 14 and sum(reward[-3:]) / 3 > sum(reward[:3]) / 3 + 0.05
+
+
+def test_groups_without_spread_teach_nothing(folder, dataset, tmp_path):
+    grpo.train_grpo(folder, dataset, [constant], tmp_path / "p", GrpoSettings(steps=1, lr=1e-2, beta=0.0, **SMALL), device="cpu")
+    log, before, after = rows(tmp_path / "p")[0], weights_of(folder), weights_of(tmp_path / "p")
+    assert float(log["grad_norm"]) == 0 and float(log["zero_spread/constant"]) == 1 and float(log["frac_reward_zero_std"]) == 1
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_greedy_text_kills_rewards_on_text(folder, dataset, tmp_path):
+    """Defect 1 of the released code: top-k 1 on text makes all chains of a group say the same until the first image."""
+    spread = {}
+    for greedy in (True, False):
+        out = tmp_path / str(greedy)
+        settings = GrpoSettings(steps=1, greedy_text=greedy, **SMALL)
+        grpo.train_grpo(folder, dataset, [variety, code_share], out, settings, device="cpu")
+        spread[greedy] = rows(out)[0]
+    assert float(spread[True]["zero_spread/variety"]) == 1 and float(spread[False]["zero_spread/variety"]) < 1
+    assert float(spread[True]["zero_spread/code_share"]) < 1  # the images are sampled in both
+
+
+def test_kl_is_zero_at_first_and_then_not(folder, dataset, tmp_path):
+    grpo.train_grpo(folder, dataset, [code_share], tmp_path / "p", GrpoSettings(steps=2, lr=1e-2, beta=0.1, **SMALL), device="cpu")
+    log = rows(tmp_path / "p")
+    assert float(log[0]["kl"]) == pytest.approx(0, abs=1e-6) and float(log[1]["kl"]) > 1e-5
+
+
+def test_same_seed_same_run_and_a_killed_run_resumes(folder, dataset, tmp_path):
+    class Kill(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    def run(name, seed=0, callbacks=()):
+        settings = GrpoSettings(**SMALL | {"steps": 4, "lr": 1e-2, "save_steps": 2, "seed": seed})
+        grpo.train_grpo(folder, dataset, [code_share], tmp_path / name, settings, callbacks, device="cpu")
+        return weights_of(tmp_path / name)
+
+    whole = run("a")
+    assert all(torch.equal(v, whole[k]) for k, v in run("b").items())
+    other = run("c", seed=1)
+    assert any(not torch.equal(v, whole[k]) for k, v in other.items())
+    with pytest.raises(KeyboardInterrupt):
+        run("d", callbacks=[Kill()])
+    resumed = run("d")
+    assert all(torch.allclose(v, whole[k], atol=2e-3) for k, v in resumed.items())
+    assert [r["step"] for r in rows(tmp_path / "d") if r.get("reward")] == ["1", "2", "3", "4"]
+
+
+SCRIPT = """
+import sys
+from datasets import load_from_disk
+from realsr_r1 import grpo
+sys.path.insert(0, {tests!r})
+from test_grpo import code_share
+settings = grpo.GrpoSettings(steps=1, prompts=2, group=4, micro_batch=4, lr=1e-2, save_steps=100)
+grpo.train_grpo({folder!r}, load_from_disk({data!r}), [code_share], {out!r}, settings, device="cpu")
+"""
+
+
+def test_two_processes_agree_with_one(folder, dataset, tmp_path):
+    dataset.save_to_disk(tmp_path / "data")
+    found = {}
+    for n in (1, 2):
+        out, script = tmp_path / f"p{n}", tmp_path / f"run{n}.py"
+        script.write_text(SCRIPT.format(tests=str(ROOT / "tests"), folder=str(folder), data=str(tmp_path / "data"), out=str(out)))
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(n), "--num_machines", "1", "--mixed_precision", "no",
+                  "--dynamo_backend", "no", "--main_process_port", str(29500 + os.getpid() % 400)]  # fmt: skip
+        env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*launch, str(script)], capture_output=True, text=True, env=env, timeout=600)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found[n] = weights_of(out), float(rows(out)[0]["reward"])
+    (one, reward_one), (two, reward_two) = found[1], found[2]
+    assert reward_one == pytest.approx(reward_two, abs=1e-6)  # the same prompts and the same completions
+    before = weights_of(folder)
+    moved = max((one[k] - before[k]).abs().max() for k in one)
+    apart = max((one[k] - two[k]).abs().max() for k in one)
+    assert apart < 0.05 * moved
+
+
+def test_bad_settings_columns_and_rewards_get_one_sentence(folder, dataset, tmp_path):
+    with pytest.raises(ValueError, match="do not divide into micro-batches of 3"):
+        GrpoSettings(prompts=2, group=4, micro_batch=3)
+    with pytest.raises(ValueError, match="no spread to learn from"):
+        GrpoSettings(group=1)
+
+    def needs_hr(completions, hr, **_):
+        return [0.0] * len(completions)
+
+    def broken(completions, **_):
+        raise KeyError("oops")
+
+    def short(completions, **_):
+        return [0.0]
+
+    def nan(completions, **_):
+        return [float("nan")] * len(completions)
+
+    with pytest.raises(ValueError, match="needs_hr needs the column 'hr'"):
+        grpo.make_trainer(folder, dataset, [needs_hr], tmp_path / "p", GrpoSettings(**SMALL), device="cpu")
+    for reward in (broken, short, nan):
+        with pytest.raises(ValueError, match=reward.__name__):
+            grpo.train_grpo(folder, dataset, [reward], tmp_path / reward.__name__, GrpoSettings(steps=1, **SMALL), device="cpu")
+    with pytest.raises(FileNotFoundError, match="are missing"):
+        grpo.train_grpo(tmp_path / "absent", dataset, [constant], tmp_path / "p", GrpoSettings(**SMALL), device="cpu")
+
+
+def test_out_of_memory_names_the_knob(folder, dataset, tmp_path, monkeypatch):
+    def full(*_a, **_k):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(policy, "sample", full)
+    with pytest.raises(RuntimeError, match="lower micro_batch first"):
+        grpo.train_grpo(folder, dataset, [constant], tmp_path / "p", GrpoSettings(steps=1, **SMALL), device="cpu")
