@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(VENV)/bin/python
 
-.PHONY: install demo test lint evaluate bench clean
+.PHONY: install course lab student solutions address demo test lint evaluate bench clean
 
 install: $(VENV)/.installed
 
@@ -15,6 +15,23 @@ $(VENV)/.installed: environment.yml pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r $(VENV)/pins.txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
+
+# Executes the eight notebooks in order, a line each; the files themselves stay as they are.
+course: install
+	$(RUN) -m realsr_r1.course run
+
+lab: install
+	$(RUN) -m jupyterlab --ServerApp.root_dir=notebooks --LabApp.default_url=/lab/tree/00_start_here.ipynb
+
+student: install
+	$(RUN) -m realsr_r1.course student
+
+solutions: install
+	$(RUN) -m realsr_r1.course solutions
+
+# make address REPO=name/repo: badges and install lines of a fork
+address: install
+	$(RUN) -m realsr_r1.course address $(REPO)
 
 demo: install
 	$(RUN) -m realsr_r1 demo
@@ -33,4 +50,4 @@ bench: install
 	$(RUN) tests/benchmarks/bench.py
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs editions

@@ -22,11 +22,10 @@ from torch import Tensor
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from realsr_r1 import degradation, photos, policy, scenes, vlcot
+from realsr_r1 import degradation, photos, policy, rewards, scenes, vlcot
 from realsr_r1.policy import Sampling
 from realsr_r1.pretrain import device_of
 from realsr_r1.reader import LRReader
-from realsr_r1.rewards import guarded
 from realsr_r1.sft import CsvLog
 from realsr_r1.tokenizer import VQModel
 
@@ -67,7 +66,8 @@ class GrpoSettings:
 def prompts(
     seeds: Iterable[int], reader: LRReader, vocabulary: vlcot.Vocabulary, split: str = "train", preset: str = "nano", batch: int = 32
 ) -> Dataset:
-    """Fresh collages as prompts: columns `prompt` (words), `degradation` (the five labels in words), `tags`, `seed`, `split`."""
+    """Fresh collages as prompts: columns `prompt` (words), `degradation` (the five labels in words), `tags`, `hr`
+    (seed and split, from which the true photo can be made again)."""
     rows, seeds = [], list(seeds)
     for at in range(0, len(seeds), batch):
         data = scenes.pairs(seeds[at : at + batch], split, preset)
@@ -78,11 +78,33 @@ def prompts(
                     "prompt": vocabulary.decode(words),
                     "degradation": degradation.to_words(labels),
                     "tags": list(scene.tags),
-                    "seed": seed,
-                    "split": split,
+                    "hr": {"seed": seed, "split": split},
                 }
             )
     return Dataset.from_list(rows)
+
+
+PAPER_REWARDS = ("format", "degradation", "understanding", "generation")
+
+
+def named_rewards(
+    names: Iterable[str], tokenizer: VQModel, expert: Callable[[Tensor], Tensor] | None = None
+) -> tuple[list[Callable], tuple[float, ...]]:
+    """Rewards and their weights from words such as "generation" or "generation=2"; the first four are the paper's."""
+    found = {
+        "format": rewards.format_reward, "degradation": rewards.degradation_reward, "understanding": rewards.understanding_reward,
+        "generation": rewards.GenerationReward(expert, tokenizer), "partial_format": rewards.partial_format_reward,
+        "degradation_distance": rewards.degradation_distance_reward, "understanding_f1": rewards.understanding_f1_reward,
+        "reference": rewards.ReferenceReward(tokenizer),
+    }  # fmt: skip
+    chosen, weights = [], []
+    for word in names:
+        name, _, weight = word.partition("=")
+        if name not in found:
+            raise ValueError(f"no reward {name!r}; choose from {', '.join(found)}")
+        chosen.append(found[name])
+        weights.append(float(weight or 1))
+    return chosen, tuple(weights)
 
 
 @dataclass
@@ -132,7 +154,7 @@ class Measured:
     """A reward that is checked (`rewards.guarded`), timed, and whose share of groups without any spread is logged."""
 
     def __init__(self, reward: Callable, group: int, clock: Clock):
-        self.reward, self.group, self.clock = guarded(reward), group, clock
+        self.reward, self.group, self.clock = rewards.guarded(reward), group, clock
         self.__name__ = reward.__name__
 
     def __call__(self, completions, log_metric: Callable | None = None, **columns) -> list[float]:
@@ -189,10 +211,10 @@ class GroupSheet(TrainerCallback):
             photos.to_image(row).save(self.path.with_name(f"{self.path.stem}_{state.global_step:04d}.png"))
 
 
-def check_columns(dataset: Dataset, rewards: Iterable[Callable]) -> None:
+def check_columns(dataset: Dataset, functions: Iterable[Callable]) -> None:
     """Raise ValueError naming the first column that a reward needs (a parameter without a default) and the dataset lacks."""
     given = {"prompts", "completions", "completion_ids", *dataset.column_names}
-    for reward in rewards:
+    for reward in functions:
         for p in inspect.signature(reward).parameters.values():
             if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.default is p.empty and p.name not in given:
                 raise ValueError(
@@ -200,10 +222,10 @@ def check_columns(dataset: Dataset, rewards: Iterable[Callable]) -> None:
                 )
 
 
-def make_trainer(sft: str | Path, dataset: Dataset, rewards: list[Callable], out: Path, settings: GrpoSettings = GrpoSettings(),
+def make_trainer(sft: str | Path, dataset: Dataset, reward_functions: list[Callable], out: Path, settings: GrpoSettings = GrpoSettings(),
                  callbacks: Iterable[TrainerCallback] = (), device: str | None = None) -> GRPOTrainer:  # fmt: skip
     """TRL's GRPOTrainer on the policy in folder `sft`. Logs go to `out`.csv, checkpoints to `out`-checkpoints."""
-    check_columns(dataset, rewards)
+    check_columns(dataset, reward_functions)
     dev, clock = device_of(device), Clock()
     model = policy.load(sft)
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -217,17 +239,18 @@ def make_trainer(sft: str | Path, dataset: Dataset, rewards: list[Callable], out
         scale_rewards=settings.scale_rewards, reward_weights=list(settings.weights) if settings.weights else None,
         temperature=1.0, max_completion_length=policy.grammar_of(model).max_length, mask_truncated_completions=False,
         adam_beta2=0.95, weight_decay=0.0, max_grad_norm=1.0, seed=settings.seed, data_seed=settings.seed, shuffle_dataset=False,
-        bf16=dev.type == "cuda", use_cpu=dev.type == "cpu", gradient_checkpointing=False, logging_steps=1, save_steps=settings.save_steps,
+        bf16=False,  # sampling and loss must see the same log-probabilities
+         use_cpu=dev.type == "cpu", gradient_checkpointing=False, logging_steps=1, save_steps=settings.save_steps,
         save_total_limit=1, report_to=[], remove_unused_columns=False, disable_tqdm=False, average_tokens_across_devices=False,
     )  # fmt: skip
     trainer = GRPOTrainer(
         model=model, args=args, train_dataset=dataset, processing_class=model.vocabulary.tokenizer, rollout_func=Rollouts(settings, clock),
-        reward_funcs=[Measured(r, settings.group, clock) for r in rewards], callbacks=[StepLog(clock), CsvLog(out.with_suffix(".csv")), *callbacks],
+        reward_funcs=[Measured(r, settings.group, clock) for r in reward_functions], callbacks=[StepLog(clock), CsvLog(out.with_suffix(".csv")), *callbacks],
     )  # fmt: skip
     return trainer
 
 
-def train_grpo(sft: str | Path, dataset: Dataset, rewards: list[Callable], out: str | Path, settings: GrpoSettings = GrpoSettings(),
+def train_grpo(sft: str | Path, dataset: Dataset, reward_functions: list[Callable], out: str | Path, settings: GrpoSettings = GrpoSettings(),
                callbacks: Iterable[TrainerCallback] = (), device: str | None = None) -> GRPOTrainer:  # fmt: skip
     """Improve the policy in the folder `sft` and save it to the folder `out`, which `restore` takes.
 
@@ -236,7 +259,7 @@ def train_grpo(sft: str | Path, dataset: Dataset, rewards: list[Callable], out: 
     """
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    trainer = make_trainer(sft, dataset, rewards, out, settings, callbacks, device)
+    trainer = make_trainer(sft, dataset, reward_functions, out, settings, callbacks, device)
     model = trainer.model
     config, vocabulary = model.nano, model.vocabulary
     folder = Path(trainer.args.output_dir)

@@ -20,7 +20,7 @@ from trl import SFTConfig, SFTTrainer
 from realsr_r1 import degradation, policy, scenes
 from realsr_r1.muon import MuonAdamW
 from realsr_r1.policy import PolicyConfig
-from realsr_r1.pretrain import device_of
+from realsr_r1.pretrain import device_of, fast_bfloat16
 from realsr_r1.reader import LRReader
 from realsr_r1.tokenizer import VQModel
 from realsr_r1.vlcot import CHAIN, DIRECT, EOS, IMAGE_TAGS, TAGS, Chain, Vocabulary
@@ -115,6 +115,28 @@ def chains(
     return Dataset.from_dict({"input_ids": ids.astype(np.int32), "labels": labels}).with_format("numpy")
 
 
+@torch.no_grad()
+def drawn_codes(model, data: Dataset, batch: int = 16, seed: int = 0) -> Tensor:
+    """For each chain of `data`, the codes (n, h, w) that the policy draws for the final image, given the true chain before
+    it: at temperature 1 with the entropy top-k, in one forward pass a batch."""
+    v, size, g = model.vocabulary, model.nano.sizes[-1], torch.Generator().manual_seed(seed)
+    out = []
+    for at in tqdm(range(0, len(data), batch), desc="drawn codes", disable=len(data) < 500, mininterval=5):
+        ids = torch.as_tensor(np.stack(data[at : at + batch]["input_ids"])).long().to(model.device)
+        tag = torch.full((len(ids),), v.ids["<final_image>"], device=ids.device)
+        first = (ids == tag[:, None]).int().argmax(1) + 4  # after the tag, the start and the two sizes
+        grid = torch.arange(size * (size + 1), device=ids.device)
+        grid = grid[grid % (size + 1) < size]  # the last word of each row is its end
+        where = first[:, None] + grid[None] - 1  # a word is predicted at the place before it
+        hidden = model.model(ids).last_hidden_state.gather(1, where[..., None].expand(-1, -1, model.config.hidden_size))
+        table = model.get_output_embeddings().weight[v.first_code : v.first_code + v.codes]
+        logits = (hidden @ table.T).float().flatten(0, 1)
+        logits = policy.keep_top_k(logits, policy.entropy_k(logits))
+        drawn = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=g)
+        out.append(drawn.view(len(ids), size, size))
+    return torch.cat(out)
+
+
 def weighted_cross_entropy(logits: Tensor, target: Tensor, weights: Tensor) -> Tensor:
     """Mean cross-entropy of logits (n, v) against words (n,), each weighted by its entry in `weights` (v,); -100 is left out."""
     keep = target != -100
@@ -179,15 +201,18 @@ def validation_metrics(vocabulary: Vocabulary, text: Tensor):
 
 
 def train_sft(train: Dataset, val: Dataset | None, out: Path, tokenizer: VQModel, reader: LRReader, config: PolicyConfig = PolicyConfig(),
-              epochs: float = 1.0, batch: int = 8, lr: float = 4e-3, text_weight: float = 6.0, seed: int = 0, device: str | None = None, max_steps: int = -1) -> None:  # fmt: skip
-    """Train a policy from scratch on chains and save it to the folder `out`, with the log beside it (`out`.csv).
+              epochs: float = 1.0, batch: int = 8, lr: float = 4e-3, text_weight: float = 6.0, seed: int = 0, device: str | None = None, max_steps: int = -1, init: Path | None = None) -> None:  # fmt: skip
+    """Train a policy on chains, from scratch or from the policy in the folder `init`, and save it to the folder `out`,
+    with the log beside it (`out`.csv).
 
     Checkpoints go to `out`-checkpoints every 200 steps; the same call after a kill resumes from the last one. bfloat16
-    is used on CUDA only: many CPUs emulate it, hundreds of times slower.
+    is used where it is fast (`pretrain.fast_bfloat16`).
     """
     out, dev = Path(out), device_of(device)
-    model = policy.build(config, seed=seed)
-    policy.embed_codebooks(model, tokenizer, reader, seed)
+    model = policy.build(config, seed=seed) if init is None else policy.load(init)
+    config = model.nano
+    if init is None:
+        policy.embed_codebooks(model, tokenizer, reader, seed)
     v = model.vocabulary
     text = torch.zeros(len(v), dtype=torch.bool)
     text[[v.ids[w] for w in v.text]] = True
@@ -195,7 +220,7 @@ def train_sft(train: Dataset, val: Dataset | None, out: Path, tokenizer: VQModel
     args = SFTConfig(
         output_dir=str(folder), per_device_train_batch_size=batch, per_device_eval_batch_size=batch, num_train_epochs=epochs, max_steps=max_steps,
         learning_rate=lr, lr_scheduler_type="cosine", warmup_steps=min(50, max_steps // 10) if max_steps > 0 else 50, max_grad_norm=1.0, seed=seed,
-        bf16=dev.type == "cuda", gradient_checkpointing=False, use_cpu=dev.type == "cpu", max_length=None, packing=False,
+        bf16=fast_bfloat16(dev), gradient_checkpointing=False, use_cpu=dev.type == "cpu", max_length=None, packing=False,
         dataset_kwargs={"skip_prepare_dataset": True}, logging_steps=20, save_steps=200, save_total_limit=1, report_to=[],
         eval_strategy="steps" if val is not None else "no", eval_steps=200, dataloader_num_workers=0, label_names=["labels"], average_tokens_across_devices=False,
     )  # fmt: skip

@@ -58,14 +58,14 @@ def parse_image(text: str, prefix: str = "c") -> Tensor | None:
     words = text.split()
     if len(words) < 6 or words[0] != START or words[-1] != END:
         return None
-    size = [re.fullmatch(r"<n(\d+)>", w) for w in words[1:3]]
+    size = [re.fullmatch(r"<n([1-9]\d{0,3})>", w) for w in words[1:3]]
     if not all(size):
         return None
     h, w = (int(m[1]) for m in size)
     body = words[3:-1]
     if len(body) != h * (w + 1):
         return None
-    codes = [[re.fullmatch(rf"<{prefix}(\d+)>", x) for x in body[r * (w + 1) : r * (w + 1) + w]] for r in range(h)]
+    codes = [[re.fullmatch(rf"<{prefix}(\d{{1,9}})>", x) for x in body[r * (w + 1) : r * (w + 1) + w]] for r in range(h)]
     if any(body[r * (w + 1) + w] != ROW for r in range(h)) or not all(m for row in codes for m in row):
         return None
     return torch.tensor([[int(m[1]) for m in row] for row in codes])

@@ -84,7 +84,7 @@ def batch_of(rollout):
 
 
 def test_prompts_carry_what_the_rewards_need(dataset, words):
-    assert set(dataset.column_names) == {"prompt", "degradation", "tags", "seed", "split"}
+    assert set(dataset.column_names) == {"prompt", "degradation", "tags", "hr"}
     row = dataset[0]
     assert len(words.encode(row["prompt"])) == 17 * 17 + 5 and row["prompt"].endswith(vlcot.CHAIN)
     assert len(row["degradation"].split(",")) == 5 and len(row["tags"]) == 2
@@ -226,7 +226,7 @@ def test_bad_settings_columns_and_rewards_get_one_sentence(folder, dataset, tmp_
     with pytest.raises(ValueError, match="no spread to learn from"):
         GrpoSettings(group=1)
 
-    def needs_hr(completions, hr, **_):
+    def needs_depth(completions, depth, **_):
         return [0.0] * len(completions)
 
     def broken(completions, **_):
@@ -238,13 +238,25 @@ def test_bad_settings_columns_and_rewards_get_one_sentence(folder, dataset, tmp_
     def nan(completions, **_):
         return [float("nan")] * len(completions)
 
-    with pytest.raises(ValueError, match="needs_hr needs the column 'hr'"):
-        grpo.make_trainer(folder, dataset, [needs_hr], tmp_path / "p", GrpoSettings(**SMALL), device="cpu")
+    with pytest.raises(ValueError, match="needs_depth needs the column 'depth'"):
+        grpo.make_trainer(folder, dataset, [needs_depth], tmp_path / "p", GrpoSettings(**SMALL), device="cpu")
     for reward in (broken, short, nan):
         with pytest.raises(ValueError, match=reward.__name__):
             grpo.train_grpo(folder, dataset, [reward], tmp_path / reward.__name__, GrpoSettings(steps=1, **SMALL), device="cpu")
     with pytest.raises(FileNotFoundError, match="are missing"):
         grpo.train_grpo(tmp_path / "absent", dataset, [constant], tmp_path / "p", GrpoSettings(**SMALL), device="cpu")
+
+
+def test_rewards_by_name_train_together(tiny, folder, dataset, tmp_path):
+    functions, weights = grpo.named_rewards([*grpo.PAPER_REWARDS, "reference=0.5"], tiny[0], lambda x: x.mean((1, 2, 3)))
+    assert weights == (1, 1, 1, 1, 0.5)
+    grpo.train_grpo(folder, dataset, functions, tmp_path / "p", GrpoSettings(steps=1, weights=weights, **SMALL), device="cpu")
+    log = rows(tmp_path / "p")[0]
+    assert float(log["rewards/format_reward/mean"]) == 1 and float(log["zero_spread/format_reward"]) == 1
+    assert 0 < float(log["rewards/generation_reward/mean"]) < 1 and float(log["zero_spread/generation_reward"]) < 1
+    assert 0 < float(log["seconds/rewards"]) < float(log["seconds/step"])
+    with pytest.raises(ValueError, match="no reward 'beauty'"):
+        grpo.named_rewards(["beauty"], tiny[0])
 
 
 def test_out_of_memory_names_the_knob(folder, dataset, tmp_path, monkeypatch):

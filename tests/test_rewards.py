@@ -368,15 +368,14 @@ def test_the_guard_names_a_bad_value_and_its_sample(value):
         guarded(give(0.5, value))(completions=["the first", "the second"])
 
 
-@pytest.mark.parametrize(("values", "got"), [([0.5], "[0.5]"), ([0.5] * 3, "0.5, 0.5, 0.5"), (0.5, "0.5"), (None, "None"), ({1: 2}, "{1: 2}")])
-def test_the_guard_names_a_wrong_length(values, got):
+@pytest.mark.parametrize("values", [[0.5], [0.5] * 3, 0.5, None, {1: 2}])
+def test_the_guard_names_a_wrong_length(values):
     def odd(completions, **_):
         return values
 
     with pytest.raises(ValueError) as e:
-        guarded(odd)(completions=["a", "b"])
-    assert f"reward odd returned '{got}' instead of 2 values".replace("'0.5, ", "'[0.5, ").replace("0.5' ", "0.5]' ") in str(e.value) or got in str(e.value)
-    assert str(e.value).startswith("reward odd returned") and "instead of 2 values" in str(e.value)
+        guarded(odd)(completions=["the first", "b"])
+    assert str(e.value) == f"reward odd returned {str(values)!r} instead of 2 values, on sample 0: 'the first'"
 
 
 def test_the_guard_finds_the_sample_that_raises_and_shortens_it():
@@ -399,10 +398,12 @@ def test_the_guard_names_the_missing_column():
 
 def test_the_guard_says_so_when_only_the_batch_raises():
     def moody(completions, **_):
-        raise KeyError("x") if len(completions) > 1 else None
+        if len(completions) > 1:
+            raise KeyError("x")
+        return [0.0]
 
-    with pytest.raises(ValueError, match="reward moody stopped with KeyError .* on sample 0"):
-        guarded(lambda completions, **_: [0.0] if len(completions) == 1 else moody(completions))(["a", "b"]) if False else guarded(moody)(["a", "b"])
+    with pytest.raises(ValueError, match=r"reward moody stopped with KeyError .* on sample 0"):
+        guarded(moody)(["a", "b"])
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
@@ -429,7 +430,7 @@ def all_rewards(vq):
 
 
 @given(batch=texts, data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_any_text_gives_floats_in_range_sample_by_sample(vq, batch, data):
     order = data.draw(st.permutations(range(len(batch))))
     n = len(batch)
@@ -444,8 +445,7 @@ def test_any_text_gives_floats_in_range_sample_by_sample(vq, batch, data):
         assert isinstance(got, list) and len(got) == n and all(isinstance(x, float) and 0 <= x <= 1 for x in got)
         again = reward(**{k: [v[i] for i in order] for k, v in rows.items()})
         assert again == pytest.approx([got[i] for i in order], abs=1e-5)
-        assert reward(**rows) == pytest.approx(got, abs=1e-6)  # no state
-        assert guarded(reward)(**rows) == pytest.approx(got, abs=1e-6)
+        assert guarded(reward)(**rows) == pytest.approx(got, abs=1e-6)  # again the same: no state
 
 
 @given(batch=texts)
@@ -468,7 +468,10 @@ def test_distance_never_pays_less_than_exactness(said, true):
     assert near >= exact - 1e-9 and (near == 1) == (exact == 1)
 
 
-@given(words=st.lists(st.sampled_from(sorted(rewards.tag_nouns())), max_size=8), tags=st.sets(st.sampled_from(sorted(rewards.tag_nouns())), min_size=1, max_size=4))
+@given(
+    words=st.lists(st.sampled_from(sorted(rewards.tag_nouns())), max_size=8),
+    tags=st.sets(st.sampled_from(sorted(rewards.tag_nouns())), min_size=1, max_size=4),
+)
 @settings(max_examples=60, deadline=None)
 def test_f1_is_the_textbook_one(words, tags):
     text = [chain(rough="a " + " ".join(words))]

@@ -1,0 +1,196 @@
+"""The course's machinery: editions, exercises with their checks, addresses, fingerprints, and clear failures."""
+
+import ast
+import math
+from collections.abc import Iterator
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from realsr_r1 import course
+
+PATHS = course.notebooks()
+EXERCISES = [(p, e) for p in PATHS for e in course.exercises(course.read(p))]
+each_exercise = pytest.mark.parametrize("path, exercise", EXERCISES, ids=[f"{p.stem[:2]}-{e.name}" for p, e in EXERCISES])
+
+
+def notebook(*cells: tuple[str, str]):
+    """A notebook of (kind, source) cells: "md", "code", or "exercise" for a code cell with that tag."""
+    v4, made = nbformat.v4, []
+    for kind, source in cells:
+        made.append(v4.new_markdown_cell(source) if kind == "md" else v4.new_code_cell(source))
+        if kind == "exercise":
+            made[-1].metadata["tags"] = ["exercise"]
+    return v4.new_notebook(cells=made)
+
+
+LAB = notebook(
+    ("md", "# Lab"),
+    ("code", "print('hello')"),
+    ("exercise", "SCALE = 2\n\n\ndef double(x: int) -> int:\n    '''Twice x.'''\n    raise NotImplementedError"),
+    ("code", "checks.double(double)"),
+    (
+        "md",
+        "<details><summary>Solution</summary>\n\n```python\ndef double(x: int) -> int:\n    return SCALE * x\n```\n\n</details>",
+    ),
+    ("code", "print(double(2))"),
+)
+
+
+def definitions(nb, end: int) -> Iterator[ast.stmt]:
+    """Statements that prepare a namespace without any work: imports, functions, classes and constants of the cells before `end`."""
+    for cell in nb.cells[:end]:
+        if cell.cell_type != "code" or "exercise" in cell.metadata.get("tags", []) or "course.start(" in cell.source:
+            continue
+        for node in ast.parse(cell.source).body:
+            constant = isinstance(node, ast.Assign) and not any(isinstance(n, ast.Call) for n in ast.walk(node.value))
+            if constant or isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)):
+                yield node
+
+
+def verdict(nb, exercise: course.Exercise, source: str) -> bool:
+    """Run `source` in place of the exercise's cell, then its check; returns what the check says."""
+    space = {"torch": torch, "math": math, "np": np, "numpy": np, "F": F, "device": torch.device("cpu"), "QUICK": True, "__name__": "lab"}
+    for node in definitions(nb, exercise.at):
+        try:
+            exec(compile(ast.Module([node], []), "<notebook>", "exec"), space)
+        except (NameError, AttributeError):
+            pass  # it needs something that only the whole notebook makes, and so no solution may rest on it
+    exec(compile(source, f"<{exercise.name}>", "exec"), space)
+    check = ast.parse(exercise.check).body
+    (call,) = [n for n in check if isinstance(n, ast.Expr) and ast.unparse(n).startswith(f"checks.{exercise.name}(")]
+    exec(compile(ast.Module([n for n in check if n is not call], []), "<check>", "exec"), space)
+    return eval(compile(ast.Expression(call.value), "<check>", "eval"), space)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=[p.stem for p in PATHS])
+def test_each_notebook_has_exercises(path):
+    nb = course.read(path)
+    found = course.exercises(nb)
+    assert len(found) >= 3
+    assert len({e.name for e in found}) == len(found)
+    for e in found:
+        task = nb.cells[e.at - 1].source
+        assert "### Exercise " in task and "difficulty: " in task and "minutes" in task, f"{e.name}: no task above the stub"
+        assert "<summary>Hint</summary>" in task, f"{e.name}: no hint"
+        stub = course.function_in(e.stub)
+        assert ast.get_docstring(stub), f"{e.name}: the stub has no docstring"
+        assert stub.returns and all(a.annotation for a in stub.args.args), f"{e.name}: the stub is not typed"
+
+
+@each_exercise
+def test_student_edition_fails_until_solved(path, exercise, capsys):
+    (cell,) = [c for c in course.edition(course.read(path), "student").cells if c.source == exercise.stub]
+    assert verdict(course.read(path), exercise, cell.source) is False
+    assert f"✗ {exercise.name}: not written yet" in capsys.readouterr().out
+
+
+@each_exercise
+def test_solutions_edition_passes(path, exercise, capsys):
+    source = course.solved(exercise)
+    assert any(c.source == source for c in course.edition(course.read(path), "solutions").cells)
+    assert verdict(course.read(path), exercise, source) is True, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["student", "solutions"])
+def test_editions_have_no_solution_block_and_no_outputs(tmp_path, kind, capsys):
+    course.write_editions(kind, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [p.name for p in PATHS]
+    for path in PATHS:
+        nb = course.read(tmp_path / path.name)
+        nbformat.validate(nb)
+        text = "\n".join(c.source for c in nb.cells)
+        assert "<summary>Solution" not in text and "<summary>Hint</summary>" in text
+        assert not any(c.get("outputs") for c in nb.cells)
+        stubs = sum("raise NotImplementedError" in c.source for c in nb.cells if "exercise" in c.metadata.get("tags", []))
+        assert stubs == (len(course.exercises(course.read(path))) if kind == "student" else 0)
+
+
+def test_an_edition_leaves_the_notebook_alone():
+    before = nbformat.writes(LAB)
+    student, solutions = course.edition(LAB, "student"), course.edition(LAB, "solutions")
+    assert nbformat.writes(LAB) == before
+    assert [c.cell_type for c in student.cells] == ["markdown", "code", "code", "code", "code"]
+    assert student.cells[2].source == LAB.cells[2].source
+    assert solutions.cells[2].source == "SCALE = 2\n\n\ndef double(x: int) -> int:\n    return SCALE * x"
+
+
+def test_an_exercise_without_solution_is_refused():
+    with pytest.raises(ValueError, match="exercise double: its check or its solution"):
+        course.exercises(notebook(*[(("exercise" if c.metadata.get("tags") else c.cell_type), c.source) for c in LAB.cells[:4]]))
+
+
+def test_fingerprint_sees_code_but_neither_prose_nor_address():
+    a = notebook(("md", "one"), ("code", "x = 'git+https://github.com/OWNER/realsr-r1'"))
+    b = notebook(("md", "two"), ("code", "x = 'git+https://github.com/me/my-fork'"))
+    c = notebook(("md", "one"), ("code", "x = 'git+https://github.com/OWNER/realsr-r1'  # changed"))
+    assert course.fingerprint(a) == course.fingerprint(b) != course.fingerprint(c)
+
+
+def test_address_moves_everywhere(tmp_path):
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "x"\n[project.urls]\nRepository = "https://github.com/OWNER/realsr-r1"\n')
+    (tmp_path / "README.md").write_text(
+        "https://github.com/OWNER/realsr-r1/issues https://github.com/OWNER/realsr-r1-old https://github.com/a/b"
+    )
+    badge = "https://colab.research.google.com/github/OWNER/realsr-r1/blob/main/notebooks/00.ipynb"
+    course.write(notebook(("md", badge), ("code", "'git+https://github.com/OWNER/realsr-r1'")), tmp_path / "notebooks" / "00.ipynb")
+    assert len(course.set_address("me/fork", tmp_path)) == 3
+    assert course.repository(tmp_path) == "me/fork"
+    nb = course.read(tmp_path / "notebooks" / "00.ipynb")
+    assert nb.cells[0].source == badge.replace("OWNER/realsr-r1", "me/fork") and nb.cells[1].source == "'git+https://github.com/me/fork'"
+    assert (tmp_path / "README.md").read_text().split() == [
+        "https://github.com/me/fork/issues",
+        "https://github.com/OWNER/realsr-r1-old",
+        "https://github.com/a/b",
+    ]
+    with pytest.raises(ValueError, match="not of the form"):
+        course.set_address("https://github.com/me/fork", tmp_path)
+
+
+def test_execute_saves_outputs_with_the_fingerprint_and_tidies_them(tmp_path, capsys):
+    path = tmp_path / "00_tiny.ipynb"
+    source = "import ipywidgets\nfrom tqdm.auto import tqdm\nfor _ in tqdm(range(2)):\n    pass\nprint('done')\nipywidgets.IntSlider()"
+    course.write(notebook(("md", "# Tiny"), ("code", source)), path)
+    course.execute([path])
+    nb = course.read(path)
+    assert nb.metadata["realsr_r1"]["code"] == course.fingerprint(nb)
+    assert [o.get("text") or o["data"] for o in nb.cells[1].outputs] == [
+        "done\n",
+        {"text/plain": "(a widget: it appears, and moves, when the notebook runs)"},
+    ]
+    assert "00_tiny: " in capsys.readouterr().out
+
+
+def test_a_failing_notebook_stops_the_course_with_one_sentence(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "00_broken.ipynb"
+    course.write(notebook(("md", "# Broken"), ("code", "x = 1"), ("code", "y = x / 0")), path)
+    before = path.read_text()
+    monkeypatch.setattr(course, "notebooks", lambda: [path])
+    assert course.main(["run"]) == 1
+    out, err = capsys.readouterr()
+    assert out.startswith("[1/1] 00_broken … stopped")
+    assert err == 'error: 00_broken stopped in cell 3 ("y = x / 0"): ZeroDivisionError: division by zero\n'
+    assert path.read_text() == before
+
+
+def test_unknown_names_get_one_sentence(capsys):
+    assert course.main(["execute", "99_nothing"]) == 1
+    assert course.main(["address"]) == 1
+    assert capsys.readouterr().err.count("error: ") == 2
+
+
+@pytest.mark.parametrize("value, quick", [("1", True), ("0", False), (None, True)])
+def test_start_is_seeded_and_reads_quick(monkeypatch, capsys, value, quick):
+    monkeypatch.setattr(course, "device_of", lambda _: torch.device("cpu"))
+    monkeypatch.delenv("QUICK", raising=False)
+    if value:
+        monkeypatch.setenv("QUICK", value)
+    device, got = course.start(3)
+    first = torch.rand(1)
+    assert device.type == "cpu" and got is quick and "seed 3" in capsys.readouterr().out
+    course.start(3)
+    assert torch.equal(torch.rand(1), first)
