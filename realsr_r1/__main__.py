@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 # Steps of the shipped weights' recipe.
-RECIPE = {"tokenizer": 5500, "reader": 1400, "guided": 750, "regression": 750, "sft": 600, "direct": 600}
+RECIPE = {"tokenizer": 5500, "reader": 1400, "guided": 750, "regression": 750, "sft": 600, "direct": 600, "expert": 850, "grpo": 36}
 
 
 def train(a: argparse.Namespace) -> None:
@@ -83,7 +83,7 @@ def train(a: argparse.Namespace) -> None:
         pretrain.train_tokenizer(data, out, **options, **init)
     elif a.what == "reader":
         crops = scenes.cached_pairs(a.pairs * 6 // 10, "train", cache=a.data, crops=True)
-        pretrain.train_reader(data, out, crops=crops, **options, **init)
+        pretrain.train_reader(data, out, crops=crops, summary_steps=a.steps or 5000, **options, **init)
     elif a.what in ("guided", "regression"):
         said = drawn(a, data) if a.said else None
         pretrain.train_guided(

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from realsr_r1 import degradation, perceptual, policy, pretrain, scenes, tokenizer, viz, vlcot, weights
+from realsr_r1 import degradation, perceptual, photos, policy, pretrain, probe, scenes, tokenizer, viz, vlcot, weights
 from realsr_r1.policy import Sampling
 from realsr_r1.restore import Models, decode_final, restore, think
 
@@ -137,8 +137,8 @@ def first_results(
     valid = valid_share(models, data, min(n, 256), replace(how, greedy_text=False), seed)
     yardsticks = {}
     for name, reader in (("cnn", None), ("probe", models.reader)):
-        net = pretrain.train_labelnet(train, reader, crops, steps=cnn_steps, seed=seed)
-        yardsticks[name] = {k: v.tolist() for k, v in pretrain.label_accuracy(net, data).items()}
+        net = probe.train_labelnet(train, reader, crops, steps=cnn_steps, seed=seed)
+        yardsticks[name] = {k: v.tolist() for k, v in probe.label_accuracy(net, data).items()}
 
     lines = ["| method | PSNR (RGB, dB) ↑ | LPIPS-alex ↓ |", "|---|---|---|"]
     lines += [f"| {m} | {cell(s['PSNR'], 2)} | {cell(s['LPIPS'])} |" for m, s in pictures.items()]
@@ -187,7 +187,7 @@ def demo(out: Path, models: Models, crop: tuple[int, int] = (80, 56), seed: int 
     """Restore the centre of each shipped real low-quality photo, print its chain of thought, and draw the picture."""
     rows = []
     for path in sorted((scenes.ASSETS / "real_lr").glob("*.webp")):
-        image = scenes.open_photo(path)
+        image = photos.open_photo(path)
         w, h = min(crop[0], image.width), min(crop[1], image.height)
         left, top = (image.width - w) // 2, (image.height - h) // 2
         image = image.crop((left, top, left + w, top + h))
@@ -204,7 +204,7 @@ def demo(out: Path, models: Models, crop: tuple[int, int] = (80, 56), seed: int 
         steps = [models.tokenizer.decode(torch.tensor(middle[t])[None].to(models.device))[0].cpu() for t in vlcot.IMAGE_TAGS]
         box = (x, y, x + 32, y + 32)
         tile = result.crop(tuple(4 * v for v in box))
-        rows.append([scenes.to_tensor(image.crop(box)), *steps, scenes.to_tensor(tile), scenes.to_tensor(image), scenes.to_tensor(result)])
+        rows.append([photos.to_tensor(image.crop(box)), *steps, photos.to_tensor(tile), photos.to_tensor(image), photos.to_tensor(result)])
     picture = viz.grid(
         rows, ["LR tile", "rough image", "middle image", "final image", "restored tile", "LR photo", "restored photo"], side=176
     )

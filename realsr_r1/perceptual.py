@@ -32,6 +32,12 @@ def lpips_alex(device: str = "cpu") -> nn.Module:
     return net.to(device).eval().requires_grad_(False)
 
 
+def alex_layers(x: Tensor) -> list[Tensor]:
+    """Images (b, 3, h, w) in [0, 1] → AlexNet's five ReLU layers, as LPIPS sees them: 64, 192, 384, 256, 256 channels."""
+    net = lpips_alex(str(x.device))
+    return list(net.net(net.scaling_layer(x * 2 - 1)))
+
+
 def distance(x: Tensor, y: Tensor) -> Tensor:
     """LPIPS-alex of two batches (b, 3, h, w) in [0, 1] → (b,), 0 is identical."""
     return lpips_alex(str(x.device))(x, y, normalize=True).flatten()

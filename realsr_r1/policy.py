@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.utils import logging as transformers_logging
 
 from realsr_r1.reader import LRReader
@@ -134,6 +135,34 @@ def keep_top_k(logits: Tensor, k: Tensor) -> Tensor:
     return logits.masked_fill(logits < threshold, float("-inf"))
 
 
+class RoomyLayer(DynamicLayer):
+    """A cache layer with room for `length` words from the start: DynamicLayer copies the whole cache at every word."""
+
+    def __init__(self, length: int):
+        super().__init__()
+        self.length, self.room = length, None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        held, new = self.get_seq_length(), key_states.shape[-2]
+        if self.room is None or self.room[0].shape[0] != key_states.shape[0]:  # at first, or after a repeat of the rows
+            b, heads, _, dim = key_states.shape
+            self.room = [x.new_empty(b, heads, self.length, dim) for x in (key_states, value_states)]
+            for room, x in zip(self.room, (self.keys, self.values), strict=True):
+                if held:
+                    room[:, :, :held] = x
+        for room, x in zip(self.room, (key_states, value_states), strict=True):
+            room[:, :, held : held + new] = x
+        self.keys, self.values = (room[:, :, : held + new] for room in self.room)
+        return self.keys, self.values
+
+
+def new_cache(model: Qwen3ForCausalLM, length: int) -> Cache:
+    """An empty cache for `length` words."""
+    return Cache(layers=[RoomyLayer(length) for _ in range(model.config.num_hidden_layers)])
+
+
 @dataclass
 class Sampled:
     """Completions (b, n) padded with the pad word, and of each word its log-probability (b, n): under the softmax over
@@ -164,7 +193,7 @@ def sample(model: Qwen3ForCausalLM, prompts: Tensor, how: Sampling = Sampling(),
     b = len(prompts) * copies
     first, total = rows or (0, b)
     prompts = prompts.to(device)
-    cache, state = DynamicCache(config=model.config), grammar.start(b)
+    cache, state = new_cache(model, prompts.shape[1] + (max_new or grammar.max_length)), grammar.start(b)
     unconditional = None  # the guidance cache: it starts anew at each image
     hidden = model.model(prompts, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
     if copies > 1:
@@ -213,7 +242,7 @@ def sample(model: Qwen3ForCausalLM, prompts: Tensor, how: Sampling = Sampling(),
         if how.guidance != 1.0:
             # Rows reach their images together when their texts have the same length; a straggler just goes unguided.
             if bool((word == start).all()):
-                unconditional, last = DynamicCache(config=model.config), None
+                unconditional, last = new_cache(model, grammar.max_length), None
             if unconditional is not None:
                 out = model.model(word[:, None], past_key_values=unconditional, use_cache=True)
                 hidden_free = out.last_hidden_state[:, -1]

@@ -8,6 +8,7 @@ import csv
 import math
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from realsr_r1 import degradation, perceptual, scenes
-from realsr_r1.reader import LabelBody, LRReader, ReaderConfig
+from realsr_r1.reader import LRReader, ReaderConfig, content_features, signal_features
 from realsr_r1.tokenizer import NANO, GuidedDecoder, VQModel, guided_decode
 from realsr_r1.weights import WEIGHTS, load, save
 
@@ -36,6 +37,25 @@ def device_of(name: str | None) -> torch.device:
     return torch.device(name)
 
 
+@lru_cache(maxsize=4)
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 pays here: on CUDA, and on CPUs with units for it (measured: a CPU without emulates it, up to
+    hundreds of times slower than float32)."""
+    if device.type != "cpu":
+        return device.type == "cuda"
+
+    def seconds(x: Tensor) -> float:
+        best = math.inf
+        for _ in range(3):
+            started = time.perf_counter()
+            x @ x
+            best = min(best, time.perf_counter() - started)
+        return best
+
+    x = torch.randn(192, 192)
+    return seconds(x.bfloat16()) < seconds(x)
+
+
 def fit(model: nn.Module, loss_of: Callable[[int], tuple[Tensor, dict[str, float]]], steps: int, out: Path, lr: float = 1e-3,
         seed: int = 0, checkpoint_seconds: float = 120, log_every: int = 50, after_step: Callable[[int], None] | None = None) -> nn.Module:  # fmt: skip
     """Minimise `loss_of(step)` for `steps` steps; returns the averaged (EMA) model and writes it to `out`.
@@ -45,7 +65,7 @@ def fit(model: nn.Module, loss_of: Callable[[int], tuple[Tensor, dict[str, float
     out.parent.mkdir(parents=True, exist_ok=True)
     ckpt, log = out.with_suffix(".ckpt"), out.with_suffix(".csv")
     torch.manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min(1, (i + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, i / steps))))
     )
@@ -67,7 +87,7 @@ def fit(model: nn.Module, loss_of: Callable[[int], tuple[Tensor, dict[str, float
             raise RuntimeError(f"the loss of {out.stem} became {float(loss)} at step {step}: lower --lr; the last checkpoint is kept")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
         optimizer.step()
         schedule.step()
         average.update_parameters(model)
@@ -131,20 +151,27 @@ class Batches:
             x = torch.cat([x[: n // 2, :, top : top + size, left : left + size], F.interpolate(x[n // 2 :], size=size, mode="area")])
         return x.clamp(0, 1)
 
-    def pairs(self, step: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
-        """HR (n, 3, s, s), LR (n, 3, s/4, s/4) in [0, 1] and the indices of the pairs, mirrored half of the time."""
+    def pairs(self, step: int, n: int, mirror: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        """HR (n, 3, s, s), LR (n, 3, s/4, s/4) in [0, 1] and the indices of the pairs, mirrored half of the time if `mirror`."""
         g = self.generator(step)
         i = torch.randint(0, len(self.data), (n,), generator=g)
         hr, lr = (t[i].to(self.device).float() / 255 for t in (self.data.hr, self.data.lr))
-        return (hr.flip(-1), lr.flip(-1), i) if torch.rand((), generator=g) < 0.5 else (hr, lr, i)
+        return (hr.flip(-1), lr.flip(-1), i) if mirror and torch.rand((), generator=g) < 0.5 else (hr, lr, i)
 
 
 def train_tokenizer(data: scenes.Pairs, out: Path = WEIGHTS / "tokenizer.safetensors", steps: int = 6000, lr: float = 1e-3,
-                    seed: int = 0, device: str | None = None, config=NANO) -> VQModel:  # fmt: skip
-    """The VQ autoencoder on images of 32, 64 and 128 px: L1 + LPIPS on a moving grid + codebook loss."""
+                    seed: int = 0, device: str | None = None, config=NANO, init: VQModel | None = None) -> VQModel:  # fmt: skip
+    """The VQ autoencoder on images of 32, 64 and 128 px: L1 + LPIPS on a moving grid + codebook loss.
+
+    With `init` only the decoder goes on learning, from these weights: the codes, and whatever was trained on them, stay.
+    """
     dev = device_of(device)
     torch.manual_seed(seed)
     model = VQModel(config).to(dev)
+    if init is not None:
+        model.load_state_dict(init.state_dict())
+        for part in (model.encoder, model.quant_conv, model.quantize):
+            part.requires_grad_(False)
     batches = Batches(data, dev, seed)
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
@@ -152,7 +179,7 @@ def train_tokenizer(data: scenes.Pairs, out: Path = WEIGHTS / "tokenizer.safeten
         u = float(torch.rand((), generator=g))
         n, size = (16, 64) if u < 0.55 else (4, 128) if u < 0.95 else (32, 32)
         x = batches.images(step, n, size)
-        if step % 20 == 19 and step < 0.8 * steps:
+        if init is None and step % 20 == 19 and step < 0.8 * steps:
             model.quantize.revive(model.latents(x).detach(), generator=g)
         y, _q, _codes, codebook = model(x)
         l1 = (x - y).abs().mean()
@@ -185,54 +212,79 @@ def reader_targets(data: scenes.Pairs) -> tuple[dict[str, int], Tensor]:
     return {k: len(v) for k, v in names.items()}, torch.tensor(rows)
 
 
-class Mixed:
-    """Labelled batches for networks that name things: half scenes, half crops of photographs (if given), mirrored and
-    in slightly other colours at random, so that they are not learnt by heart."""
-
-    def __init__(self, data: scenes.Pairs, crops: scenes.Pairs | None, device: torch.device, seed: int):
-        self.parts = [(Batches(d, device, seed, photo_share=0), reader_targets(d)[1].to(device)) for d in (data, crops) if d is not None]
-
-    def __call__(self, step: int, n: int) -> tuple[Tensor, Tensor]:
-        """LR photos (n, 3, h, w) in [0, 1] and their targets (n, heads), -100 where nothing is known."""
-        found = [(batches.pairs(step, n // len(self.parts)), targets) for batches, targets in self.parts]
-        x = torch.cat([lr for (_, lr, _), _ in found])
-        tint = 1 + 0.3 * (torch.rand((len(x), 3, 1, 1), generator=self.parts[0][0].generator(step + 10**9)) - 0.5)
-        return (x * tint.to(x.device)).clamp(0, 1), torch.cat([t[i.to(t.device)] for (_, _, i), t in found])
+@torch.no_grad()
+def summary_features(lr: Tensor, device: torch.device, batch: int = 128) -> tuple[Tensor, Tensor]:
+    """LR photos (n, 3, 32, 32), uint8 → signal features and content features, half precision, on the CPU."""
+    rows = []
+    for at in tqdm(range(0, len(lr), batch), desc="features", disable=len(lr) < 1000, mininterval=5):
+        x = lr[at : at + batch].to(device).float() / 255
+        rows.append((signal_features(x).half().cpu(), content_features(x).half().cpu()))
+    return tuple(torch.cat(part) for part in zip(*rows, strict=True))
 
 
 def train_reader(data: scenes.Pairs, out: Path = WEIGHTS / "reader.safetensors", steps: int = 1500, lr: float = 2e-3, batch: int = 64,
-                 seed: int = 0, device: str | None = None, crops: scenes.Pairs | None = None) -> LRReader:  # fmt: skip
-    """The LR photo's own reader: pixels and their high-pass residual reconstructed from the pixel codes, and heads that
-    name the degradation and the content from the summary codes alone."""
-    dev = device_of(device)
+                 seed: int = 0, device: str | None = None, crops: scenes.Pairs | None = None, init: LRReader | None = None,
+                 summary_steps: int | None = None) -> LRReader:  # fmt: skip
+    """The LR photo's own reader, in two fits: the pixel codes in `steps` (photos and their high-pass residual
+    reconstructed), then the summary codes in `summary_steps`, by default as many (heads name degradation and content).
+
+    `crops` are further pairs with labels but no scene. With `init` the pixel codes are taken over instead of trained.
+    """
+    dev, out = device_of(device), Path(out)
     torch.manual_seed(seed)
     model = LRReader(ReaderConfig(heads=reader_targets(data)[0])).to(dev)
-    batches = Mixed(data, crops, dev, seed)
+    parts = [d for d in (data, crops) if d is not None]
+    half_way = out.with_name(f"{out.stem}_pixels.safetensors")
+    if init is not None or half_way.exists():
+        model.pixels.load_state_dict((init.pixels if init is not None else load(half_way, dev)).state_dict())
+    else:
+        photos = Batches(data, dev, seed, photo_share=0)
 
-    def highpass(z: Tensor) -> Tensor:
-        return z - F.avg_pool2d(F.pad(z, (1, 1, 1, 1), mode="replicate"), 3, 1)
+        def highpass(z: Tensor) -> Tensor:
+            return z - F.avg_pool2d(F.pad(z, (1, 1, 1, 1), mode="replicate"), 3, 1)
 
-    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
-        x, t = batches(step, batch)
-        if step % 20 == 19 and step < 0.8 * steps:
-            for book, z in zip((model.quantize, model.quantize_summary), model.latents(x), strict=True):
-                book.revive(z.detach(), generator=torch.Generator().manual_seed(step))
-        y, logits, codebook = model(x)
-        pixels, detail = (x - y).abs().mean(), (highpass(x) - highpass(y)).abs().mean()
-        loss, parts = 5 * pixels + 5 * detail + 0.25 * codebook, {"l1": float(pixels.detach())}
-        for k, (name, out_k) in enumerate(logits.items()):
-            loss = loss + 0.5 * F.cross_entropy(out_k, t[:, k], label_smoothing=0.05)
+        def pixel_loss(step: int) -> tuple[Tensor, dict[str, float]]:
+            x = photos.pairs(step, batch)[1]
+            if step % 20 == 19 and step < 0.8 * steps:
+                model.pixels.quantize.revive(model.pixels.latents(x).detach(), generator=torch.Generator().manual_seed(step))
+            y, codebook = model.pixels(x)
+            l1, detail = (x - y).abs().mean(), (highpass(x) - highpass(y)).abs().mean()
+            return 5 * l1 + 5 * detail + 0.25 * codebook, {"l1": float(l1.detach()), "detail": float(detail.detach())}
+
+        fit(model.pixels, pixel_loss, steps, half_way, lr, seed)
+
+    signal, content = (torch.cat(f) for f in zip(*(summary_features(d.lr, dev) for d in parts), strict=True))
+    targets, total = torch.cat([reader_targets(d)[1] for d in parts]), summary_steps or steps
+
+    def summary_loss(step: int) -> tuple[Tensor, dict[str, float]]:
+        g = torch.Generator().manual_seed(seed * 10_000_019 + step)
+        i = torch.randint(0, len(targets), (2 * batch,), generator=g)
+        s, c, t = signal[i].to(dev).float(), content[i].to(dev).float(), targets[i].to(dev)
+        if step % 20 == 19 and step < 0.8 * total:
+            model.summary.quantize.revive(model.summary.latents(s, c).detach(), generator=g)
+        logits, codebook = model.summary(s, c)
+        loss, right = 0.25 * codebook, {}
+        for k, (name, row) in enumerate(logits.items()):
+            loss = loss + F.cross_entropy(row, t[:, k], label_smoothing=0.05)
             known = t[:, k] != -100
-            parts[name] = float((out_k.argmax(1) == t[:, k])[known].float().mean())
-        return loss, parts
+            right[name] = float((row.argmax(1) == t[:, k])[known].float().mean())
+        return loss, right
 
-    return fit(model, loss_of, steps, Path(out), lr, seed)
+    done = out.with_name(f"{out.stem}_summary.safetensors")
+    fit(model.summary, summary_loss, total, done, lr / 2, seed)
+    save(model.eval(), out)
+    for part in (half_way, done):
+        part.unlink(missing_ok=True)
+    return model
 
 
 def train_guided(data: scenes.Pairs, tokenizer: VQModel | None = None, out: Path | None = None, steps: int = 2500, lr: float = 1e-3,
-                 batch: int = 8, seed: int = 0, device: str | None = None, use_codes: bool = True) -> GuidedDecoder:  # fmt: skip
+                 batch: int = 8, seed: int = 0, device: str | None = None, use_codes: bool = True, said: Tensor | None = None,
+                 init: GuidedDecoder | None = None) -> GuidedDecoder:  # fmt: skip
     """The guided decoder on true codes, of which 0–40% are replaced at random (a policy errs); L1 + LPIPS.
 
+    `said` (n, h, w): the codes that a policy draws for the first n pairs (`sft.drawn_codes`); then half of each batch has
+    these, so that the decoder learns what the policy's errors look like. `init`: weights to go on from.
     `use_codes=False` trains the control: feed-forward regression from the LR photo, same budget and loss.
     """
     dev = device_of(device)
@@ -240,19 +292,27 @@ def train_guided(data: scenes.Pairs, tokenizer: VQModel | None = None, out: Path
     out = Path(out or WEIGHTS / ("guided.safetensors" if use_codes else "regression.safetensors"))
     torch.manual_seed(seed)
     model = GuidedDecoder(tokenizer.config.code_dim, use_codes=use_codes).to(dev)
+    if init is not None:
+        model.load_state_dict(init.state_dict())
+    if said is not None:
+        n = len(said)
+        data = scenes.Pairs(data.hr[:n], data.lr[:n], data.labels[:n], data.scenes[:n])
     batches = Batches(data, dev, seed, photo_share=0)
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         g = batches.generator(step + 10**9)
-        hr, lr_image, _ = batches.pairs(step, batch)
+        hr, lr_image, i = batches.pairs(step, batch, mirror=said is None)
+        seen = ()
         if use_codes:
             codes = corrupt(tokenizer.encode(hr), 0.4 * torch.rand((batch,), generator=g), tokenizer.config.codes, g)
+            if said is not None:
+                codes[: batch // 2] = said[i[: batch // 2]].to(dev)
             with torch.no_grad():
-                plain, embedded = tokenizer.decode(codes), tokenizer.quantize.embed(codes)
-            y = model(lr_image, plain, embedded)
-        else:
-            y = model(lr_image)
-        l1, lpips = (hr - y).abs().mean(), perceptual.robust_distance(y, hr, g).mean()
+                seen = (tokenizer.decode(codes), tokenizer.quantize.embed(codes))
+        with torch.autocast(dev.type, torch.bfloat16, enabled=fast_bfloat16(dev)):
+            y = model(lr_image, *seen).float()
+            lpips = perceptual.robust_distance(y, hr, g).float().mean()
+        l1 = (hr - y).abs().mean()
         return 3 * l1 + lpips, {"l1": float(l1.detach()), "lpips": float(lpips.detach())}
 
     return fit(model, loss_of, steps, out, lr, seed)
@@ -298,66 +358,3 @@ def measure_tokenizer(
             for name, c in wrong.items():
                 add(f"guided decode, {name}", guided_decode(guided, tokenizer, c, lr), hr)
     return scores, len(seen) / tokenizer.config.codes
-
-
-class LabelNet(nn.Module):
-    """A small CNN that names degradation and content: the yardstick on LR pixels (b, 3, 32, 32), and, given a reader,
-    the probe of what its codes carry (both codebooks' embeddings instead of the pixels)."""
-
-    def __init__(self, classes: dict[str, int], reader: LRReader | None = None, width: int = 48):
-        super().__init__()
-        self.reader = [reader] if reader is not None else []  # in a list: not a part that trains
-        d = reader.config.code_dim if reader else 3
-        self.body = LabelBody(d, width, stride=1 if reader else 2)
-        extra = reader.config.summary * d if reader else 0
-        self.heads = nn.ModuleDict({k: nn.Linear(4 * width + extra, n) for k, n in classes.items()})
-
-    def forward(self, lr: Tensor) -> dict[str, Tensor]:
-        """LR photos (b, 3, 32, 32) in [0, 1] → logits of each label."""
-        if self.reader:
-            with torch.no_grad():
-                e = self.reader[0].vectors[self.reader[0].encode(lr)].permute(0, 3, 1, 2)
-            h = torch.cat([self.body(e[:, :, :-1]), e[:, :, -1].flatten(1)], 1)
-        else:
-            h = self.body(lr - 0.5)
-        return {k: head(h) for k, head in self.heads.items()}
-
-
-def train_labelnet(
-    data: scenes.Pairs,
-    reader: LRReader | None = None,
-    crops: scenes.Pairs | None = None,
-    steps: int = 1500,
-    batch: int = 64,
-    lr: float = 2e-3,
-    seed: int = 0,
-    device: str | None = None,
-) -> LabelNet:
-    """Train a LabelNet on LR pixels, or, given a reader, on its codes (same net, same budget)."""
-    dev = device_of(device)
-    torch.manual_seed(seed)
-    net = LabelNet(reader_targets(data)[0], reader).to(dev).train()
-    batches = Mixed(data, crops, dev, seed)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps)
-    for step in tqdm(range(steps), desc="probe on codes" if reader else "CNN on pixels", mininterval=10):
-        x, t = batches(step, batch)
-        loss = sum(F.cross_entropy(logits, t[:, k], label_smoothing=0.05) for k, logits in enumerate(net(x).values()))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return net.eval()
-
-
-@torch.no_grad()
-def label_accuracy(net: LabelNet, data: scenes.Pairs, batch: int = 100) -> dict[str, Tensor]:
-    """Right (1) or wrong (0) for each pair and label, (n,) each."""
-    _, targets = reader_targets(data)
-    device = next(net.parameters()).device
-    right: dict[str, list[Tensor]] = {}
-    for at in range(0, len(data), batch):
-        out = net(data.lr[at : at + batch].to(device).float() / 255)
-        for k, (name, logits) in enumerate(out.items()):
-            right.setdefault(name, []).append((logits.argmax(1).cpu() == targets[at : at + batch, k]).float())
-    return {k: torch.cat(v) for k, v in right.items()}

@@ -79,6 +79,20 @@ class Codebook(nn.Module):
         return len(dead)
 
 
+class Smooth(nn.Sequential):
+    """A light residual network at full resolution, at first the identity: pixel-shuffle alone leaves a grid of lines."""
+
+    def __init__(self, width: int = 24):
+        super().__init__(
+            nn.Conv2d(3, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, 3, 3, padding=1)
+        )  # fmt: skip
+        nn.init.zeros_(self[-1].weight)
+        nn.init.zeros_(self[-1].bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
 class VQModel(nn.Module):
     """Image (b, 3, h, w) in [0, 1] ↔ codes (b, h/factor, w/factor)."""
 
@@ -94,10 +108,8 @@ class VQModel(nn.Module):
         self.quant_conv = nn.Conv2d(config.latent, config.code_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.latent, 1)
         self.quantize = Codebook(config.codes, config.code_dim, config.commitment)
-        if config.fold > 1:  # a light residual at full resolution: without it pixel-shuffle leaves a checkerboard
-            self.smooth = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.SiLU(), nn.Conv2d(16, 3, 3, padding=1))
-            nn.init.zeros_(self.smooth[2].weight)
-            nn.init.zeros_(self.smooth[2].bias)
+        if config.fold > 1:
+            self.smooth = Smooth()
 
     @property
     def factor(self) -> int:
@@ -116,7 +128,7 @@ class VQModel(nn.Module):
     def decode_latents(self, q: Tensor) -> Tensor:
         """Quantised latents (b, d, h, w) → image (b, 3, h·factor, w·factor), not clamped."""
         y = F.pixel_shuffle(self.decoder(self.post_quant_conv(q)), self.config.fold)
-        return ((y + self.smooth(y) if self.config.fold > 1 else y) + 1) / 2
+        return ((self.smooth(y) if self.config.fold > 1 else y) + 1) / 2
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (b, h, w) → image (b, 3, h·factor, w·factor) in [0, 1]."""
@@ -155,6 +167,7 @@ class GuidedDecoder(nn.Module):
         self.conv_out = nn.Conv2d(width, 48 + 16, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
+        self.smooth = Smooth()
 
     def forward(self, lr: Tensor, decode: Tensor | None = None, embedded: Tensor | None = None) -> Tensor:
         """LR (b, 3, h, w), decode (b, 3, 4h, 4w), embedded codes (b, d, h/2, w/2) → (b, 3, 4h, 4w), not clamped."""
@@ -165,7 +178,7 @@ class GuidedDecoder(nn.Module):
             x = torch.cat([x, F.pixel_unshuffle(decode, 4) - 0.5, codes], 1)
         residual, gate = self.conv_out(self.body(self.conv_in(x))).split([48, 16], 1)
         residual, gate = F.pixel_shuffle(residual, 4), torch.sigmoid(F.pixel_shuffle(gate, 4))
-        return residual + (gate * decode + (1 - gate) * up if self.use_codes else up)
+        return self.smooth(residual + (gate * decode + (1 - gate) * up if self.use_codes else up))
 
 
 def guided_decode(guided: GuidedDecoder, tokenizer: VQModel, codes: Tensor, lr: Tensor) -> Tensor:

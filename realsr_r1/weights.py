@@ -9,11 +9,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from realsr_r1.reader import LRReader, ReaderConfig
+from realsr_r1.reader import LRReader, PixelCodes, ReaderConfig, SummaryCodes
 from realsr_r1.tokenizer import GuidedDecoder, TokenizerConfig, VQModel
 
 WEIGHTS = Path(__file__).parent / "assets" / "weights"
-CLASSES = {"VQModel": (VQModel, TokenizerConfig), "LRReader": (LRReader, ReaderConfig), "GuidedDecoder": (GuidedDecoder, None)}
+CLASSES = {
+    "VQModel": (VQModel, TokenizerConfig),
+    "LRReader": (LRReader, ReaderConfig),
+    "PixelCodes": (PixelCodes, ReaderConfig),
+    "SummaryCodes": (SummaryCodes, ReaderConfig),
+    "GuidedDecoder": (GuidedDecoder, None),
+}
 
 
 def save(model: nn.Module, path: str | Path) -> None:

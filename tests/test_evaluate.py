@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import realsr_r1.restore as R
-from realsr_r1 import degradation, evaluate, perceptual, pretrain, scenes, tokenizer, viz, vlcot
+from realsr_r1 import degradation, evaluate, perceptual, probe, scenes, tokenizer, viz, vlcot
 
 
 def test_bootstrap_of_a_constant_and_of_a_coin():
@@ -54,8 +54,8 @@ def test_labelnet_learns_what_pixels_show():
         ]
         return scenes.Pairs(torch.zeros(n, 3, 8, 8, dtype=torch.uint8), lr, labels, [])
 
-    net = pretrain.train_labelnet(grey(64, 0), steps=80, batch=32, device="cpu")
-    assert pretrain.label_accuracy(net, grey(40, 1))["noise"].mean() > 0.9
+    net = probe.train_labelnet(grey(64, 0), steps=80, batch=32, device="cpu")
+    assert probe.label_accuracy(net, grey(40, 1))["noise"].mean() > 0.9
 
 
 def test_grid_places_every_image():

@@ -2,7 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from realsr_r1 import perceptual, pretrain, tokenizer, weights
+from realsr_r1 import degradation, perceptual, pretrain, tokenizer, weights
+from realsr_r1 import reader as reader_module
 
 
 def test_quantiser_by_hand():
@@ -56,9 +57,9 @@ def test_every_parameter_learns(tiny):
     y, _, _, loss = vq(x)
     ((x - y).abs().mean() + loss).backward()
     assert [n for n, p in vq.named_parameters() if p.grad is None] == []
-    # the last layer of `smooth` starts at zero, so the one before it has its first gradient a step later
+    # the last layer of `smooth` starts at zero, so those before it have its first gradient a step later
     still = {n for n, p in vq.named_parameters() if p.grad.abs().sum() == 0}
-    assert still <= {"smooth.0.weight", "smooth.0.bias"}
+    assert still <= {f"smooth.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")}
 
 
 def test_llamagen_layout_loads_key_by_key():
@@ -124,12 +125,27 @@ def test_reader_keeps_the_pixels_apart_from_the_summary(tiny):
     codes = reader.encode(x)
     assert codes.shape == (2, 17, 16)
     assert codes[:, :16].max() < 24 <= codes[:, 16].min() and codes.max() < reader.vocabulary == 32
-    y, logits, loss = reader(x)
+    y, loss = reader.pixels(x)
+    logits, _ = reader.summary(reader_module.signal_features(x), reader_module.content_features(x))
     assert y.shape == x.shape and logits["noise"].shape == (2, 4) and loss.ndim == 0
     # one photo's summary does not depend on its neighbour in the batch
     assert torch.equal(reader.encode(x[1:])[0], codes[1])
-    with pytest.raises(ValueError, match="32 pixels wide"):
+    with pytest.raises(ValueError, match="32x32 pixels"):
         reader.encode(torch.rand(1, 3, 64, 64))
+
+
+def test_block_dct_is_orthonormal_and_sees_jpeg():
+    x = torch.rand(2, 3, 16, 24)
+    c = reader_module.block_dct(x)
+    assert c.shape == (2, 3, 6, 8, 8)
+    assert torch.allclose((c**2).sum((2, 3, 4)), (x**2).sum((2, 3)), rtol=1e-4)
+    assert torch.allclose(c[0, 0, 0, 0, 0], x[0, 0, :8, :8].mean() * 8, rtol=1e-4)
+    photo = torch.rand(1, 3, 32, 32)
+    z = {q: reader_module.block_dct(reader_module.luma_chroma(degradation.jpeg(photo[0], q)[None]))[:, 0].abs() for q in (95, 10)}
+    zero = {q: float((c < 0.6).float().mean()) for q, c in z.items()}
+    assert zero[10] > zero[95] + 0.2  # coarse quantisation sets most coefficients to zero
+    assert reader_module.signal_features(photo).shape == (1, reader_module.SIGNAL_FEATURES)
+    assert reader_module.content_features(photo).shape == (1, reader_module.CONTENT_FEATURES)
 
 
 def test_guided_decoder_starts_between_its_two_inputs():

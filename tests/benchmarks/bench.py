@@ -4,17 +4,21 @@ The degradation is compared with Real-ESRGAN's own code if it is installed besid
     pip install --no-deps --no-build-isolation basicsr==1.4.2 realesrgan==0.3.0 && pip install scipy opencv-python-headless addict future lmdb pyyaml requests yapf
 """
 
+import csv
 import math
 import resource
 import sys
+import tempfile
 import time
 import types
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from realsr_r1 import degradation, photos, policy, restore, scenes
+from realsr_r1 import degradation, experts, grpo, photos, policy, restore, scenes
 from realsr_r1.policy import Sampling
+from realsr_r1.weights import WEIGHTS
 
 ROWS: list[tuple[str, str]] = []
 
@@ -79,6 +83,42 @@ def peer_degradation():
     return run
 
 
+def rollouts(m: restore.Models, prompts: torch.Tensor) -> None:
+    """Whole chains: one at a time, sixteen together, and groups that share their prompt or read it anew."""
+    how = Sampling.rollout()
+
+    def chains(rows: torch.Tensor, copies: int = 1) -> float:
+        start = time.perf_counter()
+        policy.sample(m.policy, rows, how, torch.Generator().manual_seed(0), copies=copies)
+        return time.perf_counter() - start
+
+    chains(prompts[:1])
+    one, sixteen = chains(prompts[:1]), chains(prompts[:16]) / 16
+    row("a sampled chain, one at a time", f"{one:.1f} s")
+    row("a sampled chain, sixteen together", f"{sixteen:.2f} s: {one / sixteen:.1f}× faster")
+    shared, anew = chains(prompts[:2], 8), chains(prompts[:2].repeat_interleave(8, 0))
+    row("two groups of 8", f"{shared:.1f} s sharing the prompt, {anew:.1f} s reading it for each chain: {anew / shared:.2f}×")
+
+
+def grpo_step(m: restore.Models) -> None:
+    """One GRPO step broken down, and peak memory (of the whole process so far) as the group grows."""
+    expert = experts.load_expert()
+    for group in (4, 8, 16):
+        settings = grpo.GrpoSettings(steps=2, prompts=2, group=group, micro_batch=min(8, 2 * group), save_steps=100)
+        functions, _ = grpo.named_rewards(grpo.PAPER_REWARDS, m.tokenizer, expert)
+        dataset = grpo.prompts(range(600_000, 600_004), m.reader, m.policy.vocabulary)
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "p"
+            trainer = grpo.make_trainer(WEIGHTS / "policy-sft", dataset, functions, out, settings, device="cpu")
+            trainer.train()
+            with out.with_suffix(".csv").open() as f:
+                last = [r for r in csv.DictReader(f) if r.get("reward")][-1]
+        total, sampling, scoring = (float(last[f"seconds/{k}"]) for k in ("step", "sampling", "rewards"))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        shares = f"sampling {sampling / total:.0%}, rewards {scoring / total:.0%}, forward, backward and the rest {1 - (sampling + scoring) / total:.0%}"
+        row(f"GRPO step, 2 groups of {group}", f"{total:.0f} s ({shares}), peak memory so far {peak:.1f} GiB")
+
+
 def main() -> None:
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n\n| what | result |\n|---|---|")
@@ -129,6 +169,8 @@ def main() -> None:
             f"generated tokens, batch {batch}",
             f"{1 / speed[True]:.0f} a second with the grammar, {1 / speed[False]:.0f} without: overhead {speed[True] / speed[False] - 1:+.0%}",
         )
+    rollouts(m, prompts)
+    grpo_step(m)
     for side in (64, 128, 256):
         photo = photos.to_image(F.interpolate(hr[:1], size=side, mode="bicubic")[0])
         start_time = time.perf_counter()
