@@ -45,9 +45,10 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--prompts", type=int, default=4, help="groups a step")
     g.add_argument("--group", type=int, default=8, help="chains a group")
     g.add_argument("--micro-batch", type=int, default=8, help="chains a forward and backward pass")
-    g.add_argument("--beta", type=float, default=0.02, help="weight of the KL to the SFT policy; 0: off")
-    g.add_argument("--rewards", nargs="+", default=["format", "degradation", "understanding", "generation"], help="names, or name=weight")
+    g.add_argument("--beta", type=float, default=0.3, help="weight of the KL to the SFT policy; 0: off")
+    g.add_argument("--rewards", nargs="+", default=["format", "degradation", "understanding", "generation=0.5"], help="names, or name=weight")
     g.add_argument("--expert", default="nano", help="visual expert of the generation reward")
+    g.add_argument("--words", type=int, help="sample only the first words of each chain (24: degradation and rough understanding)")
     g.add_argument("--greedy-text", action="store_true", help="as in the released code: kills the rewards on text")
     g.add_argument("--name", default="policy-grpo", help="folder of the trained policy")
 
@@ -64,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 # Steps of the shipped weights' recipe.
-RECIPE = {"tokenizer": 5500, "reader": 1400, "guided": 750, "regression": 750, "sft": 600, "direct": 600, "expert": 850, "grpo": 36}
+RECIPE = {"tokenizer": 5500, "reader": 1400, "guided": 750, "regression": 750, "sft": 600, "direct": 600, "expert": 3000, "grpo": 20}
 
 
 def train(a: argparse.Namespace) -> None:
@@ -121,7 +122,7 @@ def train_grpo(a: argparse.Namespace) -> None:
         torch.set_num_threads(a.threads)
     folder = a.init or (a.out if (a.out / "policy-sft").exists() else weights.WEIGHTS)
     settings = grpo.GrpoSettings(steps=a.steps or RECIPE["grpo"], prompts=a.prompts, group=a.group, micro_batch=a.micro_batch, beta=a.beta,
-                                 greedy_text=a.greedy_text, seed=a.seed, **({"lr": a.lr} if a.lr else {}))  # fmt: skip
+                                 greedy_text=a.greedy_text, words=a.words, seed=a.seed, **({"lr": a.lr} if a.lr else {}))  # fmt: skip
     vq, reader = (weights.load(folder / f"{n}.safetensors") for n in ("tokenizer", "reader"))
     expert = (
         experts.load_expert(a.expert, path=folder / "expert.safetensors") if any(r.startswith("generation") for r in a.rewards) else None

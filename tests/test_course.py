@@ -84,7 +84,7 @@ def test_each_notebook_has_exercises(path):
 @each_exercise
 def test_student_edition_fails_until_solved(path, exercise, capsys):
     (cell,) = [c for c in course.edition(course.read(path), "student").cells if c.source == exercise.stub]
-    assert verdict(course.read(path), exercise, cell.source) is False
+    assert not verdict(course.read(path), exercise, cell.source)
     assert f"✗ {exercise.name}: not written yet" in capsys.readouterr().out
 
 
@@ -92,7 +92,7 @@ def test_student_edition_fails_until_solved(path, exercise, capsys):
 def test_solutions_edition_passes(path, exercise, capsys):
     source = course.solved(exercise)
     assert any(c.source == source for c in course.edition(course.read(path), "solutions").cells)
-    assert verdict(course.read(path), exercise, source) is True, capsys.readouterr().out
+    assert verdict(course.read(path), exercise, source), capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["student", "solutions"])

@@ -71,14 +71,14 @@ WRONG = [
 
 @pytest.mark.parametrize("name, function, says", WRONG, ids=[f"{n}-{s[:20]}" for n, _, s in WRONG])
 def test_a_mistake_is_named(capsys, name, function, says):
-    assert getattr(checks, name)(function) is False
+    assert not getattr(checks, name)(function)
     out = capsys.readouterr().out
     assert out.startswith(f"✗ {name}") and says in out, out
 
 
 @pytest.mark.parametrize("function", [part_at, tiles_needed, chain_tokens], ids=lambda f: f.__name__)
 def test_a_right_answer_passes(capsys, function):
-    assert getattr(checks, function.__name__)(function) is True
+    assert getattr(checks, function.__name__)(function)
     assert capsys.readouterr().out.startswith("✓")
 
 
@@ -87,7 +87,7 @@ def test_a_stub_is_not_written_yet(capsys):
         raise NotImplementedError
 
     for name in ("part_at", "tiles_needed", "chain_tokens"):
-        assert getattr(checks, name)(stub) is False
+        assert not getattr(checks, name)(stub)
         assert "not written yet" in capsys.readouterr().out
 
 
