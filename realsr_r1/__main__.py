@@ -22,6 +22,7 @@ def parser() -> argparse.ArgumentParser:
     r.add_argument("--decoder", choices=("guided", "wavelet", "plain"), default="guided")
     r.add_argument("--batch", type=int, default=16, help="tiles at a time")
     r.add_argument("--weights", type=Path, help="a folder laid out like realsr_r1/assets/weights")
+    r.add_argument("--policy", default="policy-sft", help="folder of the policy in the weights: policy-sft or policy-grpo")
     r.add_argument("--max-pixels", type=int, help="refuse larger LR photos (default 1 megapixel)")
 
     d = sub.add_parser("demo", help="restore the shipped real photos and draw figures/demo.png")
@@ -45,8 +46,8 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--prompts", type=int, default=4, help="groups a step")
     g.add_argument("--group", type=int, default=8, help="chains a group")
     g.add_argument("--micro-batch", type=int, default=8, help="chains a forward and backward pass")
-    g.add_argument("--beta", type=float, default=0.3, help="weight of the KL to the SFT policy; 0: off")
-    g.add_argument("--rewards", nargs="+", default=["format", "degradation", "understanding", "generation=0.5"], help="names, or name=weight")
+    g.add_argument("--beta", type=float, default=0.02, help="weight of the KL to the SFT policy; 0: off")
+    g.add_argument("--rewards", nargs="+", default=["format", "degradation", "understanding", "generation"], help="names, or name=weight")
     g.add_argument("--expert", default="nano", help="visual expert of the generation reward")
     g.add_argument("--words", type=int, help="sample only the first words of each chain (24: degradation and rough understanding)")
     g.add_argument("--greedy-text", action="store_true", help="as in the released code: kills the rewards on text")
@@ -142,7 +143,7 @@ def run(a: argparse.Namespace) -> None:
     from realsr_r1.restore import MAX_PIXELS, load_models, restore_file
 
     if a.command == "restore":
-        models = load_models(a.device, **({"weights": a.weights} if a.weights else {}))
+        models = load_models(a.device, **({"weights": a.weights} if a.weights else {}), policy_name=a.policy)
         restore_file(
             a.photo, a.out, a.trace, models=models, seed=a.seed, decoder=a.decoder, batch=a.batch, max_pixels=a.max_pixels or MAX_PIXELS
         )

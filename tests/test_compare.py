@@ -21,7 +21,9 @@ def test_policies_side_by_side(models, tmp_path):
     assert set(found) == {"sft", "grpo"} and all(len(v) == 4 for s in found.values() for v in s.values())
     one = found["sft"]
     assert one["format"] == [1.0] * 4  # the grammar sees to it
-    assert one["total reward"] == pytest.approx([sum(one[k][i] for k in ("format", "degradation", "understanding", "generation")) for i in range(4)])
+    assert one["total reward"] == pytest.approx(
+        [sum(one[k][i] for k in ("format", "degradation", "understanding", "generation")) for i in range(4)]
+    )
     assert all(0 <= v <= 1 for v in one["FSIM"]) and all(v > 0 for v in one["LPIPS"])
     text = (tmp_path / "t.md").read_text()
     assert "| LPIPS ↓ |" in text and "grpo - sft (paired)" in text
