@@ -57,6 +57,27 @@ def test_position_words_come_from_their_lists_and_all_columns_occur():
     assert names == set(scenes.HORIZONTAL)
 
 
+def test_position_and_size_words_agree_with_the_pixels(monkeypatch):
+    """A magenta square for an object on grey: where it is, is read off the picture."""
+    real = scenes._load
+
+    def marked(kind, name):
+        image = real(kind, name)
+        return Image.new("RGBA", image.size, (255, 0, 255, 255)) if kind == "cutouts" else Image.new("RGB", image.size, (128, 128, 128))
+
+    monkeypatch.setattr(scenes, "_load", marked)
+    for seed in range(60):
+        s = scenes.collage(seed)
+        found = ((s.image[0] - s.image[1] > 0.4) & (s.image[2] - s.image[1] > 0.4)).nonzero()
+        top, left = found.min(0).values.tolist()
+        bottom, right = (found.max(0).values + 1).tolist()
+        assert scenes.VERTICAL[min(2, int((top + bottom) / 2 / 128 * 3))] == s.vertical
+        assert scenes.HORIZONTAL[min(2, int((left + right) / 2 / 128 * 3))] == s.horizontal
+        lo, hi = {"small": (0.32, 0.46), "medium": (0.46, 0.64), "large": (0.66, 0.9)}[s.size]
+        assert lo <= max(bottom - top, right - left) / 128 <= hi
+        assert s.color == "pink" or s.color == "purple"
+
+
 def test_cached_pairs_come_back_and_a_damaged_cache_is_made_again(tmp_path):
     a = scenes.cached_pairs(3, "val", cache=tmp_path)
     b = scenes.cached_pairs(2, "val", cache=tmp_path)
