@@ -4,5 +4,10 @@ Modules, each importing only earlier ones: degradation, photos, scenes, perceptu
 pretrain, probe → vlcot → policy → sft, experts, rewards → grpo → restore → viz, evaluate, course. `from realsr_r1 import restore` gives the module, which can be called like its function.
 """
 
+import os
+
+# Before torch loads: waiting threads sleep. Two that spin on a busy machine slow each other down a hundredfold.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from realsr_r1 import _torchvision  # noqa: F401  must run before anything imports torchvision
 from realsr_r1.version import __version__  # noqa: F401
