@@ -3,7 +3,8 @@
 Ours is what TRL leaves open: the rollouts (whole chains, sampled in batches under the layout grammar at temperature 1,
 a group reading its prompt once), which words count (those that the grammar forced carry no choice and stay out of the
 loss), the rewards, and what is written down. Differences to the released code, see PAPER.md's defects: text is sampled,
-not greedy; what is sampled is what the loss sees; the KL to the SFT policy is on; every reward's spread is logged.
+not greedy, and at temperature 1 without guidance or top-k (the loss sees the bare softmax, sampling the same one
+restricted to the grammar: the probability between them is logged as `outside_grammar`); the KL to the SFT policy is on; every reward's spread is logged.
 
 Advantage, clipping and KL are TRL's: A = (r - mean of the group) / (standard deviation of the group + 1e-4); the KL is
 the k3 estimate, which TRL multiplies by the ratio (`use_bias_correction_kl`).

@@ -3,7 +3,7 @@
 A tokenizer trained for pictures is a denoiser: noise, blur and JPEG traces vanish from its codes, so the policy could
 not perceive them. The reader gives a 32×32 photo 272 codes, laid out as 17 rows of 16:
 
-    16 rows   near-lossless codes of 2×2 LR pixels: where everything is
+    16 rows   codes of 2×2 LR pixels: where everything is (colours and edges; fine noise is mostly lost here, too)
     1 row     summary codes, each from the whole photo: they must name degradation and content through small heads
 
 The summary looks at features that show degradation plainly, instead of learning them: the coefficients of JPEG's own
@@ -82,7 +82,7 @@ def content_features(x: Tensor) -> Tensor:
 
 
 class PixelCodes(nn.Module):
-    """2×2 LR pixels ↔ one code, almost without loss."""
+    """2×2 LR pixels ↔ one code."""
 
     def __init__(self, config: ReaderConfig):
         super().__init__()

@@ -129,7 +129,6 @@ def test_every_parameter_moves_and_the_first_loss_is_zero(folder, dataset, tmp_p
     log = rows(tmp_path / "p")
     # On-policy the ratio is 1, so the loss is the mean advantage, and that is 0 in every group. Its gradient is not.
     assert abs(float(log[0]["loss"])) < 1e-5 and float(log[0]["grad_norm"]) > 1e-3
-    assert float(log[0]["kl"]) == 0 if log[0].get("kl") else True
     after = weights_of(tmp_path / "p")
     still = [k for k in before if torch.equal(before[k], after[k])]
     assert not still
