@@ -6,16 +6,16 @@ entropy-dependent top-k and guidance inside images) or, for reinforcement learni
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3ForCausalLM
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import DynamicCache, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from realsr_r1.decoding import Decoder, suits
 from realsr_r1.reader import LRReader
 from realsr_r1.tokenizer import VQModel
 from realsr_r1.vlcot import DIRECT, EOS, PAD, TAGS, LayoutGrammar, Vocabulary
@@ -36,6 +36,12 @@ class PolicyConfig:
     lr_codes: int = 1280
     sizes: tuple[int, ...] = (4, 8, 16)
     max_words: int = 24
+    base: int = 0  # ids of a pretrained vocabulary in front of ours, and our words that it has (see `Vocabulary`, `middle`)
+    known: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary(self.codes, self.lr_codes, base=self.base, known=self.known)
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ class Sampling:
 
 def build(config: PolicyConfig = PolicyConfig(), vocabulary: Vocabulary | None = None, seed: int = 0) -> Qwen3ForCausalLM:
     """A new policy with random weights."""
-    vocabulary = vocabulary or Vocabulary(config.codes, config.lr_codes)
+    vocabulary = vocabulary or config.vocabulary
     torch.manual_seed(seed)
     length = sum(n * (n + 1) + 6 for n in config.sizes) + len(TAGS) * 2 + 4 * config.max_words + 512
     shape = Qwen3Config(
@@ -93,7 +99,9 @@ def save(model: Qwen3ForCausalLM, folder: str | Path) -> None:
     model.vocabulary.tokenizer.save_pretrained(folder)
 
 
-def load(folder: str | Path = WEIGHTS / "policy-sft", device: str | torch.device = "cpu") -> Qwen3ForCausalLM:
+def load(
+    folder: str | Path = WEIGHTS / "policy-sft", device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> Qwen3ForCausalLM:
     """A policy written by `save`. One-sentence errors, as in `weights.load`."""
     folder = Path(folder)
     if not (folder / "model.safetensors").exists() or not (folder / "nano.json").exists():
@@ -103,21 +111,21 @@ def load(folder: str | Path = WEIGHTS / "policy-sft", device: str | torch.device
     try:
         fields = json.loads((folder / "nano.json").read_text())
         config = PolicyConfig(**{**fields, "sizes": tuple(fields["sizes"])})
-        model, info = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, local_files_only=True)
+        model, info = Qwen3ForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, local_files_only=True)
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError) as e:
         raise ValueError(
             f"policy weights in {folder.name}/ are cut short, damaged or of another configuration: copy or train them again"
         ) from e
-    vocabulary = Vocabulary(config.codes, config.lr_codes)
+    vocabulary = config.vocabulary
     if info["missing_keys"] or model.config.vocab_size != len(vocabulary):
         raise ValueError(f"policy weights in {folder.name}/ belong to another vocabulary or shape: train them again with this version")
     model.nano, model.vocabulary = config, vocabulary
     return model.to(device).eval()
 
 
-def grammar_of(model: Qwen3ForCausalLM, direct: bool = False) -> LayoutGrammar:
-    """The layout of this policy's completions: the chain, or for the direct variant the final image alone."""
-    tags = ("final_image",) if direct else TAGS
+def grammar_of(model: Qwen3ForCausalLM, direct: bool = False, tags: tuple[str, ...] | None = None) -> LayoutGrammar:
+    """The layout of this policy's completions: the chain, for the direct variant the final image alone, or these parts."""
+    tags = tags or (("final_image",) if direct else TAGS)
     return LayoutGrammar(model.vocabulary, model.nano.sizes, tags, model.nano.max_words).to(model.device)
 
 
@@ -135,32 +143,34 @@ def keep_top_k(logits: Tensor, k: Tensor) -> Tensor:
     return logits.masked_fill(logits < threshold, float("-inf"))
 
 
-class RoomyLayer(DynamicLayer):
-    """A cache layer with room for `length` words from the start: DynamicLayer copies the whole cache at every word."""
+class PlainDecoder:
+    """`decoding.Decoder`'s interface on transformers' own forward pass and cache: any causal language model with a head."""
 
-    def __init__(self, length: int):
-        super().__init__()
-        self.length, self.room = length, None
+    def __init__(self, model: PreTrainedModel, prompts: Tensor, copies: int = 1):
+        self.model, self.cache = model, DynamicCache()
+        out = model(prompts, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.last = out.logits[:, -1]
+        if copies > 1:
+            self.cache.batch_repeat_interleave(copies)
+            self.last = self.last.repeat_interleave(copies, 0)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        held, new = self.get_seq_length(), key_states.shape[-2]
-        if self.room is None or self.room[0].shape[0] != key_states.shape[0]:  # at first, or after a repeat of the rows
-            b, heads, _, dim = key_states.shape
-            self.room = [x.new_empty(b, heads, self.length, dim) for x in (key_states, value_states)]
-            for room, x in zip(self.room, (self.keys, self.values), strict=True):
-                if held:
-                    room[:, :, :held] = x
-        for room, x in zip(self.room, (key_states, value_states), strict=True):
-            room[:, :, held : held + new] = x
-        self.keys, self.values = (room[:, :, : held + new] for room in self.room)
-        return self.keys, self.values
+    def logits(self) -> Tensor:
+        return self.last.float()
+
+    def step(self, word: Tensor) -> None:
+        self.last = self.model(word[:, None], past_key_values=self.cache, use_cache=True).logits[:, -1]
 
 
-def new_cache(model: Qwen3ForCausalLM, length: int) -> Cache:
-    """An empty cache for `length` words."""
-    return Cache(layers=[RoomyLayer(length) for _ in range(model.config.num_hidden_layers)])
+def decoder_of(model: PreTrainedModel, prompts: Tensor, length: int, copies: int = 1, bfloat16: bool = False) -> Decoder | PlainDecoder:
+    """The fast decoder where the model allows it, else the plain one, with the prompts (b, p) read."""
+    return Decoder(model, prompts, length, copies, bfloat16) if suits(model) else PlainDecoder(model, prompts, copies)
+
+
+def draw(scores: Tensor, u: Tensor) -> Tensor:
+    """Words (b,) drawn from the softmax of scores (b, v) with uniform numbers u (b,) in [0, 1), by inverting the distribution."""
+    mass = scores.softmax(-1).cumsum(-1)
+    # A word without probability has its predecessor's sum, so it is never the first to exceed the target.
+    return (mass <= (u * mass[:, -1])[:, None]).sum(-1)
 
 
 @dataclass
@@ -176,78 +186,64 @@ class Sampled:
 @torch.no_grad()
 def sample(model: Qwen3ForCausalLM, prompts: Tensor, how: Sampling = Sampling(), generator: torch.Generator | None = None,
            grammar: LayoutGrammar | None = None, use_grammar: bool = True, prefix: Tensor | None = None, max_new: int | None = None,
-           copies: int = 1, rows: tuple[int, int] | None = None) -> Sampled:  # fmt: skip
+           copies: int = 1, rows: tuple[int, int] | None = None, bfloat16: bool = False) -> Sampled:  # fmt: skip
     """Complete prompts (b, p) of equal length, each `copies` times (b·copies completions, those of a prompt adjacent):
     a group reads its shared prompt once. Same generator state, same completions.
 
     `prefix` (b·copies, n) fixes the first words (an oracle's text, say). `use_grammar=False` lets any word come anywhere,
     which measures whether the form has been learnt. `rows` = (first, total) says that these completions are rows
     first… of a larger batch of `total`, drawn by several processes with equal generators: each gets the same
-    completions as one process would. Log-probabilities are at temperature 1.
+    completions as one process would. Log-probabilities are at temperature 1. `bfloat16`: faster, and rounded (see `decoding`).
     """
     if how.temperature <= 0:
         raise ValueError(f"temperature must be above 0, got {how.temperature}: use image_greedy for greedy images")
     device, v = model.device, model.vocabulary
     direct = bool((prompts[:, -1] == v.ids[DIRECT]).all())
     grammar = grammar or grammar_of(model, direct)
-    b = len(prompts) * copies
+    b, length = len(prompts) * copies, max_new or grammar.max_length
     first, total = rows or (0, b)
-    prompts = prompts.to(device)
-    cache, state = new_cache(model, prompts.shape[1] + (max_new or grammar.max_length)), grammar.start(b)
-    unconditional = None  # the guidance cache: it starts anew at each image
-    hidden = model.model(prompts, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
-    if copies > 1:
-        cache.batch_repeat_interleave(copies)
-        hidden = hidden.repeat_interleave(copies, 0)
+    decoder, state = decoder_of(model, prompts.to(device), length, copies, bfloat16), grammar.start(b)
+    free = None  # guidance's second reading, without the prompt: it starts anew at each image
     words, logprobs, bare = [], [], []
     done = torch.zeros(b, dtype=torch.bool, device=device)
-    last = hidden_free = None
-    start, end = v.ids["<image>"], v.ids["</image>"]
-    for i in range(max_new or grammar.max_length):
-        logits = model.lm_head(hidden).float()
-        mask = grammar.allowed(state) if use_grammar else None
-        scores = logits.masked_fill(~mask, float("-inf")) if use_grammar else logits
-        image = grammar.is_image[state]
-        chosen = scores / how.temperature
+    start, end, codes = v.ids["<image>"], v.ids["</image>"], slice(v.first_code, v.first_code + v.codes)
+    for i in range(length):
+        logits = decoder.logits()
+        mask = grammar.allowed(state) if use_grammar else torch.ones_like(logits, dtype=torch.bool)
+        scores = logits.masked_fill(~mask, float("-inf"))
         if prefix is not None and i < prefix.shape[1]:
             word = prefix[:, i].to(device)
         else:
-            if how.guidance != 1.0 and hidden_free is not None:
-                free = (
-                    model.lm_head(hidden_free).float().masked_fill(~mask, float("-inf"))
-                    if use_grammar
-                    else model.lm_head(hidden_free).float()
-                )
-                mixed = torch.where(torch.isinf(scores), scores, free + how.guidance * (scores - free))
-                chosen = torch.where(image[:, None], mixed / how.temperature, chosen)
-            if how.entropy_top_k:
-                chosen = torch.where(image[:, None], keep_top_k(chosen, entropy_k(chosen)), chosen)
-            elif how.top_k:
-                chosen = torch.where(image[:, None], keep_top_k(chosen, torch.full((b,), how.top_k, device=device)), chosen)
-            shape = (total, chosen.shape[1])
-            noise = torch.rand(shape, generator=generator, device=generator.device if generator is not None else device)
-            noise = noise[first : first + b].to(device)
-            gumbel = -torch.log(-torch.log(noise.clamp(1e-20, 1 - 1e-7)))
+            image, chosen = grammar.is_image[state], scores
+            if free is not None:
+                other = free.logits().masked_fill(~mask, float("-inf"))
+                chosen = torch.where(image[:, None] & mask, other + how.guidance * (scores - other), scores)
+            chosen = chosen / how.temperature
+            if (how.entropy_top_k or how.top_k) and bool(image.any()):
+                columns = codes if use_grammar else slice(None)  # under the grammar nothing but codes is possible there
+                some = chosen[image, columns]
+                k = entropy_k(some) if how.entropy_top_k else torch.full((len(some),), how.top_k, device=device)
+                chosen[image, columns] = keep_top_k(some, k)
+            u = torch.rand(total, generator=generator, device=generator.device if generator is not None else device)
             greedy = image & how.image_greedy | ~image & how.greedy_text
-            word = torch.where(greedy, chosen.argmax(-1), (chosen + gumbel).argmax(-1))
+            word = torch.where(greedy, chosen.argmax(-1), draw(chosen, u[first : first + b].to(device)))
         word = torch.where(done, v.ids[PAD], word)
         words.append(word)
         for kept, x in ((logprobs, scores), (bare, logits)):
             kept.append(x.log_softmax(-1).gather(-1, word[:, None])[:, 0].masked_fill(done, 0.0))
         done = done | (word == v.ids[EOS])
         state = grammar.step(state, word)
-        if bool(done.all()):
+        if bool(done.all()) or i + 1 == length:
             break
-        hidden = model.model(word[:, None], past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+        decoder.step(word)
         if how.guidance != 1.0:
             # Rows reach their images together when their texts have the same length; a straggler just goes unguided.
             if bool((word == start).all()):
-                unconditional, last = new_cache(model, grammar.max_length), None
-            if unconditional is not None:
-                out = model.model(word[:, None], past_key_values=unconditional, use_cache=True)
-                hidden_free = out.last_hidden_state[:, -1]
-                if bool((word == end).any()):
-                    unconditional = hidden_free = last
+                free = decoder_of(model, word[:, None], length, 1, bfloat16)
+            elif free is not None:
+                free = None if bool((word == end).any()) else free
+                if free is not None:
+                    free.step(word)
     return Sampled(torch.stack(words, 1), torch.stack(logprobs, 1), torch.stack(bare, 1))
 
 

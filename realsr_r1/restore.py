@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from realsr_r1 import photos, policy, tokenizer, vlcot
 from realsr_r1.policy import Sampling
-from realsr_r1.pretrain import device_of
+from realsr_r1.pretrain import device_of, fast_bfloat16
 from realsr_r1.reader import LRReader
 from realsr_r1.weights import WEIGHTS, load
 
@@ -87,7 +87,7 @@ def think(
     """LR tiles (b, 3, 32, 32) in [0, 1] → one sampled chain each. Under the grammar every chain parses."""
     v = models.policy.vocabulary
     prompts = v.prompts(models.reader.encode(lr.to(models.device)).cpu(), vlcot.DIRECT if direct else vlcot.CHAIN)
-    ids = policy.sample(models.policy, prompts, how, generator).ids.cpu()
+    ids = policy.sample(models.policy, prompts, how, generator, bfloat16=fast_bfloat16(models.device)).ids.cpu()
     return [vlcot.parse(v.decode(row)) for row in ids]
 
 
