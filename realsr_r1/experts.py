@@ -3,12 +3,13 @@
 nano     a small network of ours, trained by ranking (the idea of RankIQA, Liu et al. 2017, arXiv 1707.08347): of two pictures
          it must prefer the one that LPIPS calls closer to its original, over degradations and over what a tokenizer and a
          policy do wrong. Simplification: LPIPS stands in for people.
-niqe, brisque, piqe   classic statistics of natural pictures, through pyiqa.
+niqe, brisque, piqe   classic statistics of natural pictures, through pyiqa. NIQE's parameters ship with the package.
 paper    the mean of TOPIQ-NR, MUSIQ/100, MANIQA-pipal and CLIPIQA through pyiqa, the reward of the released code.
 
 pyiqa is under the PolyForm-Noncommercial licence; it is imported only when one of its metrics is asked for.
 """
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -18,6 +19,8 @@ import huggingface_hub
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
+from scipy.io import savemat
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -40,6 +43,7 @@ METRICS = {
     "maniqa-pipal": (0.0, 1.0, ("pyiqa/MANIQA_PIPAL-ae6d356b.pth", "timm/vit_base_patch8_224.augreg2_in21k_ft_in1k")),
     "clipiqa": (0.0, 1.0, ("clip/RN50.pt",)),
 }
+NIQE = WEIGHTS / "niqe.safetensors"  # mean (1, 36) and covariance (36, 36) of natural pictures, double precision
 PAPER = ("topiq_nr", "musiq", "maniqa-pipal", "clipiqa")
 NAMES = ("nano", "niqe", "brisque", "piqe", "paper")
 DECODED = ("codes", "near codes", "region", "LR codes", "guided")  # what a model puts out, as opposed to spoilt photographs
@@ -216,14 +220,52 @@ def train_expert(data: scenes.Pairs, tokenizer: VQModel | tuple[VQModel, ...], o
     return model
 
 
-def missing_files(metric: str) -> list[str]:
-    """The files a pyiqa metric needs and does not find, each with the folder where it goes."""
+def absent(files: tuple[str, ...]) -> list[str]:
+    """Those of `files` (named as in METRICS) that are not on this machine, each with the folder where it goes."""
     hub, cache, out = Path(torch.hub.get_dir()), huggingface_hub.constants.HF_HUB_CACHE, []
-    for name in METRICS[metric][2]:
+    for name in files:
         timm = name.startswith("timm/")
         if not (huggingface_hub.try_to_load_from_cache(name, "model.safetensors") if timm else (hub / name).exists()):
             out.append(f"{name} (a Hugging Face repository) in {cache}" if timm else f"{Path(name).name} in {(hub / name).parent}")
     return out
+
+
+def missing_files(metric: str) -> list[str]:
+    """The files a metric of METRICS needs and does not find, each with the folder where it goes."""
+    return [] if metric == "niqe" and NIQE.exists() else absent(METRICS[metric][2])
+
+
+def create(metric: str, device: str | torch.device = "cpu", **options) -> Callable[..., Tensor]:
+    """One metric of pyiqa, by pyiqa's name, without any download; check for its files first. NIQE reads pyiqa's own file
+    where that is, and otherwise the parameters that ship here (BasicSR's, Apache-2.0), which give the published values."""
+    import pyiqa
+
+    hub, constants = Path(torch.hub.get_dir()), huggingface_hub.constants
+    offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        if metric in ("niqe", "brisque") and (hub / METRICS[metric][2][0]).exists():
+            options["pretrained_model_path"] = str(hub / METRICS[metric][2][0])
+        elif metric == "niqe":
+            with tempfile.TemporaryDirectory() as folder:  # pyiqa takes a path of a MATLAB file and reads it at once
+                options["pretrained_model_path"] = str(Path(folder) / "niqe.mat")
+                savemat(options["pretrained_model_path"], {k: v.numpy() for k, v in load_file(NIQE).items()})
+                return pyiqa.create_metric(metric, device=device, **options)
+        return pyiqa.create_metric(metric, device=device, **options)
+    except ModuleNotFoundError as e:
+        raise ModuleNotFoundError(f"{metric}: pyiqa misses {e.name}, so run pip install 'setuptools<82' openai-clip") from e
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+
+
+def numbers(metric: Callable[..., Tensor], *pictures: Tensor) -> Tensor:
+    """A metric's own values (b,) of batches (b, 3, h, w); NaN where it fails: such a picture must not take the batch with it."""
+    try:
+        v = metric(*pictures)
+    except torch.linalg.LinAlgError:
+        if len(pictures[0]) == 1:
+            return pictures[0].new_full((1,), torch.nan)
+        return torch.cat([numbers(metric, *one) for one in zip(*(p.split(1) for p in pictures), strict=True)])
+    return (v[0] if isinstance(v, tuple) else v).reshape(-1).float()
 
 
 class PyiqaExpert:
@@ -231,37 +273,19 @@ class PyiqaExpert:
     black one) scores 0 there. Raises FileNotFoundError, in one sentence, where files are absent: nothing is downloaded."""
 
     def __init__(self, metrics: tuple[str, ...], device: str | torch.device = "cpu"):
-        absent = [f for m in metrics for f in missing_files(m)]
-        if absent:
-            raise FileNotFoundError(f"{', '.join(metrics)}: files are missing and nothing is downloaded, so put {'; '.join(absent)}")
-        import pyiqa
-
+        missing = [f for m in metrics for f in missing_files(m)]
+        if missing:
+            raise FileNotFoundError(f"{', '.join(metrics)}: files are missing and nothing is downloaded, so put {'; '.join(missing)}")
         # NIQE computes in double precision, which Apple's GPUs do not have.
         self.device = torch.device("cpu" if torch.device(device).type == "mps" else device)
-        hub, constants = Path(torch.hub.get_dir()), huggingface_hub.constants
-        own = {m: {"pretrained_model_path": str(hub / METRICS[m][2][0])} for m in ("niqe", "brisque")}
-        offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
-        try:
-            self.metrics = {m: pyiqa.create_metric(m, device=self.device, **own.get(m, {})) for m in metrics}
-        except ModuleNotFoundError as e:
-            raise ModuleNotFoundError(f"{', '.join(metrics)}: pyiqa misses {e.name}, so run pip install 'setuptools<82' openai-clip") from e
-        finally:
-            constants.HF_HUB_OFFLINE = offline
-
-    def _values(self, metric: str, x: Tensor) -> Tensor:
-        """One metric's own values (b,); NaN where it fails. A picture it cannot work on must not take the batch with it."""
-        try:
-            v = self.metrics[metric](x)
-        except torch.linalg.LinAlgError:
-            return torch.cat([self._values(metric, one) for one in x.split(1)]) if len(x) > 1 else x.new_full((1,), torch.nan)
-        return (v[0] if isinstance(v, tuple) else v).reshape(-1).float()
+        self.metrics = {m: create(m, self.device) for m in metrics}
 
     @torch.no_grad()
     def raw(self, x: Tensor) -> dict[str, Tensor]:
         """The metrics' own values on their own scales, (b,) each."""
         if "niqe" in self.metrics and min(x.shape[-2:]) < 96:
             raise ValueError(f"NIQE needs pictures of 96 px or more, got {x.shape[-1]}x{x.shape[-2]}: take another expert")
-        return {m: self._values(m, x.to(self.device).float().clamp(0, 1)) for m in self.metrics}
+        return {m: numbers(self.metrics[m], x.to(self.device).float().clamp(0, 1)) for m in self.metrics}
 
     def __call__(self, x: Tensor) -> Tensor:
         ends = {m: METRICS[m][:2] for m in self.metrics}

@@ -107,10 +107,11 @@ def _window() -> Tensor:
 
 
 def restore(photo: Image.Image | str | Path, models: Models | None = None, how: Sampling | None = None, seed: int = 0, device: str | None = None, decoder: str = "guided",
-            batch: int = 16, progress: bool = True, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, dict]:  # fmt: skip
+            batch: int = 16, progress: bool = True, max_pixels: int = MAX_PIXELS, direct: bool = False) -> tuple[Image.Image, dict]:  # fmt: skip
     """Restore a photo ×4. Returns the picture and the trace: settings, and for every tile its place and the chain's parts.
 
     Any PIL image or path goes; tiles are 32×32 LR pixels and overlap by 8. Memory is that of the result plus one batch.
+    `direct`: the policy draws the final image at once, without the chain (for one trained so).
     If memory runs out the batch is halved; on Ctrl-C the tiles done so far are kept and the rest is bicubic. Raises
     ValueError with one sentence for unreadable or too large photos.
     """
@@ -137,7 +138,7 @@ def restore(photo: Image.Image | str | Path, models: Models | None = None, how: 
                 # Each batch has its own seed, so that a run does not depend on how much came before it.
                 generator = torch.Generator().manual_seed(seed * 1_000_003 + done)
                 try:
-                    chains = think(models, crops, how, generator)
+                    chains = think(models, crops, how, generator, direct)
                     codes = torch.stack([c.final_image for c in chains]).to(models.device)
                     with torch.no_grad():
                         restored = decode_final(models, codes, crops.to(models.device), decoder).cpu()

@@ -160,7 +160,6 @@ def test_niqe_reads_its_file_and_a_flat_picture_does_not_take_the_batch(hub, pai
 @pytest.mark.parametrize(
     ("name", "files"),
     [
-        ("niqe", ["niqe_modelparameters.mat"]),
         ("brisque", ["brisque_svm_weights.pth"]),
         ("paper", ["cfanet_nr_koniq_res50-9a73138b.pth", "musiq_koniq_ckpt-e95806b9.pth", "MANIQA_PIPAL-ae6d356b.pth", "RN50.pt", "timm/"]),
     ],
