@@ -6,6 +6,7 @@ Every picture becomes upright 8-bit RGB; what cannot be read gives one sentence 
 import json
 import math
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -36,6 +37,15 @@ def square(image: Image.Image, box: tuple[float, float, float, float], size: int
     return ImageOps.mirror(out) if d.uniform(0, 1) < 0.5 else out
 
 
+def largest_square(image: Image.Image, size: int, seed: int, zoom: tuple[float, float] = (1.0, 1.0)) -> Image.Image:
+    """A square of `size` pixels from an RGB photo, at a place chosen by `seed`: as large as the photo allows, times a draw
+    from `zoom`; photos smaller than `size` are enlarged first."""
+    scale = size / min(image.size)
+    if scale > 1:
+        image = image.resize((math.ceil(image.width * scale), math.ceil(image.height * scale)), Image.Resampling.BICUBIC)
+    return square(image, (0, 0, 1, 1), size, Dice(seed), zoom)
+
+
 def open_photo(path: str | Path) -> Image.Image:
     """Any photo that Pillow opens, upright and as RGB: EXIF rotation applied, transparency on white, first frame of an
     animation, 16-bit grey scaled to 8 bits. Raises ValueError with one sentence if the file is missing or broken."""
@@ -44,18 +54,20 @@ def open_photo(path: str | Path) -> Image.Image:
         raise ValueError(f"{path} does not exist: check the path")
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give the path of one photo")
+    return decode_photo(path, str(path))
+
+
+def decode_photo(source: str | Path | BinaryIO, name: str) -> Image.Image:
+    """A file, or an open one, as `open_photo` gives it; ValueError with one sentence about `name` if it is broken."""
     try:
-        image = Image.open(path)
+        image = Image.open(source)
         image.load()
     except Image.DecompressionBombError as e:
-        raise ValueError(f"{path} has too many pixels to open safely: scale it down first") from e
+        raise ValueError(f"{name} has too many pixels to open safely: scale it down first") from e
     except (OSError, SyntaxError, ValueError) as e:
-        broken = (
-            "is damaged or cut short"
-            if "truncated" in str(e).lower() or "broken" in str(e).lower()
-            else "is not an image that Pillow can read"
-        )
-        raise ValueError(f"{path} {broken}: try to open and save it again as PNG or JPEG") from e
+        why = str(e).lower().replace(str(source).lower(), "")  # the path itself may hold these words
+        broken = "is damaged or cut short" if "truncated" in why or "broken" in why else "is not an image that Pillow can read"
+        raise ValueError(f"{name} {broken}: try to open and save it again as PNG or JPEG") from e
     return to_rgb(image)
 
 
@@ -82,33 +94,63 @@ def to_image(x: Tensor) -> Image.Image:
     return Image.fromarray((x.detach().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
-class PhotoFolder:
-    """A user's own photos: a folder (searched in depth), optionally with `captions.jsonl` beside them.
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 
-    Each line of captions.jsonl is {"file": ..., "captions": [rough, middle, final], "tags": [...]}; photos without a
-    line have `None` for both. `self[i]` gives (crop (3, size, size) in [0, 1], captions, tags): the crop is the
-    largest square at a place chosen by `seed + i`. Raises ValueError if the folder holds no photo.
+
+def photo_files(folder: str | Path) -> list[str]:
+    """Paths of all photos in a folder, searched in depth: sorted, relative to it, with forward slashes. These are the
+    names that captions.jsonl uses. Raises ValueError if there is none."""
+    folder = Path(folder)
+    found = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES) if folder.is_dir() else []
+    if not found:
+        raise ValueError(f"{folder} holds no photos ({', '.join(sorted(SUFFIXES))}): check the path")
+    return found
+
+
+def read_captions(where: str | Path) -> dict[str, dict]:
+    """Notes by photo file from `captions.jsonl` and the parts `captions.*-of-*.jsonl` of several processes in the folder
+    `where`, or from that one file; {} where there is none. Of a file noted twice the last line counts.
+
+    Each line is {"file": path relative to the folder, "captions": [rough, middle, final], "tags": [...]}; more keys are
+    kept. A last line that a killed writer left unfinished is passed over. Raises ValueError naming a line that is malformed.
     """
+    where, notes = Path(where), {}
+    for path in [where] if where.is_file() else [where / "captions.jsonl", *sorted(where.glob("captions.*-of-*.jsonl"))]:
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        for number, line in enumerate(text.split("\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                note = json.loads(line)
+                if not (isinstance(note["file"], str) and len(note["captions"]) == 3 and isinstance(note["tags"], list)):
+                    raise TypeError
+            except (json.JSONDecodeError, KeyError, TypeError) as e:
+                if number == text.count("\n") + 1:  # no line end after it: a write that was cut off
+                    continue
+                raise ValueError(
+                    f'line {number} of {path.name} is not {{"file": …, "captions": [rough, middle, final], "tags": […]}}: mend or remove it'
+                ) from e
+            notes[note["file"]] = note
+    return notes
 
-    SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+
+class PhotoFolder:
+    """A user's own photos: a folder (searched in depth), optionally with `captions.jsonl` beside them (see `read_captions`).
+
+    Photos without a line there have `None` for captions and tags. `self[i]` gives (crop (3, size, size) in [0, 1],
+    captions, tags): the crop is the largest square at a place chosen by `seed + i`. Raises ValueError if the folder
+    holds no photo.
+    """
 
     def __init__(self, folder: str | Path, size: int = 128, seed: int = 0):
         self.folder, self.size, self.seed = Path(folder), size, seed
-        self.files = sorted(p for p in self.folder.rglob("*") if p.suffix.lower() in self.SUFFIXES) if self.folder.is_dir() else []
-        if not self.files:
-            raise ValueError(f"{folder} holds no photos ({', '.join(sorted(self.SUFFIXES))}): check the path")
-        notes = self.folder / "captions.jsonl"
-        lines = [json.loads(line) for line in notes.read_text().splitlines() if line.strip()] if notes.exists() else []
-        self.notes = {line["file"]: line for line in lines}
+        self.files = [self.folder / name for name in photo_files(folder)]
+        self.notes = read_captions(self.folder)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, i: int) -> tuple[Tensor, list[str] | None, list[str] | None]:
-        image = open_photo(self.files[i])
-        scale = max(1.0, self.size / min(image.size))
-        if scale > 1:
-            image = image.resize((math.ceil(image.width * scale), math.ceil(image.height * scale)), Image.Resampling.BICUBIC)
-        cut = square(image, (0, 0, 1, 1), self.size, Dice(self.seed + i), (1.0, 1.0))
-        note = self.notes.get(str(self.files[i].relative_to(self.folder)), {})
+        cut = largest_square(open_photo(self.files[i]), self.size, self.seed + i)
+        note = self.notes.get(self.files[i].relative_to(self.folder).as_posix(), {})
         return to_tensor(cut), note.get("captions"), note.get("tags")

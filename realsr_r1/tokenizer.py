@@ -6,6 +6,8 @@ straight-through gradient (Yu et al. 2022, ViT-VQGAN) and revival of dead codes.
 ("fold") before the first convolution, which makes training far cheaper than blocks at full resolution.
 """
 
+import hashlib
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -186,29 +188,86 @@ def guided_decode(guided: GuidedDecoder, tokenizer: VQModel, codes: Tensor, lr: 
     return guided(lr, tokenizer.decode(codes), tokenizer.quantize.embed(codes)).clamp(0, 1)
 
 
-def load_llamagen(state: dict[str, Tensor] | str | Path, config: TokenizerConfig = LLAMAGEN_DS8) -> VQModel:
-    """LlamaGen's published tokenizer (state dict, or its .pt file) as a VQModel; raises ValueError listing odd keys."""
+LLAMAGEN_HUB = "FoundationVision/LlamaGen"  # its files vq_ds8_c2i.pt (the paper's) and vq_ds16_c2i.pt
+
+
+def _llamagen_file(name: str | Path) -> Path:
+    """The local file `name`, or the file of that name in LlamaGen's hub repository (kept in the hub's cache)."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    if str(name) in ("vq_ds8_c2i.pt", "vq_ds16_c2i.pt"):
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError
+
+        try:
+            return Path(hf_hub_download(LLAMAGEN_HUB, str(name)))
+        except (HfHubHTTPError, OSError) as e:  # absent network, HF_HUB_OFFLINE, or not in the cache
+            raise FileNotFoundError(
+                f"{name} is neither a file here nor in the hub's cache, and could not be downloaded: where there is network, run "
+                f"`hf download {LLAMAGEN_HUB} {name} --local-dir .`, or unset HF_HUB_OFFLINE"
+            ) from e
+    raise FileNotFoundError(f"{name} does not exist: download vq_ds8_c2i.pt or vq_ds16_c2i.pt ({LLAMAGEN_HUB}) first")
+
+
+def _read_checkpoint(path: Path, sha256: str | None) -> dict[str, Tensor]:
+    """Check the file's SHA-256 (or print it, where none is expected) and read it without running any code in it."""
+    with path.open("rb") as f:
+        found = hashlib.file_digest(f, "sha256").hexdigest()
+    if sha256 is None:
+        print(f"{path.name}: SHA-256 {found} (give it as sha256= to have it checked)")
+    elif found != sha256.lower():
+        raise ValueError(
+            f"{path.name} has the SHA-256 {found}, expected was {sha256.lower()}: the file is another one or cut short, download it again"
+        )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as e:
+        raise ValueError(f"{path.name} is not a torch checkpoint of tensors, or is cut short: download it again") from e
+
+
+def _janus_name(key: str) -> str:
+    """LlamaGen's name of a tensor → the Janus blocks' name; names that follow another scheme come back as they are."""
+    part = key.split(".")
+    if part[1:2] == ["conv_blocks"] and len(part) > 3:
+        # LlamaGen's decoder counts its blocks from the lowest resolution, and so do the Janus blocks.
+        part[1] = "down" if part[0] == "encoder" else "up"
+        part[3] = {"res": "block"}.get(part[3], part[3])
+    elif part[1:2] == ["mid"] and len(part) > 2:
+        part[2] = {"0": "block_1", "1": "attn_1", "2": "block_2"}.get(part[2], part[2])
+    name = ".".join(part)
+    return "quantize.weight" if name == "quantize.embedding.weight" else name
+
+
+def _key_report(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> str:
+    """What does not fit between two state dicts, three names of each kind; empty if all fits."""
+    shapes = [
+        f"{k} {tuple(theirs[k].shape)} instead of {tuple(ours[k].shape)}" for k in ours if k in theirs and ours[k].shape != theirs[k].shape
+    ]
+    kinds = {"missing": [k for k in ours if k not in theirs], "unexpected": [k for k in theirs if k not in ours], "wrongly shaped": shapes}
+    return "; ".join(f"{len(v)} {kind} {v[:3]}" for kind, v in kinds.items() if v)
+
+
+def load_llamagen(state: dict[str, Tensor] | str | Path, config: TokenizerConfig | None = None, sha256: str | None = None) -> VQModel:
+    """LlamaGen's published tokenizer as a VQModel in evaluation mode.
+
+    `state`: a state dict, a local .pt file, or the bare name vq_ds8_c2i.pt or vq_ds16_c2i.pt, which comes from the hub's
+    cache or the hub. `config`: its shape; None reads the number of levels from the names (5: ds16, else ds8). `sha256`: the
+    checksum that the file must have (the hub's page of the file shows it); without it the file's own is printed. Raises
+    FileNotFoundError if the file cannot be had, ValueError if it is damaged, has another checksum, or does not fit, with
+    the missing, unexpected and wrongly shaped tensors by name.
+    """
     if not isinstance(state, dict):
-        if not Path(state).exists():
-            raise FileNotFoundError(f"{state} does not exist: download vq_ds8_c2i.pt or vq_ds16_c2i.pt (FoundationVision/LlamaGen) first")
-        state = torch.load(state, map_location="cpu", weights_only=True)
-    state = state.get("model", state)
-    levels = len(config.multiplier)
-    renamed = {}
-    for key, value in state.items():
-        if key == "quantize.codebook_used":
-            continue
-        part = key.split(".")
-        if part[1:2] == ["conv_blocks"]:
-            # LlamaGen's decoder counts its blocks from the lowest resolution, and so do the Janus blocks.
-            part[1] = "down" if part[0] == "encoder" else "up"
-            part[3] = {"res": "block", "downsample": "downsample", "upsample": "upsample"}.get(part[3], part[3])
-        elif part[1:2] == ["mid"]:
-            part[2] = ("block_1", "attn_1", "block_2")[int(part[2])]
-        renamed[".".join(part)] = value
-    renamed["quantize.weight"] = F.normalize(renamed.pop("quantize.embedding.weight"), dim=1)
+        state = _read_checkpoint(_llamagen_file(state), sha256)
+    state = state.get("model", state) if isinstance(state, dict) else {}
+    theirs = {_janus_name(k): v for k, v in state.items() if isinstance(v, Tensor) and k != "quantize.codebook_used"}
+    if config is None:
+        levels = {k.split(".")[2] for k in theirs if k.startswith("encoder.down.")}
+        config = LLAMAGEN_DS16 if len(levels) == len(LLAMAGEN_DS16.multiplier) else LLAMAGEN_DS8
     model = VQModel(config)
-    missing, unexpected = model.load_state_dict(renamed, strict=False)
-    if missing or unexpected:
-        raise ValueError(f"this is not LlamaGen's state dict for {levels} levels: missing {missing[:3]}, unexpected {unexpected[:3]}")
+    report = _key_report(model.state_dict(), theirs)
+    if report:
+        raise ValueError(f"this is not LlamaGen's state dict for {len(config.multiplier)} levels: {report}")
+    theirs["quantize.weight"] = F.normalize(theirs["quantize.weight"].float(), dim=1)
+    model.load_state_dict(theirs)
     return model.eval()

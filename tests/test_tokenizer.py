@@ -1,3 +1,5 @@
+import hashlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -62,30 +64,106 @@ def test_every_parameter_learns(tiny):
     assert still <= {f"smooth.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")}
 
 
-def test_llamagen_layout_loads_key_by_key():
-    config = tokenizer.TokenizerConfig(codes=32, fold=1, base=32, multiplier=(1, 2), res_blocks=1, latent=32)
-    ours = tokenizer.VQModel(config).eval()
+LLAMAGEN_TINY = tokenizer.TokenizerConfig(codes=32, fold=1, base=32, multiplier=(1, 2), res_blocks=1, latent=32)
+
+
+def as_llamagen(model):
+    """A state dict with the names of LlamaGen's published checkpoints."""
     names = {"block": "res", "block_1": "0", "attn_1": "1", "block_2": "2"}
     theirs = {"quantize.codebook_used": torch.zeros(4)}
-    for key, value in ours.state_dict().items():
+    for key, value in model.state_dict().items():
         p = key.split(".")
         if p[1:2] in (["down"], ["up"]):
             p[1], p[3] = "conv_blocks", names.get(p[3], p[3])
         elif p[1:2] == ["mid"]:
             p[2] = names[p[2]]
         theirs[".".join(p).replace("quantize.weight", "quantize.embedding.weight")] = value.clone()
+    return theirs
+
+
+def test_llamagen_layout_loads_key_by_key():
+    ours = tokenizer.VQModel(LLAMAGEN_TINY).eval()
+    theirs = as_llamagen(ours)
     # Names as in LlamaGen's published state dict.
     for known in ("encoder.conv_blocks.0.res.0.conv1.weight", "encoder.conv_blocks.0.downsample.conv.weight", "encoder.mid.1.q.weight",
                   "decoder.conv_blocks.0.attn.0.proj_out.bias", "decoder.conv_blocks.0.upsample.conv.weight", "quant_conv.weight", "quantize.embedding.weight"):  # fmt: skip
         assert known in theirs
-    loaded = tokenizer.load_llamagen({"model": theirs}, config)
+    loaded = tokenizer.load_llamagen({"model": theirs}, LLAMAGEN_TINY)
     x = torch.rand(1, 3, 32, 32)
     assert torch.equal(loaded.encode(x), ours.encode(x)) and torch.allclose(
         loaded.decode(ours.encode(x)), ours.decode(ours.encode(x)), atol=1e-5
     )
+
+
+def test_llamagen_key_report_names_each_kind_in_one_message():
+    theirs = as_llamagen(tokenizer.VQModel(LLAMAGEN_TINY))
     theirs.pop("encoder.mid.1.q.weight")
-    with pytest.raises(ValueError, match=r"missing \['encoder.mid.attn_1.q.weight'\]"):
-        tokenizer.load_llamagen(theirs, config)
+    theirs["encoder.mid.1.wrong"] = torch.zeros(1)
+    theirs["quantize.embedding.weight"] = torch.zeros(16, 8)
+    with pytest.raises(ValueError) as e:
+        tokenizer.load_llamagen(theirs, LLAMAGEN_TINY)
+    assert str(e.value) == (
+        "this is not LlamaGen's state dict for 2 levels: 1 missing ['encoder.mid.attn_1.q.weight']; "
+        "1 unexpected ['encoder.mid.attn_1.wrong']; 1 wrongly shaped ['quantize.weight (16, 8) instead of (32, 8)']"
+    )
+    theirs.pop("quantize.embedding.weight")  # no codebook at all
+    with pytest.raises(ValueError, match=r"2 missing \['encoder.mid.attn_1.q.weight', 'quantize.weight'\]"):
+        tokenizer.load_llamagen(theirs, LLAMAGEN_TINY)
+
+
+def test_llamagen_file_checksum_and_damage(tmp_path, capsys):
+    path = tmp_path / "vq_tiny.pt"
+    theirs = as_llamagen(tokenizer.VQModel(LLAMAGEN_TINY))
+    torch.save({"model": theirs, "steps": 3}, path)
+    tokenizer.load_llamagen(path, LLAMAGEN_TINY)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert f"vq_tiny.pt: SHA-256 {digest}" in capsys.readouterr().out
+    tokenizer.load_llamagen(str(path), LLAMAGEN_TINY, sha256=digest.upper())
+    assert capsys.readouterr().out == ""  # nothing to say: it was checked
+    with pytest.raises(ValueError, match=f"has the SHA-256 {digest}, expected was {'0' * 64}"):
+        tokenizer.load_llamagen(path, LLAMAGEN_TINY, sha256="0" * 64)
+    whole = path.read_bytes()
+    for broken in (whole[:2000], b"not a checkpoint", b""):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match="is not a torch checkpoint of tensors, or is cut short"):
+            tokenizer.load_llamagen(path, LLAMAGEN_TINY)
+
+
+def test_llamagen_number_of_levels_is_read_from_the_names(monkeypatch):
+    for name, levels in (("LLAMAGEN_DS8", 4), ("LLAMAGEN_DS16", 5)):
+        config = tokenizer.TokenizerConfig(codes=16, fold=1, base=32, multiplier=(1,) * levels, res_blocks=1, latent=32)
+        monkeypatch.setattr(tokenizer, name, config)
+        assert tokenizer.load_llamagen(as_llamagen(tokenizer.VQModel(config))).factor == 2 ** (levels - 1)
+
+
+def test_llamagen_without_file_and_network_says_what_to_run(monkeypatch, tmp_path):
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    asked = []
+
+    def offline(repo, name):
+        asked.append((repo, name))
+        raise LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    with pytest.raises(FileNotFoundError, match=r"run `hf download FoundationVision/LlamaGen vq_ds16_c2i\.pt --local-dir \.`"):
+        tokenizer.load_llamagen("vq_ds16_c2i.pt")
+    assert asked == [("FoundationVision/LlamaGen", "vq_ds16_c2i.pt")]
+    with pytest.raises(FileNotFoundError, match=r"other.pt does not exist: download vq_ds8_c2i.pt"):
+        tokenizer.load_llamagen(tmp_path / "other.pt")
+    assert len(asked) == 1  # only the two published names are looked for on the hub
+
+    torch.save(as_llamagen(tokenizer.VQModel(LLAMAGEN_TINY)), tmp_path / "cached.pt")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, name: str(tmp_path / "cached.pt"))
+    assert tokenizer.load_llamagen("vq_ds8_c2i.pt", LLAMAGEN_TINY).factor == 2
+
+
+@pytest.mark.parametrize(("config", "millions"), [(tokenizer.LLAMAGEN_DS8, 70), (tokenizer.LLAMAGEN_DS16, 72)])
+def test_llamagen_sizes_are_the_published_ones(config, millions):
+    with torch.device("meta"):
+        model = tokenizer.VQModel(config)
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6) == millions
 
 
 @pytest.mark.parametrize(("config", "factor"), [(tokenizer.LLAMAGEN_DS8, 8), (tokenizer.LLAMAGEN_DS16, 16), (tokenizer.NANO, 8)])
