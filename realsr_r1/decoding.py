@@ -74,7 +74,7 @@ class Decoder:
             qk = F.rms_norm(qk.float(), (self.d,), eps=self.eps) * layer.qk_norm
             qk = (qk * cos + torch.cat([-qk[..., self.d // 2 :], qk[..., : self.d // 2]], -1) * sin).to(self.dtype)
             q, k = qk.split([self.heads, self.kv], 1)
-            x = x + F.linear(self._attend(i, q, k, v).view(b, -1), layer.out)
+            x = x + F.linear(self._attend(i, q, k, v).reshape(b, -1), layer.out)
             gate, up = F.linear(self._norm(x), layer.up).chunk(2, -1)
             x = x + F.linear(F.silu(gate) * up, layer.down)
         self.at += 1

@@ -18,6 +18,7 @@ from realsr_r1 import degradation, scenes
 
 TAGS = ("degradation", "rough_understand", "rough_image", "middle_understand", "middle_image", "final_understand", "final_image")
 IMAGE_TAGS = tuple(t for t in TAGS if t.endswith("image"))
+TEXT_TAGS = tuple(t for t in TAGS if t not in IMAGE_TAGS)
 # The instruction of a reference-size prompt, in our words (the paper's asks for the same three things).
 PROMPT = "Perceive how this photo was degraded, understand what it shows, and restore it step by step from coarse to fine."
 START, END, ROW = "<image>", "</image>", "<row>"
@@ -101,15 +102,22 @@ def well_formed(text: str) -> bool:
 
 
 class Vocabulary:
-    """Words ↔ ids of the nano policy: task words, tags, layout words, caption words, LR codes, image codes."""
+    """Words ↔ ids of the policy: task words, tags, layout words, caption words, LR codes, image codes.
 
-    def __init__(self, codes: int = 1024, lr_codes: int = 1280, words: list[str] | None = None):
+    `base` puts them behind that many ids of a pretrained model's own vocabulary; `known` gives caption words that it has
+    as one token (word → its id), which keep that id (see `middle`). The other old ids stay, as words no text contains.
+    """
+
+    def __init__(
+        self, codes: int = 1024, lr_codes: int = 1280, words: list[str] | None = None, base: int = 0, known: dict[str, int] | None = None
+    ):
         text = sorted(
             set(words or scenes.vocabulary()) | set(degradation.LEVELS) | set(degradation.RESIZES) | {"blur", "noise", "compression", ","}
         )
         tags = [w for t in TAGS for w in (f"<{t}>", f"</{t}>")]
         layout = [START, END, ROW, *(f"<n{n}>" for n in range(1, 18))]
-        self.words = [
+        own = {i: w for w, i in (known or {}).items()}
+        new = [
             PAD,
             EOS,
             CHAIN,
@@ -120,10 +128,12 @@ class Vocabulary:
             *(f"<l{i}>" for i in range(lr_codes)),
             *(f"<c{i}>" for i in range(codes)),
         ]
+        self.words = [own.get(i, f"<old{i}>") for i in range(base)] + [w for w in new if w not in (known or {})]
         self.ids = {w: i for i, w in enumerate(self.words)}
-        self.text = text
+        self.text, self.base = text, base
         self.codes, self.lr_codes = codes, lr_codes
         self.first_code, self.first_lr_code = self.ids["<c0>"], self.ids["<l0>"]
+        self.silent = {self.ids[PAD], self.ids[EOS]}
 
     def __len__(self) -> int:
         return len(self.words)
@@ -137,7 +147,7 @@ class Vocabulary:
 
     def decode(self, ids: Tensor | list[int]) -> str:
         """Ids → words; padding and the end word are left out."""
-        return " ".join(self.words[i] for i in (ids.tolist() if isinstance(ids, Tensor) else ids) if i > 1)
+        return " ".join(self.words[i] for i in (ids.tolist() if isinstance(ids, Tensor) else ids) if i not in self.silent)
 
     def image_ids(self, codes: Tensor, lr: bool = False) -> Tensor:
         """A batch of images (b, h, w) → token ids (b, h·(w + 1) + 4), laid out as `image_words`, without any loop over it."""
@@ -175,13 +185,12 @@ class LayoutGrammar:
         codes = frozenset(range(vocabulary.first_code, vocabulary.first_code + vocabulary.codes))
         allowed: list[frozenset[int]] = []
         jumps: dict[int, tuple[int, int]] = {}  # state → (closing word, state after it)
-        image = 0
+        side = dict(zip(IMAGE_TAGS, sizes, strict=True))  # a layout may lack parts; an image keeps its size
         for tag in tags:
             allowed.append(only(f"<{tag}>"))
             close = only(f"</{tag}>")
             if tag in IMAGE_TAGS:
-                n = sizes[image] if len(tags) > 1 else sizes[-1]
-                image += 1
+                n = side[tag]
                 allowed += [only(START), only(f"<n{n}>"), only(f"<n{n}>")]
                 allowed += ([codes] * n + [only(ROW)]) * n
                 allowed += [only(END), close]

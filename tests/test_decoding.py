@@ -20,11 +20,11 @@ def model(request):
     return made
 
 
-@pytest.mark.parametrize("copies", [1, 3])
-def test_a_step_at_a_time_equals_one_forward_pass(model, copies):
+@pytest.mark.parametrize(("copies", "groups"), [(1, 2), (3, 2), (3, 1)])
+def test_a_step_at_a_time_equals_one_forward_pass(model, copies, groups):
     g = torch.Generator().manual_seed(1)
-    prompts = torch.randint(0, 50, (2, 7), generator=g)
-    more = torch.randint(0, 50, (2 * copies, 5), generator=g)
+    prompts = torch.randint(0, 50, (groups, 7), generator=g)
+    more = torch.randint(0, 50, (groups * copies, 5), generator=g)
     with torch.no_grad():
         whole = model(torch.cat([prompts.repeat_interleave(copies, 0), more], 1)).logits[:, 6:]
     for decoder in (decoding.Decoder(model, prompts, 5, copies), policy.PlainDecoder(model, prompts, copies)):
