@@ -1,4 +1,4 @@
-"""Command line: python -m realsr_r1 {restore,demo,train,evaluate} …"""
+"""Command line: python -m realsr_r1 {restore,demo,train,evaluate,ablate,annotate,cost} …"""
 
 import argparse
 import os
@@ -20,10 +20,20 @@ def parser() -> argparse.ArgumentParser:
     r.add_argument("--seed", type=int, default=0)
     r.add_argument("--device", help="cpu, cuda or mps; default: the best there is")
     r.add_argument("--decoder", choices=("guided", "wavelet", "plain"), default="guided")
-    r.add_argument("--batch", type=int, default=16, help="tiles at a time")
+    r.add_argument("--batch", type=int, help="tiles at a time (default 16; 1 with --reference)")
     r.add_argument("--weights", type=Path, help="a folder laid out like realsr_r1/assets/weights")
     r.add_argument("--policy", default="policy-sft", help="folder of the policy in the weights: policy-sft or policy-grpo")
     r.add_argument("--max-pixels", type=int, help="refuse larger LR photos (default 1 megapixel)")
+    f = r.add_argument_group("a model of the paper's size instead of the shipped weights")
+    f.add_argument("--reference", help="folder or hub name of a Chameleon-class model, e.g. nonwhy/PURE")
+    f.add_argument("--download", action="store_true", help="fetch what is absent from the hub (14 GB and more)")
+    f.add_argument("--tokenizer", help="LlamaGen's vq_ds8_c2i.pt; default: beside the model, or from the hub")
+    f.add_argument("--adapter", help="folder of a PEFT adapter for it")
+    f.add_argument("--bits", type=int, default=16, choices=(4, 8, 16, 32), help="of its weights; 4 and 8 need bitsandbytes")
+    f.add_argument("--device-map", help="auto: spread it over all devices")
+    f.add_argument("--prompt", help="the sentence it was tuned with (PURE's is in its README); default: this course's")
+    f.add_argument("--sizes", type=int, nargs="+", help="pixels of its images: 128 256 512 (chain), 512 (PURE); default: it chooses")
+    f.add_argument("--window", type=int, default=0, help="speculative Jacobi decoding: words guessed a pass (needs --sizes; 0: off)")
 
     d = sub.add_parser("demo", help="restore the shipped real photos and draw figures/demo.png")
     d.add_argument("-o", "--out", type=Path, default=Path("figures/demo.png"))
@@ -42,6 +52,14 @@ def parser() -> argparse.ArgumentParser:
     t.add_argument("--threads", type=int, help="CPU threads")
     t.add_argument("--init", type=Path, help="go on from the weights in this folder instead of from scratch (tokenizer: its decoder only)")
     t.add_argument("--said", type=int, default=0, help="guided only: half of each batch has codes drawn by policy-sft for this many pairs")
+    t.add_argument(
+        "--crops", type=int, default=0, help="guided only: half of each batch are crops of photographs, mildly degraded, from this many"
+    )
+    m = t.add_argument_group("sft and grpo of the middle size, a pretrained Qwen3 with our words, on one card of 16 GB (--out runs/middle)")
+    m.add_argument("--size", choices=("nano", "middle"), default="nano")
+    m.add_argument("--base", default="Qwen/Qwen3-0.6B", help="sft: folder in the hub's format, or a name on the hub")
+    m.add_argument("--full", action="store_true", help="train all weights, not LoRA adapters")
+    m.add_argument("--own-words", action="store_true", help="sft: drop the pretrained words that no caption uses: smaller and faster")
     g = t.add_argument_group("grpo, which starts from policy-sft in --out (or in the shipped weights)")
     g.add_argument("--prompts", type=int, default=4, help="groups a step")
     g.add_argument("--group", type=int, default=8, help="chains a group")
@@ -51,17 +69,94 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--expert", default="nano", help="visual expert of the generation reward")
     g.add_argument("--words", type=int, help="sample only the first words of each chain (24: degradation and rough understanding)")
     g.add_argument("--greedy-text", action="store_true", help="as in the released code: kills the rewards on text")
+    g.add_argument("--start", default="policy-sft", help="folder of the policy to start from, which the KL also keeps to")
     g.add_argument("--name", default="policy-grpo", help="folder of the trained policy")
 
-    e = sub.add_parser("evaluate", help="the first results table, on held-out scenes")
-    e.add_argument("-n", type=int, default=512, help="test scenes")
+    e = sub.add_parser("evaluate", help="the first results table on held-out scenes; with --data, methods side by side on any set")
+    e.add_argument("-n", type=int, help="test scenes (default 512); with --data, the first items of the set (default: all; collages: 128)")
     e.add_argument("--compare", nargs="+", help="policies side by side, the first is the baseline: e.g. policy-sft policy-grpo")
     e.add_argument("--weights", type=Path, help="a folder laid out like realsr_r1/assets/weights")
     e.add_argument("--cnn-steps", type=int, default=1200, help="training steps of the yardstick networks")
     e.add_argument("-o", "--out", type=Path, default=Path("figures"))
-    e.add_argument("--data", type=Path, default=Path("runs/data"))
+    e.add_argument(
+        "--cache",
+        type=Path,
+        default=Path("runs/data"),
+        help="folder that keeps the synthesised pairs, and a benchmark's pictures and scores",
+    )
+    s = e.add_argument_group("with --data")
+    s.add_argument(
+        "--data",
+        help="eval, eval:mild, real_lr, collages, a FOLDER of hr/ and lr/ or of LR photos, hf:NAME, "
+        "realsr:FOLDER, reallq250:FOLDER, div2k-val:FOLDER, ost-val:FOLDER",
+    )
+    s.add_argument(
+        "--methods",
+        nargs="+",
+        default=["bicubic", "lanczos", "regression", "chain-sft", "chain-grpo"],
+        help="also realesrgan-x4plus, realsr-df2k-jpeg, span-x4, direct",
+    )
+    s.add_argument("--metrics", nargs="+", help="default: all; those that cannot be had here are named with the reason")
+    s.add_argument("--baseline", default="bicubic", help="the method that differences are taken to")
     e.add_argument("--seed", type=int, default=0)
     e.add_argument("--device")
+
+    b = sub.add_parser(
+        "ablate", help="what each part is worth: runs of equal budget and several seeds; resumes, and may run twice side by side"
+    )
+    b.add_argument(
+        "question", choices=("grpo", "hack", "sft", "text", "sampling", "figure"), help="figure: draw what all questions have so far"
+    )
+    b.add_argument("--what", nargs="+", help="variants; default: all of the question's")
+    b.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    b.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder of runs, logs and tables")
+    b.add_argument("--figures", type=Path, default=Path("figures"), help="where figure writes")
+    b.add_argument("-n", type=int, default=128, help="held-out scenes on which every run is scored")
+    b.add_argument("--split", choices=("val", "test"), default="test")
+    b.add_argument("--steps", type=int, help="grpo, hack, sft: optimisation steps; default: the question's budget")
+    b.add_argument("--prompts", type=int, help="grpo, hack: groups a step")
+    b.add_argument("--group", type=int, help="grpo, hack: chains a group, where the variant does not say")
+    b.add_argument("--batch", type=int, help="sft: chains a step")
+    b.add_argument("--lr", type=float)
+    b.add_argument("--beta", type=float, help="grpo, hack: weight of the KL where it is on")
+    b.add_argument("--words", type=int, help="hack: words sampled of each chain in text-only rollouts")
+    b.add_argument("--weights", type=Path, help="a folder laid out like realsr_r1/assets/weights")
+    b.add_argument("--data", type=Path, default=Path("runs/data"))
+    b.add_argument("--threads", type=int, default=1, help="CPU threads; 1, so that two can run side by side")
+    b.add_argument("--device")
+
+    n = sub.add_parser("annotate", help="captions and tags for your own photos, by pretrained models; resumes")
+    n.add_argument("photos", help="a folder of photos, parquet files or tar archives, or hf:OWNER/NAME")
+    n.add_argument("-o", "--out", type=Path, help="folder for captions.jsonl; default: the photos' own")
+    n.add_argument("--model", choices=("florence-2", "qwen2.5-vl"), default="florence-2")
+    n.add_argument("--weights", help="its folder or hub name, instead of the usual one")
+    n.add_argument("--tagger", choices=("none", "grounding-dino"), default="none", help="who names the things; none: the model itself")
+    n.add_argument("--tagger-weights", help="its folder or hub name")
+    n.add_argument("--masks", type=Path, help="folder for SAM's masks of the things; needs boxes: florence-2 or grounding-dino")
+    n.add_argument("--sam-weights", help="its folder or hub name")
+    n.add_argument("--shard", default="0/1", help="this process's share, e.g. 0/4, the first of four")
+    n.add_argument("--split", default="train", help="split of a hub dataset")
+    n.add_argument("--batch", type=int, default=8, help="photos at a time")
+    n.add_argument("--limit", type=int, help="photos at most")
+    n.add_argument("--device", help="cpu, cuda or mps; default: the best there is")
+    n.add_argument("--download", action="store_true", help="fetch missing weights, or stream a dataset, from the hub")
+
+    c = sub.add_parser("cost", help="memory, seconds and money of a run before it is tried")
+    c.add_argument("model", nargs="?", default="nano", help="nano, middle, reference, or a folder in the hub's format")
+    c.add_argument("--phase", choices=("sft", "grpo"), default="grpo")
+    c.add_argument("--pixels", type=int, default=128, help="side of the final image; with --prompt and --completion, words instead")
+    for name in ("prompt", "completion", "batch", "accumulate", "prompts", "group", "lora", "devices"):
+        c.add_argument(f"--{name}", type=int)
+    for name in ("precision", "optimizer"):
+        c.add_argument(f"--{name}")
+    for name in ("checkpointing", "sharded", "offload"):
+        c.add_argument(f"--{name}", action="store_true")
+    c.add_argument("--price", type=float, default=0.0, help="of a card and hour, in your currency")
+    c.add_argument("--table", action="store_true", help="instead: what fits on which card, and the paper's recipe")
+    c.add_argument("--measure", action="store_true", help="with --table: run the nano policy's trainers and compare (minutes)")
+    c.add_argument("--photos", type=int, default=95_000, help="with --table: cold-start photos (the paper does not say)")
+    c.add_argument("--rl-photos", type=int, default=500, help="with --table: photos of reinforcement learning (the paper does not say)")
+    c.add_argument("-o", "--out", type=Path, help="write to this file instead")
     return p
 
 
@@ -76,7 +171,10 @@ def train(a: argparse.Namespace) -> None:
 
     if a.threads:
         torch.set_num_threads(a.threads)
-    data = scenes.cached_pairs(a.pairs, "train", cache=a.data)
+    if a.size == "middle" and a.what != "sft":
+        raise ValueError(f"train {a.what} has no middle size: only sft and grpo have")
+    with sft.first_process(a.device):
+        data = scenes.cached_pairs(a.pairs, "train", cache=a.data)
     steps = a.steps or RECIPE[a.what]
     options = {"steps": steps, "seed": a.seed, "device": a.device} | ({"lr": a.lr} if a.lr else {})
     out = a.out / f"{a.what}.safetensors"
@@ -88,8 +186,16 @@ def train(a: argparse.Namespace) -> None:
         pretrain.train_reader(data, out, crops=crops, summary_steps=a.steps or 5000, **options, **init)
     elif a.what in ("guided", "regression"):
         said = drawn(a, data) if a.said else None
+        crops = scenes.cached_pairs(a.crops, "train", "mild", cache=a.data, crops=True) if a.crops else None
         pretrain.train_guided(
-            data, weights.load(a.out / "tokenizer.safetensors"), out, use_codes=a.what == "guided", said=said, **options, **init
+            data,
+            weights.load(a.out / "tokenizer.safetensors"),
+            out,
+            use_codes=a.what == "guided",
+            said=said,
+            crops=crops,
+            **options,
+            **init,
         )
     elif a.what == "expert":
         folder = a.out if (a.out / "tokenizer.safetensors").exists() else weights.WEIGHTS
@@ -97,12 +203,31 @@ def train(a: argparse.Namespace) -> None:
         experts.train_expert(data, vq, out, guided=guided, **options)
     else:
         device = pretrain.device_of(a.device)
-        vq, reader = (weights.load(a.out / f"{n}.safetensors", device) for n in ("tokenizer", "reader"))
+        middle_size = a.size == "middle"
+        vq, reader = (weights.load((with_file(a.out, n) if middle_size else a.out) / n, device) for n in NETWORKS)
         words, direct = vlcot.Vocabulary(vq.config.codes, reader.vocabulary), a.what == "direct"
-        val = scenes.cached_pairs(96, "val", cache=a.data)
-        sets = [sft.chains(d, vq, reader, words, direct, a.data, device) for d in (data, val)]
         extra = {k: v for k, v in (("lr", a.lr), ("batch", a.batch), ("init", a.init and a.init / f"policy-{a.what}")) if v}
+        with sft.first_process(a.device):
+            if middle_size:
+                from realsr_r1 import middle
+
+                begin = extra.get("init") or middle.start(a.base, a.out / "policy-start", vq.cpu(), reader.cpu(), not a.own_words, a.seed)
+                extra = middle.SFT | extra | {"init": begin}
+                extra["scale"] = middle.prepare(begin, "sft", a.full, a.device, extra["batch"])
+                words, vq, reader = middle.config_of(begin).vocabulary, vq.to(device), reader.to(device)
+            val = scenes.cached_pairs(96, "val", cache=a.data)
+            sets = [sft.chains(d, vq, reader, words, direct, a.data, device) for d in (data, val)]
         sft.train_sft(*sets, a.out / f"policy-{a.what}", vq.cpu(), reader.cpu(), seed=a.seed, device=a.device, max_steps=steps, **extra)
+
+
+NETWORKS = ("tokenizer.safetensors", "reader.safetensors")
+
+
+def with_file(folder: Path, name: str) -> Path:
+    """`folder` if it has the file, else the shipped weights."""
+    from realsr_r1 import weights
+
+    return folder if (folder / name).exists() else weights.WEIGHTS
 
 
 def drawn(a: argparse.Namespace, data):
@@ -117,50 +242,138 @@ def drawn(a: argparse.Namespace, data):
 def train_grpo(a: argparse.Namespace) -> None:
     import torch
 
-    from realsr_r1 import experts, grpo, weights
+    from realsr_r1 import experts, grpo, sft, weights
 
     if a.threads:
         torch.set_num_threads(a.threads)
-    folder = a.init or (a.out if (a.out / "policy-sft").exists() else weights.WEIGHTS)
+    folder = a.init or (a.out if (a.out / a.start).exists() else weights.WEIGHTS)
     settings = grpo.GrpoSettings(steps=a.steps or RECIPE["grpo"], prompts=a.prompts, group=a.group, micro_batch=a.micro_batch, beta=a.beta,
                                  greedy_text=a.greedy_text, words=a.words, seed=a.seed, **({"lr": a.lr} if a.lr else {}))  # fmt: skip
-    vq, reader = (weights.load(folder / f"{n}.safetensors") for n in ("tokenizer", "reader"))
-    expert = (
-        experts.load_expert(a.expert, path=folder / "expert.safetensors") if any(r.startswith("generation") for r in a.rewards) else None
-    )
+    scale, home = sft.Scale(), lambda name: folder / name
+    if a.size == "middle":
+        from realsr_r1 import middle
+
+        folder, home = a.init or a.out, lambda name: with_file(folder, name) / name
+        settings = replace(settings, lr=a.lr or middle.GRPO.lr)
+        scale = middle.prepare(folder / a.start, "grpo", a.full, a.device, settings.micro_batch, settings)
+    vq, reader = (weights.load(home(n)) for n in NETWORKS)
+    expert = experts.load_expert(a.expert, path=home("expert.safetensors")) if any(r.startswith("generation") for r in a.rewards) else None
     functions, reward_weights = grpo.named_rewards(a.rewards, vq, expert)
     first = grpo.FIRST_SEED + 100_000 * a.seed
-    lm = grpo.policy.load(folder / "policy-sft")
+    lm = grpo.policy.load(folder / a.start)
     dataset = grpo.prompts(range(first, first + settings.steps * settings.prompts), reader, lm.vocabulary)
     sheet = grpo.GroupSheet(a.out / f"{a.name}.png", reader, vq, settings)
     settings = replace(settings, weights=reward_weights)
-    grpo.train_grpo(folder / "policy-sft", dataset, functions, a.out / a.name, settings, [sheet], a.device)
+    grpo.train_grpo(folder / a.start, dataset, functions, a.out / a.name, settings, [sheet], a.device, scale)
+
+
+def ablate(a: argparse.Namespace) -> None:
+    import torch
+
+    from realsr_r1 import ablate, ablate_figure, ablate_sft, weights
+
+    if a.question == "figure":
+        return ablate_figure.draw(a.out, a.figures)
+    given = {k: getattr(a, k) for k in ("steps", "prompts", "group", "batch", "lr", "beta", "words") if getattr(a, k) is not None}
+    budget = {**ablate.BUDGETS, "sft": ablate_sft.SftBudget()}.get(a.question)
+    if unknown := [k for k in given if not hasattr(budget, k)]:
+        raise ValueError(f"ablate {a.question} has no --{unknown[0]}: leave it out")
+    torch.set_num_threads(a.threads)
+    bench = ablate.Bench.load(a.n, a.split, a.weights or weights.WEIGHTS, a.data, a.device)
+    options = {"what": a.what, "seeds": a.seeds} | ({"budget": replace(budget, **given)} if budget else {})
+    if a.question in ablate.BUDGETS:
+        ablate.run_grpo(a.question, bench, a.out, **options)
+    elif a.question == "sft":
+        ablate_sft.run_sft(bench, a.out, **options)
+    else:
+        ablate_sft.run_inference(a.question, bench, a.out, **options)
+
+
+def bench(a: argparse.Namespace) -> None:
+    from realsr_r1 import benchmark, metrics, weights
+
+    options = {"n": a.n, "cache": a.cache / "benchmark", "seed": a.seed, "device": a.device, "pairs": a.cache}
+    try:
+        benchmark.run(
+            a.data, a.methods, a.metrics or list(metrics.METRICS), a.out, a.baseline, folder=a.weights or weights.WEIGHTS, **options
+        )
+    except KeyboardInterrupt:
+        raise RuntimeError("stopped; what is done is kept, and the same command goes on from there") from None
+
+
+def annotate(a: argparse.Namespace) -> None:
+    if a.download:
+        os.environ["HF_HUB_OFFLINE"] = "0"  # read once, when the hub's client is imported
+    from realsr_r1 import annotate, captioners
+    from realsr_r1.pretrain import device_of
+
+    device, shard = device_of(a.device), annotate.shard_of(a.shard)
+    captioner = captioners.load(a.model, a.weights, device)
+    tagger = None if a.tagger == "none" else captioners.load(a.tagger, a.tagger_weights, device)
+    sam = captioners.load("sam", a.sam_weights, device) if a.masks else None
+    count = annotate.annotate(a.photos, captioner, tagger, a.out, shard, a.batch, a.split, a.limit, sam, a.masks)
+    print(f"{count['new']} photos noted, {count['known']} were noted before, {count['left out']} left out")
+
+
+def restore_reference(a: argparse.Namespace) -> None:
+    if a.download:
+        os.environ["HF_HUB_OFFLINE"] = "0"  # read once, when the hub's client is imported
+    from realsr_r1 import reference
+
+    reference.check_places(a.out, a.trace)
+    load = {"tokenizer": a.tokenizer, "device": a.device, "bits": a.bits, "adapter": a.adapter, "device_map": a.device_map}
+    model = reference.load_reference(a.reference, **load)
+    options = {"prompt": a.prompt, "sizes": a.sizes and tuple(a.sizes), "max_pixels": a.max_pixels}
+    given = {k: v for k, v in options.items() if v}
+    batch = 1 if a.window else a.batch or 1
+    reference.restore_file(a.photo, a.out, a.trace, reference=model, seed=a.seed, batch=batch, window=a.window, **given)
 
 
 def run(a: argparse.Namespace) -> None:
     if a.command == "train":
         return train_grpo(a) if a.what == "grpo" else train(a)
+    if a.command == "annotate":
+        return annotate(a)
+    if a.command == "cost":
+        from realsr_r1 import budget
+
+        return budget.command(a)
+    if a.command == "ablate":
+        return ablate(a)
+    if a.command == "restore" and a.reference:
+        return restore_reference(a)
     from realsr_r1.restore import MAX_PIXELS, load_models, restore_file
 
     if a.command == "restore":
         models = load_models(a.device, **({"weights": a.weights} if a.weights else {}), policy_name=a.policy)
         restore_file(
-            a.photo, a.out, a.trace, models=models, seed=a.seed, decoder=a.decoder, batch=a.batch, max_pixels=a.max_pixels or MAX_PIXELS
+            a.photo,
+            a.out,
+            a.trace,
+            models=models,
+            seed=a.seed,
+            decoder=a.decoder,
+            batch=a.batch or 16,
+            max_pixels=a.max_pixels or MAX_PIXELS,
         )
     else:
         from realsr_r1 import evaluate
 
         if a.command == "demo":
             evaluate.demo(a.out, load_models(a.device))
+        elif a.data and a.compare:
+            raise ValueError("--compare has scenes of its own: leave out --data, or give --methods chain-sft chain-grpo instead")
+        elif a.data:
+            bench(a)
         elif a.compare:
             from realsr_r1 import compare, experts, weights
 
             folder = a.weights or weights.WEIGHTS
             models = {name: load_models(a.device, folder, name) for name in a.compare}
-            compare.compare(models, a.out, experts.load_expert(path=folder / "expert.safetensors"), a.n, a.data, a.seed)
+            compare.compare(models, a.out, experts.load_expert(path=folder / "expert.safetensors"), a.n or 512, a.cache, a.seed)
         else:
             models = load_models(a.device, **({"weights": a.weights} if a.weights else {}))
-            evaluate.first_results(models, a.out, a.n, cnn_steps=a.cnn_steps, cache=a.data, seed=a.seed)
+            evaluate.first_results(models, a.out, a.n or 512, cnn_steps=a.cnn_steps, cache=a.cache, seed=a.seed)
 
 
 def main(argv: list[str] | None = None) -> int:

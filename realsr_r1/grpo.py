@@ -14,21 +14,24 @@ import inspect
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
+from trl.models import unwrap_model_for_generation
 
 from realsr_r1 import degradation, photos, policy, rewards, scenes, vlcot
 from realsr_r1.policy import Sampling
 from realsr_r1.pretrain import device_of
 from realsr_r1.reader import LRReader
-from realsr_r1.sft import CsvLog
+from realsr_r1.sft import CsvLog, Scale, sharded, whole_model
 from realsr_r1.tokenizer import VQModel
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func may change in TRL; our range of versions is tested
@@ -119,9 +122,35 @@ class Clock:
     started: float = 0.0
 
 
+@contextmanager
+def sampler_of(trainer: GRPOTrainer) -> Iterator[torch.nn.Module]:
+    """The policy ready to sample: evaluation mode (checkpointing layers drop the cache in training mode), and where its
+    weights are sharded all of them on each device, so that processes may sample chains of different lengths."""
+    with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:  # gathers ZeRO-3's
+        units = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        for unit in units:
+            unit.unshard()
+            unit.set_reshard_after_forward(False, recurse=False)
+        training = model.training
+        model.eval()
+        try:
+            yield model
+        finally:
+            model.train(training)
+            for unit in units:
+                unit.set_reshard_after_forward(trainer.accelerator.state.fsdp_plugin.reshard_after_forward, recurse=False)
+                unit.reshard()
+
+
 class Rollouts:
     """TRL's `rollout_func`: prompts (each repeated for its group) → completions under the grammar, log-probabilities of
-    the bare softmax, which the loss uses, and `env_mask`, 0 where the grammar left no choice."""
+    the bare softmax, which the loss uses, and `env_mask`, 0 where the grammar left no choice.
+
+    TRL's vLLM modes (server, colocate) cannot take its place, so no setting offers them: with a rollout_func TRL only
+    copies the weights to vLLM and leaves the sampling to the function; TRL's own vLLM sampling returns no `env_mask`,
+    and of the grammar it could at most take a regular expression. For Chameleon, vLLM masks the logits of all image
+    codes, as transformers does, so that class cannot draw a picture there at all.
+    """
 
     def __init__(self, settings: GrpoSettings, clock: Clock | None = None):
         self.settings, self.clock = settings, clock or Clock()
@@ -129,8 +158,7 @@ class Rollouts:
     @torch.no_grad()
     def __call__(self, prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
         started, accelerator = time.time(), trainer.accelerator
-        model = accelerator.unwrap_model(trainer.model)
-        v, grammar = model.vocabulary, policy.grammar_of(model)
+        v, grammar = trainer.model.vocabulary, policy.grammar_of(trainer.model)
         groups = [(text, len(list(same))) for text, same in itertools.groupby(prompts)]
         copies = groups[0][1] if len({n for _, n in groups}) == 1 else 1
         unique = [text for text, _ in groups] if copies > 1 else prompts
@@ -139,7 +167,8 @@ class Rollouts:
         generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + trainer.state.global_step)
         how = Sampling(greedy_text=self.settings.greedy_text, entropy_top_k=False)
         rows = (accelerator.process_index * len(prompts), accelerator.num_processes * len(prompts))
-        drawn = policy.sample(model, torch.tensor(ids), how, generator, grammar, copies=copies, rows=rows, max_new=self.settings.words)
+        with sampler_of(trainer) as model:
+            drawn = policy.sample(model, torch.tensor(ids), how, generator, grammar, copies=copies, rows=rows, max_new=self.settings.words)
         words = drawn.ids.cpu()
         length = (words != v.ids[vlcot.PAD]).sum(1).tolist()
         free = ~grammar.forced_mask(drawn.ids).cpu() & (words != v.ids[vlcot.PAD])
@@ -209,8 +238,12 @@ class GroupSheet(TrainerCallback):
         return torch.cat([*lr, *self.hr, *images], -1)
 
     def on_step_begin(self, args, state, control, model=None, **_):
-        if state.is_world_process_zero and state.global_step % self.settings.sheet_steps == 0:
-            row = self._row(getattr(model, "module", model))
+        # One process alone cannot run a model whose weights are spread over several.
+        if state.is_world_process_zero and state.global_step % self.settings.sheet_steps == 0 and not sharded():
+            model = getattr(model, "module", model)
+            model.eval()
+            row = self._row(model)
+            model.train()
             photos.to_image(row).save(self.path.with_name(f"{self.path.stem}_{state.global_step:04d}.png"))
 
 
@@ -226,11 +259,12 @@ def check_columns(dataset: Dataset, functions: Iterable[Callable]) -> None:
 
 
 def make_trainer(sft: str | Path, dataset: Dataset, reward_functions: list[Callable], out: Path, settings: GrpoSettings = GrpoSettings(),
-                 callbacks: Iterable[TrainerCallback] = (), device: str | None = None) -> GRPOTrainer:  # fmt: skip
-    """TRL's GRPOTrainer on the policy in folder `sft`. Logs go to `out`.csv, checkpoints to `out`-checkpoints."""
+                 callbacks: Iterable[TrainerCallback] = (), device: str | None = None, scale: Scale = Scale()) -> GRPOTrainer:  # fmt: skip
+    """TRL's GRPOTrainer on the policy in folder `sft`. Logs go to `out`.csv, checkpoints to `out`-checkpoints. `scale`
+    makes larger models fit (its `accumulate` has no say here: `micro_batch` decides)."""
     check_columns(dataset, reward_functions)
     dev, clock = device_of(device), Clock()
-    model = policy.load(sft)
+    model = policy.load(sft, dtype=scale.dtype)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     total = settings.prompts * settings.group
     if total % (world * settings.micro_batch):
@@ -243,18 +277,22 @@ def make_trainer(sft: str | Path, dataset: Dataset, reward_functions: list[Calla
         temperature=1.0, max_completion_length=policy.grammar_of(model).max_length, mask_truncated_completions=False,
         adam_beta2=0.95, weight_decay=0.0, max_grad_norm=1.0, seed=settings.seed, data_seed=settings.seed, shuffle_dataset=False,
         bf16=False,  # sampling and loss must see the same log-probabilities
-         use_cpu=dev.type == "cpu", gradient_checkpointing=False, logging_steps=1, save_steps=settings.save_steps,
+         use_cpu=dev.type == "cpu", logging_steps=1, save_steps=settings.save_steps,
         save_total_limit=1, report_to=[], remove_unused_columns=False, disable_tqdm=False, average_tokens_across_devices=False,
+        **scale.arguments,
     )  # fmt: skip
     trainer = GRPOTrainer(
-        model=model, args=args, train_dataset=dataset, processing_class=model.vocabulary.tokenizer, rollout_func=Rollouts(settings, clock),
+        model=model, args=args, train_dataset=dataset, peft_config=scale.lora, processing_class=model.vocabulary.tokenizer, rollout_func=Rollouts(settings, clock),
         reward_funcs=[Measured(r, settings.group, clock) for r in reward_functions], callbacks=[StepLog(clock), CsvLog(out.with_suffix(".csv")), *callbacks],
     )  # fmt: skip
+    output = trainer.model.get_output_embeddings()
+    if scale.lora is not None and not hasattr(output, "bias"):
+        output.bias = None  # TRL's fused head asks for it; PEFT's wrapper of trained rows does not have it
     return trainer
 
 
 def train_grpo(sft: str | Path, dataset: Dataset, reward_functions: list[Callable], out: str | Path, settings: GrpoSettings = GrpoSettings(),
-               callbacks: Iterable[TrainerCallback] = (), device: str | None = None) -> GRPOTrainer:  # fmt: skip
+               callbacks: Iterable[TrainerCallback] = (), device: str | None = None, scale: Scale = Scale()) -> GRPOTrainer:  # fmt: skip
     """Improve the policy in the folder `sft` and save it to the folder `out`, which `restore` takes.
 
     The same call after a kill resumes from the last checkpoint (at most `save_steps` steps are lost). Raises
@@ -262,7 +300,7 @@ def train_grpo(sft: str | Path, dataset: Dataset, reward_functions: list[Callabl
     """
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    trainer = make_trainer(sft, dataset, reward_functions, out, settings, callbacks, device)
+    trainer = make_trainer(sft, dataset, reward_functions, out, settings, callbacks, device, scale)
     model = trainer.model
     config, vocabulary = model.nano, model.vocabulary
     folder = Path(trainer.args.output_dir)
@@ -272,8 +310,8 @@ def train_grpo(sft: str | Path, dataset: Dataset, reward_functions: list[Callabl
         if isinstance(e, RuntimeError) and not isinstance(e, torch.OutOfMemoryError) and "allocate memory" not in str(e):
             raise
         raise RuntimeError("memory ran out in GRPO: lower micro_batch first (same result, slower), then group or prompts") from e
-    if trainer.accelerator.is_main_process:
-        trained = trainer.accelerator.unwrap_model(trainer.model)
+    trained = whole_model(trainer)
+    if trained is not None:
         trained.nano, trained.vocabulary = config, vocabulary
-        policy.save(trained.cpu(), out)
+        policy.save(trained, out)
     return trainer
