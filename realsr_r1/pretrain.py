@@ -280,11 +280,12 @@ def train_reader(data: scenes.Pairs, out: Path = WEIGHTS / "reader.safetensors",
 
 def train_guided(data: scenes.Pairs, tokenizer: VQModel | None = None, out: Path | None = None, steps: int = 2500, lr: float = 1e-3,
                  batch: int = 8, seed: int = 0, device: str | None = None, use_codes: bool = True, said: Tensor | None = None,
-                 init: GuidedDecoder | None = None) -> GuidedDecoder:  # fmt: skip
+                 init: GuidedDecoder | None = None, crops: scenes.Pairs | None = None) -> GuidedDecoder:  # fmt: skip
     """The guided decoder on true codes, of which 0–40% are replaced at random (a policy errs); L1 + LPIPS.
 
     `said` (n, h, w): the codes that a policy draws for the first n pairs (`sft.drawn_codes`); then half of each batch has
-    these, so that the decoder learns what the policy's errors look like. `init`: weights to go on from.
+    these, so that the decoder learns what the policy's errors look like. `crops`: further pairs that take the other half, with
+    0–80% of their codes replaced: where the LR photo is good, the decoder learns to believe it. `init`: weights to go on from.
     `use_codes=False` trains the control: feed-forward regression from the LR photo, same budget and loss.
     """
     dev = device_of(device)
@@ -298,13 +299,18 @@ def train_guided(data: scenes.Pairs, tokenizer: VQModel | None = None, out: Path
         n = len(said)
         data = scenes.Pairs(data.hr[:n], data.lr[:n], data.labels[:n], data.scenes[:n])
     batches = Batches(data, dev, seed, photo_share=0)
+    others = Batches(crops, dev, seed, photo_share=0) if crops is not None else None
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         g = batches.generator(step + 10**9)
         hr, lr_image, i = batches.pairs(step, batch, mirror=said is None)
-        seen = ()
+        seen, wrong = (), torch.full((batch,), 0.4)
+        if others is not None:
+            more = others.pairs(step, batch - batch // 2)
+            hr, lr_image = torch.cat([hr[: batch // 2], more[0]]), torch.cat([lr_image[: batch // 2], more[1]])
+            wrong[batch // 2 :] = 0.8
         if use_codes:
-            codes = corrupt(tokenizer.encode(hr), 0.4 * torch.rand((batch,), generator=g), tokenizer.config.codes, g)
+            codes = corrupt(tokenizer.encode(hr), wrong * torch.rand((batch,), generator=g), tokenizer.config.codes, g)
             if said is not None:
                 codes[: batch // 2] = said[i[: batch // 2]].to(dev)
             with torch.no_grad():

@@ -1,184 +1,268 @@
-"""`make bench`: one table of speeds, all measured in this run on this machine. Not a test: nothing is asserted.
+"""`make bench`: speeds measured on this machine, ratios always of runs side by side. Not a test: nothing is asserted.
 
-The degradation is compared with Real-ESRGAN's own code if it is installed beside ours:
-    pip install --no-deps --no-build-isolation basicsr==1.4.2 realesrgan==0.3.0 && pip install scipy opencv-python-headless addict future lmdb pyyaml requests yapf
+    python tests/benchmarks/bench.py [SECTION ...] [--out figures] [--small]
+
+Sections: degradation, data, sampling, rollouts, grpo, restore, large, growth (none named: all, in this order). Rows are
+written as they come (bench.csv), the table (bench.md) and the figure (bench.webp) are made from them. `--small` is a trial
+at tiny sizes: its numbers mean nothing. Peers that are not installed get a row that says what to install.
 """
 
+import argparse
 import csv
-import math
-import resource
-import sys
 import tempfile
 import time
-import types
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
+import peer_degradation
+import peer_sampling
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from record import SERIES, Peak, Record, side_by_side
+from transformers import PreTrainedModel
 
-from realsr_r1 import degradation, experts, grpo, photos, policy, restore, scenes
+from realsr_r1 import degradation, experts, grpo, peers, photos, policy, restore, scenes
 from realsr_r1.policy import Sampling
+from realsr_r1.vlcot import TAGS, LayoutGrammar
 from realsr_r1.weights import WEIGHTS
 
-ROWS: list[tuple[str, str]] = []
+PHOTO = Path(restore.__file__).parent / "assets" / "eval" / "scikit-image-astronaut.webp"
+HOW = Sampling.rollout()  # text sampled, temperature 1, nothing else: what transformers' generate can do as well
 
 
-def seconds(fn, repeats: int = 3) -> float:
-    """Median of `repeats` runs after one to warm up."""
-    fn()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        fn()
-        times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 2]
+@dataclass
+class Bench:
+    """What the sections share: the record, and the shipped models and pictures, loaded when first asked for."""
+
+    record: Record
+    small: bool = False
+
+    @property
+    def row(self):
+        return self.record.row
+
+    @cached_property
+    def models(self) -> restore.Models:
+        return restore.load_models("cpu")
+
+    @cached_property
+    def pairs(self) -> scenes.Pairs:
+        n = 4 if self.small else 64
+        return scenes.pairs(range(1_000_000, 1_000_000 + n), "val")
+
+    @cached_property
+    def prompts(self) -> torch.Tensor:
+        return self.models.policy.vocabulary.prompts(self.models.reader.encode(self.pairs.lr.float() / 255))
+
+    @property
+    def repeats(self) -> int:
+        return 1 if self.small else 3
 
 
-def row(what: str, result: str) -> None:
-    ROWS.append((what, result))
-    print(f"| {what} | {result} |", flush=True)
+def chains(model: PreTrainedModel, prompts: torch.Tensor, max_new: int | None, **options) -> torch.Tensor:
+    """Completions of the prompts, with equal seeds."""
+    return policy.sample(model, prompts, HOW, torch.Generator().manual_seed(0), max_new=max_new, **options).ids
 
 
-def peer_degradation():
-    """Real-ESRGAN's `RealESRGANModel.feed_data` on the CPU with its own options; None if it is not installed."""
-    try:
-        import torchvision.transforms.functional as tvf
-
-        sys.modules.setdefault("torchvision.transforms.functional_tensor", types.SimpleNamespace(rgb_to_grayscale=tvf.rgb_to_grayscale))
-        from realesrgan.models.realesrgan_model import RealESRGANModel
-    except ImportError:
-        return None
-    import random
-
-    import numpy as np
-    from basicsr.data.degradations import circular_lowpass_kernel, random_mixed_kernels
-    from basicsr.utils import DiffJPEG, USMSharp
-
-    options = dict(
-        scale=4, resize_prob=[0.2, 0.7, 0.1], resize_range=[0.15, 1.5], gaussian_noise_prob=0.5, noise_range=[1, 30], poisson_scale_range=[0.05, 3],
-        gray_noise_prob=0.4, jpeg_range=[30, 95], second_blur_prob=0.8, resize_prob2=[0.3, 0.4, 0.3], resize_range2=[0.3, 1.2], gaussian_noise_prob2=0.5,
-        noise_range2=[1, 25], poisson_scale_range2=[0.05, 2.5], gray_noise_prob2=0.4, jpeg_range2=[30, 95], gt_size=64, gt_usm=True, l1_gt_usm=True,
-    )  # fmt: skip
-    torch.Tensor.cuda = lambda self, *a, **k: self
-    self = types.SimpleNamespace(
-        opt=options, device=torch.device("cpu"), is_train=True, jpeger=DiffJPEG(differentiable=False), usm_sharpener=USMSharp(), queue_size=180,
-        _dequeue_and_enqueue=lambda: None,
-    )  # fmt: skip
-    names = ["iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso", "plateau_aniso"]
-    probs = [0.45, 0.25, 0.12, 0.03, 0.12, 0.03]
-
-    def kernel(sigma):
-        size = random.choice(range(7, 22, 2))
-        k = random_mixed_kernels(names, probs, size, sigma, sigma, [-np.pi, np.pi], [0.5, 4], [1, 2], noise_range=None)
-        pad = (21 - size) // 2
-        return torch.from_numpy(np.ascontiguousarray(np.pad(k, ((pad, pad), (pad, pad))))).float()
-
-    def run(hr):
-        for x in hr:
-            sinc = torch.from_numpy(np.ascontiguousarray(circular_lowpass_kernel(random.uniform(1.05, math.pi), 21, pad_to=21))).float()
-            RealESRGANModel.feed_data(
-                self, {"gt": x[None], "kernel1": kernel([0.2, 3])[None], "kernel2": kernel([0.2, 1.5])[None], "sinc_kernel": sinc[None]}
-            )
-
-    return run
+def degradation_section(b: Bench) -> None:
+    """Our batched chain beside Real-ESRGAN's own code, which draws its settings once a batch: picture by picture for the
+    variety that ours has, and as one batch."""
+    theirs = peer_degradation.load()
+    for size, n in ((64, 2),) if b.small else ((128, 8), (400, 8)):
+        g = torch.Generator().manual_seed(0)
+        hr = F.interpolate(torch.rand((n, 3, size // 8, size // 8), generator=g), size=size, mode="bicubic").clamp(0, 1)
+        runs = {"ours": lambda hr=hr, g=g: degradation.degrade(hr, "paper", g)}
+        if theirs:
+            runs |= {"one by one": lambda hr=hr: [theirs(x[None]) for x in hr], "one batch": lambda hr=hr: theirs(hr)}
+        seconds = {k: s / n for k, s in side_by_side(runs, 3 * b.repeats).items()}
+        ours = seconds.pop("ours")
+        b.row(f"degradation, paper preset, {n} of {size} px", f"{ours * 1e3:.1f} ms an image")
+        for name, s in seconds.items():
+            b.row(f"  Real-ESRGAN's own code, {name}, {size} px", f"{s * 1e3:.1f} ms an image: {s / ours:.1f}× our time")
+        if not theirs:
+            b.row("  Real-ESRGAN's own code", peer_degradation.INSTALL)
 
 
-def rollouts(m: restore.Models, prompts: torch.Tensor) -> None:
-    """Whole chains: one at a time, sixteen together, and groups that share their prompt or read it anew."""
-    how = Sampling.rollout()
+def data_section(b: Bench) -> None:
+    """Fresh scenes, and the tokenizer both ways."""
+    n = 4 if b.small else 50
+    start = [10_000]
 
-    def chains(rows: torch.Tensor, copies: int = 1) -> float:
-        start = time.perf_counter()
-        policy.sample(m.policy, rows, how, torch.Generator().manual_seed(0), copies=copies)
-        return time.perf_counter() - start
+    def fresh() -> None:
+        start[0] += n  # new seeds each time: nothing is cached
+        scenes.stack(range(start[0], start[0] + n))
 
-    chains(prompts[:1])
-    one, sixteen = chains(prompts[:1]), chains(prompts[:16]) / 16
-    row("a sampled chain, one at a time", f"{one:.1f} s")
-    row("a sampled chain, sixteen together", f"{sixteen:.2f} s: {one / sixteen:.1f}× faster")
-    shared, anew = chains(prompts[:2], 8), chains(prompts[:2].repeat_interleave(8, 0))
-    row("two groups of 8", f"{shared:.1f} s sharing the prompt, {anew:.1f} s reading it for each chain: {anew / shared:.2f}×")
+    b.row("scenes", f"{n / side_by_side({'': fresh}, b.repeats)['']:.0f} a second")
+    hr, vq = b.pairs.hr.float() / 255, b.models.tokenizer
+    with torch.no_grad():
+        codes = vq.encode(hr)
+        seconds = side_by_side({"encode": lambda: vq.encode(hr), "decode": lambda: vq.decode(codes)}, b.repeats)
+    for name, s in seconds.items():
+        b.row(f"tokenizer, {name} 128 px", f"{len(hr) / s:.0f} images a second")
 
 
-def grpo_step(m: restore.Models) -> None:
-    """One GRPO step broken down, and peak memory (of the whole process so far) as the group grows."""
+def sampling_section(b: Bench) -> None:
+    """The same policy and the same number of words: our sampling with and without the grammar, transformers' generate, and
+    generate with a layout processor that works row by row."""
+    model, new = b.models.policy, 24 if b.small else 200
+    for batch in (1, 2) if b.small else (1, 16, 64):
+        words: dict[str, int] = {}
+        prompts = b.prompts[:batch]
+
+        def ours(grammar: bool, prompts=prompts):
+            return chains(model, prompts, new, use_grammar=grammar)
+
+        def timed(name: str, sample, words=words):
+            return lambda: words.update({name: sample().numel()})
+
+        per_row = peer_sampling.PerRowLayout(model.vocabulary)
+        runs = {
+            "with the grammar": timed("with the grammar", lambda ours=ours: ours(True)),
+            "without": timed("without", lambda ours=ours: ours(False)),
+            "generate": timed("generate", lambda prompts=prompts: peer_sampling.generate(model, prompts, new)),
+            "per row": timed("per row", lambda prompts=prompts, p=per_row: peer_sampling.generate(model, prompts, new, p)),
+        }
+        cost = {k: s / words[k] for k, s in side_by_side(runs, b.repeats).items()}
+        with_it = cost["with the grammar"]
+        b.row(
+            f"sampled words, batch {batch}",
+            f"{1 / with_it:.0f} a second with the grammar, {1 / cost['without']:.0f} without: "
+            f"overhead {with_it / cost['without'] - 1:+.0%}",
+        )
+        b.row(
+            f"  transformers' generate, batch {batch}", f"{1 / cost['generate']:.0f} a second: {cost['generate'] / with_it:.2f}× our time"
+        )
+        b.row(
+            f"  generate, layout row by row, batch {batch}",
+            f"{1 / cost['per row']:.0f} a second: {cost['per row'] / with_it:.2f}× our time; "
+            f"the processor adds {cost['per row'] / cost['generate'] - 1:+.0%} to generate",
+        )
+
+
+def rollouts_section(b: Bench) -> None:
+    """Whole chains: one at a time, sixteen together, and groups that share their prompt or read it for each chain."""
+    new, many, group = (24, 4, 2) if b.small else (None, 16, 8)
+
+    def run(rows: torch.Tensor, copies: int = 1):
+        return lambda: chains(b.models.policy, rows, new, copies=copies)
+
+    p = b.prompts
+    s = side_by_side({"one": run(p[:1]), "many": run(p[:many])}, b.repeats)
+    b.row("a sampled chain, one at a time", f"{s['one']:.2f} s")
+    b.row(f"a sampled chain, {many} together", f"{s['many'] / many:.3f} s: {s['one'] * many / s['many']:.1f}× faster")
+    s = side_by_side({"shared": run(p[:2], group), "anew": run(p[:2].repeat_interleave(group, 0))}, b.repeats)
+    ratio = s["anew"] / s["shared"]
+    b.row(f"two groups of {group}", f"{s['shared']:.1f} s sharing the prompt, {s['anew']:.1f} s reading it for each chain: {ratio:.2f}×")
+
+
+def grpo_section(b: Bench) -> None:
+    """One GRPO step broken down, with peak memory, as the group grows."""
     expert = experts.load_expert()
-    for group in (4, 8, 16):
-        settings = grpo.GrpoSettings(steps=2, prompts=2, group=group, micro_batch=min(8, 2 * group), save_steps=100)
-        functions, _ = grpo.named_rewards(grpo.PAPER_REWARDS, m.tokenizer, expert)
-        dataset = grpo.prompts(range(600_000, 600_004), m.reader, m.policy.vocabulary)
-        with tempfile.TemporaryDirectory() as folder:
+    for group in (2,) if b.small else (4, 8, 16):
+        settings = grpo.GrpoSettings(
+            steps=2, prompts=1 if b.small else 2, group=group, micro_batch=min(8, group), words=24 if b.small else None, save_steps=100
+        )
+        functions, _ = grpo.named_rewards(grpo.PAPER_REWARDS, b.models.tokenizer, expert)
+        dataset = grpo.prompts(range(600_000, 600_004), b.models.reader, b.models.policy.vocabulary)
+        with tempfile.TemporaryDirectory() as folder, Peak() as peak:
             out = Path(folder) / "p"
-            trainer = grpo.make_trainer(WEIGHTS / "policy-sft", dataset, functions, out, settings, device="cpu")
-            trainer.train()
+            grpo.make_trainer(WEIGHTS / "policy-sft", dataset, functions, out, settings, device="cpu").train()
             with out.with_suffix(".csv").open() as f:
                 last = [r for r in csv.DictReader(f) if r.get("reward")][-1]
         total, sampling, scoring = (float(last[f"seconds/{k}"]) for k in ("step", "sampling", "rewards"))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        shares = f"sampling {sampling / total:.0%}, rewards {scoring / total:.0%}, forward, backward and the rest {1 - (sampling + scoring) / total:.0%}"
-        row(f"GRPO step, 2 groups of {group}", f"{total:.0f} s ({shares}), peak memory so far {peak:.1f} GiB")
+        rest = 1 - (sampling + scoring) / total
+        shares = f"sampling {sampling / total:.0%}, rewards {scoring / total:.0%}, forward, backward and the rest {rest:.0%}"
+        b.row(f"GRPO step, {settings.prompts} groups of {group}", f"{total:.1f} s ({shares}), peak memory {peak.gib:.1f} GiB")
 
 
-def main() -> None:
+def restore_rows(b: Bench, sides: tuple[int, ...]) -> None:
+    """A photo of side² LR pixels restored by the chain and by Real-ESRGAN x4plus, once each, after a small one to warm up."""
+    photo = photos.open_photo(PHOTO)
+    side = min(photo.size)
+    photo = photo.crop((0, 0, side, side))
+    runs = {"restore": lambda image: restore.restore(image, b.models, progress=False)}
+    if sentence := peers.missing("realesrgan-x4plus"):
+        b.row("  Real-ESRGAN x4plus", sentence)
+    else:
+        enlarge = peers.load("realesrgan-x4plus")
+        runs["realesrgan"] = lambda image: enlarge(photos.to_tensor(image)[None])
+    for run in runs.values():
+        run(photo.resize((32, 32)))
+    for side in sides:
+        lr, seconds = photo.resize((side, side), Image.Resampling.LANCZOS), {}
+        megapixels = (4 * side) ** 2 / 1e6
+        for name, run in runs.items():
+            with Peak() as peak:
+                start = time.perf_counter()
+                run(lr)
+                s = seconds[name] = time.perf_counter() - start
+            size = f"{side}×{side} → {4 * side}×{4 * side}"
+            what = f"restore {size}" if name == "restore" else f"  Real-ESRGAN x4plus, {size}"
+            ratio = "" if name == "restore" else f": our time is {seconds['restore'] / s:.2f}× its"
+            result = f"{s:.1f} s, {s / megapixels:.1f} s an output megapixel, peak memory {peak.gib:.1f} GiB{ratio}"
+            b.row(what, result, series=name, x=side**2, seconds=s)
+
+
+def restore_section(b: Bench) -> None:
+    restore_rows(b, (32, 40) if b.small else (64, 128, 256))
+
+
+def large_section(b: Bench) -> None:
+    """512 × 512 LR pixels, 441 tiles: minutes."""
+    restore_rows(b, (48,) if b.small else (512,))
+
+
+def growth_section(b: Bench) -> None:
+    """Seconds as a group and a chain grow. The long chain is the seven parts four times over, by a policy of the shipped
+    shape with random weights: what is timed does not depend on them. Photo size comes from the section restore."""
+    new = 16 if b.small else None
+    for group in (1, 2) if b.small else (1, 2, 4, 8, 16, 32, 64):
+        s = side_by_side({"": lambda group=group: chains(b.models.policy, b.prompts[:1], new, copies=group)}, b.repeats)[""]
+        b.row(f"a group of {group}", f"{s:.2f} s, {s / group:.2f} s a chain", series="group", x=group, seconds=s)
+    times = 4
+    nano = b.models.policy.nano
+    model = policy.build(replace(nano, sizes=nano.sizes * times)).eval()  # these sizes only make room for the positions
+    grammar = LayoutGrammar(model.vocabulary, nano.sizes, TAGS * times, nano.max_words)
+    for words in (16, 32) if b.small else (100, 200, 400, 800, 1600):
+        s = side_by_side({"": lambda words=words: chains(model, b.prompts[:4], words, grammar=grammar)}, b.repeats)[""]
+        b.row(f"4 chains of {words} words", f"{s:.2f} s, {s / words * 1e3:.1f} ms a word", series="chain", x=words, seconds=s)
+
+
+SECTIONS = {
+    "degradation": degradation_section,
+    "data": data_section,
+    "sampling": sampling_section,
+    "rollouts": rollouts_section,
+    "grpo": grpo_section,
+    "restore": restore_section,
+    "large": large_section,
+    "growth": growth_section,
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}")
+    parser.add_argument("--out", type=Path, default=Path("figures"), help="folder of bench.csv, bench.md and bench.webp")
+    parser.add_argument("--small", action="store_true", help="a trial at tiny sizes; give --out a folder of its own")
+    a = parser.parse_args(arguments)
+    if unknown := set(a.sections) - set(SECTIONS):
+        parser.error(f"no section {', '.join(sorted(unknown))}: choose from {', '.join(SECTIONS)}")
+    if a.small and a.out == Path("figures"):
+        parser.error("--small would mix its numbers with real ones: give --out a folder of its own")
     torch.manual_seed(0)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n\n| what | result |\n|---|---|")
-    n = 8
-    for size in (128, 400):
-        hr = F.interpolate(torch.rand(n, 3, size // 8, size // 8), size=size, mode="bicubic").clamp(0, 1)
-        ours = seconds(lambda hr=hr: degradation.degrade(hr, "paper", torch.Generator().manual_seed(0))) / n
-        row(f"degradation, paper preset, {size} px", f"{ours * 1e3:.1f} ms an image")
-        peer = peer_degradation()
-        if peer is None:
-            row("  Real-ESRGAN's own code", "not installed: see the head of tests/benchmarks/bench.py")
-        else:
-            theirs = seconds(lambda hr=hr, peer=peer: peer(hr), 1) / n
-            row(f"  Real-ESRGAN's own code, {size} px", f"{theirs * 1e3:.0f} ms an image: {theirs / ours:.0f}× slower")
-    start = [10_000]
-
-    def fresh():
-        start[0] += 50
-        scenes.stack(range(start[0], start[0] + 50))
-
-    row("scenes", f"{50 / seconds(fresh):.0f} a second")
-    m = restore.load_models("cpu")
-    data = scenes.pairs(range(1_000_000, 1_000_064), "val")
-    hr, lr = data.hr.float() / 255, data.lr.float() / 255
-    with torch.no_grad():
-        row("tokenizer, encode 128 px", f"{64 / seconds(lambda: m.tokenizer.encode(hr)):.0f} images a second")
-        codes = m.tokenizer.encode(hr)
-        row("tokenizer, decode 128 px", f"{64 / seconds(lambda: m.tokenizer.decode(codes)):.0f} images a second")
-    prompts = m.policy.vocabulary.prompts(m.reader.encode(lr))
-    for batch in (1, 16, 64):
-        speed = {}
-        for grammar in (True, False):
-            counted = []
-
-            def run(batch=batch, grammar=grammar, counted=counted):
-                ids = policy.sample(
-                    m.policy,
-                    prompts[:batch],
-                    Sampling(entropy_top_k=False),
-                    torch.Generator().manual_seed(0),
-                    use_grammar=grammar,
-                    max_new=200,
-                ).ids
-                counted.append(ids.numel())
-
-            speed[grammar] = seconds(run, 3) / counted[-1]
-        row(
-            f"generated tokens, batch {batch}",
-            f"{1 / speed[True]:.0f} a second with the grammar, {1 / speed[False]:.0f} without: overhead {speed[True] / speed[False] - 1:+.0%}",
-        )
-    rollouts(m, prompts)
-    grpo_step(m)
-    for side in (64, 128, 256):
-        photo = photos.to_image(F.interpolate(hr[:1], size=side, mode="bicubic")[0])
-        start_time = time.perf_counter()
-        restore.restore(photo, m, progress=False)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        row(
-            f"restore {side}×{side} → {4 * side}×{4 * side}", f"{time.perf_counter() - start_time:.1f} s, peak memory so far {peak:.1f} GiB"
-        )
+    b = Bench(Record(a.out), a.small)
+    for name in a.sections or SECTIONS:
+        b.record.section = name
+        print(f"\n{name}\n| what | result |\n|---|---|", flush=True)
+        SECTIONS[name](b)
+    b.record.section = "growth"
+    for series, k in b.record.write_figure().items():
+        what, axis, *_ = SERIES[series]
+        xs, _ = b.record.points(series)
+        b.row(f"exponent: {what}, by {axis}", f"{k:.2f} over {len(xs)} sizes, {xs[0]:.0f} to {xs[-1]:.0f}")
 
 
 if __name__ == "__main__":
