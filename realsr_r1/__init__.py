@@ -1,7 +1,9 @@
 """RealSR-R1, the course: VLCoT and GRPO for real-world super-resolution, small enough to read.
 
-Modules, each importing only earlier ones: degradation, photos, scenes, perceptual, tokenizer, reader,
-pretrain, probe → vlcot → policy → sft, experts, rewards → grpo → restore → viz, evaluate, course. `from realsr_r1 import restore` gives the module, which can be called like its function.
+Modules, each importing only earlier ones: degradation, photos, scenes, perceptual, tokenizer, reader, weights, pretrain,
+probe → vlcot → decoding, policy → sft → experts, rewards → grpo → cost, middle, budget → restore → chameleon, jacobi,
+reference → viz, evaluate, compare → metrics, benchsets, peers, benchtable, benchmark → ablate, ablate_sft, ablate_figure →
+sources, captioners, annotate, shards → course. `from realsr_r1 import restore` gives the module, which can be called like its function.
 """
 
 import os

@@ -159,7 +159,7 @@ def first_results(
         lines.append(f"| {name} | {cell(v['PSNR'], 2)} | {cell(v['LPIPS-alex'])} |{extra}")
     lines += ["", f"Free sampling without the grammar gives a well-formed chain in {cell(valid, percent=True)} of {len(valid)}."]
     base = np.array(pictures["bicubic"]["LPIPS"])
-    for m in ("direct, guided decoder", "feed-forward regression", "bicubic"):
+    for m in ("direct, guided decoder", "feed-forward regression", "LR's own codes, guided (control)", "bicubic"):
         if m in pictures:
             diff = np.array(pictures["chain, guided decoder"]["LPIPS"]) - np.array(pictures[m]["LPIPS"])
             lines.append(

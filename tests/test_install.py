@@ -88,6 +88,7 @@ def test_no_module_imports_a_later_one():
         "annotate",
         "shards",
         "course",
+        "arguments",
         "__main__",
     ]
     assert {p.stem for p in (ROOT / "realsr_r1").glob("*.py")} == {*order, "__init__"}

@@ -86,7 +86,7 @@ def test_ctrl_c_keeps_what_is_done(models, monkeypatch):
 def test_out_of_memory_halves_the_batch(models, monkeypatch):
     real, seen = R.think, []
 
-    def small_only(m, lr, how, g):
+    def small_only(m, lr, how, g, direct=False):
         seen.append(len(lr))
         if len(lr) > 2:
             raise torch.OutOfMemoryError("too much")
