@@ -6,6 +6,7 @@ reference → viz, evaluate, compare → metrics, benchsets, peers, benchtable, 
 sources, captioners, annotate, shards → course. `from realsr_r1 import restore` gives the module, which can be called like its function.
 """
 
+import logging
 import os
 
 # Before torch loads: waiting threads sleep. Two that spin on a busy machine slow each other down a hundredfold.
@@ -13,3 +14,5 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from realsr_r1 import _torchvision  # noqa: F401  must run before anything imports torchvision
 from realsr_r1.version import __version__  # noqa: F401
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # comes with pyiqa, is not used on a CPU, and says so at every import
