@@ -99,7 +99,8 @@ def train_grpo(a: argparse.Namespace) -> None:
         torch.set_num_threads(a.threads)
     folder = a.init or (a.out if (a.out / a.start).exists() else weights.WEIGHTS)
     settings = grpo.GrpoSettings(steps=a.steps or RECIPE["grpo"], prompts=a.prompts, group=a.group, micro_batch=a.micro_batch, beta=a.beta,
-                                 greedy_text=a.greedy_text, words=a.words, seed=a.seed, **({"lr": a.lr} if a.lr else {}))  # fmt: skip
+                                 greedy_text=a.greedy_text, words=a.words, aggregation=a.aggregation, seed=a.seed,
+                                 **({"lr": a.lr} if a.lr else {}))  # fmt: skip
     scale, home = sft.Scale(), lambda name: folder / name
     if a.size == "middle":
         from realsr_r1 import middle
@@ -111,11 +112,15 @@ def train_grpo(a: argparse.Namespace) -> None:
     expert = experts.load_expert(a.expert, path=home("expert.safetensors")) if any(r.startswith("generation") for r in a.rewards) else None
     functions, reward_weights = grpo.named_rewards(a.rewards, vq, expert)
     first = grpo.FIRST_SEED + 100_000 * a.seed
-    lm = grpo.policy.load(folder / a.start)
+    start = folder / a.start
+    if a.blend is not None:
+        start = a.out / f"{a.start}-blend"
+        grpo.policy.blend(folder / "policy-sft", folder / a.start, a.blend, start)
+    lm = grpo.policy.load(start)
     dataset = grpo.prompts(range(first, first + settings.steps * settings.prompts), reader, lm.vocabulary)
     sheet = grpo.GroupSheet(a.out / f"{a.name}.png", reader, vq, settings)
     settings = replace(settings, weights=reward_weights)
-    grpo.train_grpo(folder / a.start, dataset, functions, a.out / a.name, settings, [sheet], a.device, scale)
+    grpo.train_grpo(start, dataset, functions, a.out / a.name, settings, [sheet], a.device, scale)
 
 
 def ablate(a: argparse.Namespace) -> None:
@@ -204,7 +209,7 @@ def run(a: argparse.Namespace) -> None:
             models=models,
             seed=a.seed,
             decoder=a.decoder,
-            batch=a.batch or 16,
+            batch=a.batch or 48,
             max_pixels=a.max_pixels or MAX_PIXELS,
         )
     else:

@@ -17,7 +17,7 @@ def parser() -> argparse.ArgumentParser:
     r.add_argument("--seed", type=int, default=0)
     r.add_argument("--device", help="cpu, cuda or mps; default: the best there is")
     r.add_argument("--decoder", choices=("guided", "wavelet", "plain"), default="guided")
-    r.add_argument("--batch", type=int, help="tiles at a time (default 16; 1 with --reference)")
+    r.add_argument("--batch", type=int, help="tiles at a time (at most; default 48; 1 with --reference)")
     r.add_argument("--weights", type=Path, help="a folder laid out like realsr_r1/assets/weights")
     r.add_argument("--policy", default="policy-sft", help="folder of the policy in the weights: policy-sft or policy-grpo")
     r.add_argument("--max-pixels", type=int, help="refuse larger LR photos (default 1 megapixel)")
@@ -67,6 +67,13 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--words", type=int, help="sample only the first words of each chain (24: degradation and rough understanding)")
     g.add_argument("--greedy-text", action="store_true", help="as in the released code: kills the rewards on text")
     g.add_argument("--start", default="policy-sft", help="folder of the policy to start from, which the KL also keeps to")
+    g.add_argument("--blend", type=float, help="start from this share of --start's weights and the rest of policy-sft's, e.g. 0.5")
+    g.add_argument(
+        "--aggregation",
+        choices=("sum_then_normalize", "normalize_then_sum"),
+        default="sum_then_normalize",
+        help="normalize_then_sum: each reward by its own spread in the group first, so that none drowns another",
+    )
     g.add_argument("--name", default="policy-grpo", help="folder of the trained policy")
 
     e = sub.add_parser("evaluate", help="the first results table on held-out scenes; with --data, methods side by side on any set")

@@ -58,7 +58,7 @@ class Method:
 # ---------------------------------------------------------------- methods
 
 
-def chain_method(models: Models, how: Sampling = Sampling(), direct: bool = False, batch: int = 16) -> Callable:
+def chain_method(models: Models, how: Sampling = Sampling(), direct: bool = False, batch: int = 48) -> Callable:
     """`Method.call` of a policy: photos of one tile as a batch of chains, larger ones tile by tile through `restore`."""
 
     def call(lr: Tensor, seed: int) -> tuple[Tensor, list[list[vlcot.Chain]]]:

@@ -51,6 +51,9 @@ class GrpoSettings:
     epsilon: float = 0.2  # clipping of the ratio
     loss_type: str = "grpo"  # or any other that TRL knows: dapo, dr_grpo, …
     scale_rewards: str = "group"  # "none" leaves out the division by the group's standard deviation
+    # "normalize_then_sum" (GDPO, arXiv 2601.05242) divides each reward by its own spread first, so that a wide one does not
+    # drown a narrow one; "sum_then_normalize" is GRPO.
+    aggregation: str = "sum_then_normalize"
     iterations: int = 1  # passes over each batch of rollouts
     weights: tuple[float, ...] | None = None  # of the rewards; None: all 1, as in the released code
     words: int | None = None  # sample only the first words of each chain: rewards on the first texts need no more, and it is far cheaper
@@ -101,7 +104,7 @@ def named_rewards(
         "format": rewards.format_reward, "degradation": rewards.degradation_reward, "understanding": rewards.understanding_reward,
         "generation": rewards.GenerationReward(expert, tokenizer), "partial_format": rewards.partial_format_reward,
         "degradation_distance": rewards.degradation_distance_reward, "understanding_f1": rewards.understanding_f1_reward,
-        "reference": rewards.ReferenceReward(tokenizer),
+        "reference": rewards.ReferenceReward(tokenizer), "reference_ssim": rewards.ReferenceReward(tokenizer, "ssim"),
     }  # fmt: skip
     chosen, weights = [], []
     for word in names:
@@ -273,7 +276,8 @@ def make_trainer(sft: str | Path, dataset: Dataset, reward_functions: list[Calla
         output_dir=str(out.with_name(f"{out.name}-checkpoints")), max_steps=settings.steps, learning_rate=settings.lr, lr_scheduler_type="constant",
         per_device_train_batch_size=settings.micro_batch, gradient_accumulation_steps=total // (world * settings.micro_batch),
         num_generations=settings.group, num_iterations=settings.iterations, beta=settings.beta, epsilon=settings.epsilon, loss_type=settings.loss_type,
-        scale_rewards=settings.scale_rewards, reward_weights=list(settings.weights) if settings.weights else None,
+        scale_rewards=settings.scale_rewards, multi_objective_aggregation=settings.aggregation,
+        reward_weights=list(settings.weights) if settings.weights else None,
         temperature=1.0, max_completion_length=policy.grammar_of(model).max_length, mask_truncated_completions=False,
         adam_beta2=0.95, weight_decay=0.0, max_grad_norm=1.0, seed=settings.seed, data_seed=settings.seed, shuffle_dataset=False,
         bf16=False,  # sampling and loss must see the same log-probabilities

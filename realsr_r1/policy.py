@@ -123,6 +123,21 @@ def load(
     return model.to(device).eval()
 
 
+def blend(first: str | Path, second: str | Path, share: float, out: str | Path) -> None:
+    """Write to `out` the weights (1 - share) · first + share · second: between a policy and what was fine-tuned from it there
+    is often one that has most of the gain and little of the loss (WiSE-FT, Wortsman et al. 2022, arXiv 2109.01903).
+    Raises ValueError for a share outside [0, 1] or policies of different shapes, and what `load` raises."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"a blend of {share} is not between 0 (the first policy) and 1 (the second)")
+    model, other = load(first), load(second).state_dict()
+    if any(other[k].shape != p.shape for k, p in model.state_dict().items()):
+        raise ValueError(
+            f"{Path(first).name} and {Path(second).name} have different shapes: only policies of one configuration can be blended"
+        )
+    model.load_state_dict({k: torch.lerp(p, other[k], share) if p.is_floating_point() else p for k, p in model.state_dict().items()})
+    save(model, out)
+
+
 def grammar_of(model: Qwen3ForCausalLM, direct: bool = False, tags: tuple[str, ...] | None = None) -> LayoutGrammar:
     """The layout of this policy's completions: the chain, for the direct variant the final image alone, or these parts."""
     tags = tags or (("final_image",) if direct else TAGS)

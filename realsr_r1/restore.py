@@ -1,9 +1,11 @@
 """A whole photo, ×4: overlapping tiles → chains in batches → decoded, blended, with the chain of thought as a trace."""
 
+import itertools
 import json
 import math
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,9 +22,9 @@ from realsr_r1.pretrain import device_of, fast_bfloat16
 from realsr_r1.reader import LRReader
 from realsr_r1.weights import WEIGHTS, load
 
-TILE, STRIDE, SCALE = 32, 24, 4  # LR pixels, LR pixels, factor
+TILE, STRIDE, SCALE = 32, 28, 4  # LR pixels, LR pixels, factor
 MAX_PIXELS = 1024 * 1024  # of the LR photo: the result has 16 times as many
-SECONDS_A_TILE = 1.0  # rough: `make demo` takes about 13 s a batch on two CPU cores; only used to estimate
+SECONDS_A_TILE = 0.2  # on two CPU cores, rough; only used to estimate
 
 
 @dataclass
@@ -106,12 +108,26 @@ def _window() -> Tensor:
     return ramp[:, None] * ramp[None]
 
 
+def even_batches(n: int, most: int) -> list[tuple[int, int]]:
+    """`n` tiles as (first, end) of an even number of batches of nearly one size, `most` at the largest: two workers then end
+    together. They do not depend on the number of workers, for the noise of a batch is drawn for all of it."""
+    count = min(n, 2 * math.ceil(n / (2 * most)))
+    edges = [round(i * n / count) for i in range(count + 1)]
+    return list(itertools.pairwise(edges))
+
+
+def workers_on(device: torch.device) -> int:
+    """How many batches of tiles to restore at once. On a CPU a chain's small steps hardly gain from a second thread, so each of
+    torch's threads takes a batch of its own; a GPU takes one at a time."""
+    return max(1, torch.get_num_threads()) if device.type == "cpu" else 1
+
+
 def restore(photo: Image.Image | str | Path, models: Models | None = None, how: Sampling | None = None, seed: int = 0, device: str | None = None, decoder: str = "guided",
-            batch: int = 16, progress: bool = True, max_pixels: int = MAX_PIXELS, direct: bool = False) -> tuple[Image.Image, dict]:  # fmt: skip
+            batch: int = 48, progress: bool = True, max_pixels: int = MAX_PIXELS, direct: bool = False) -> tuple[Image.Image, dict]:  # fmt: skip
     """Restore a photo ×4. Returns the picture and the trace: settings, and for every tile its place and the chain's parts.
 
-    Any PIL image or path goes; tiles are 32×32 LR pixels and overlap by 8. Memory is that of the result plus one batch.
-    `direct`: the policy draws the final image at once, without the chain (for one trained so).
+    Any PIL image or path goes; tiles are 32×32 LR pixels and overlap by 4 or more. Memory is that of the result plus a batch of
+    at most `batch` tiles for each worker. `direct`: the policy draws the final image at once, without the chain (for one trained so).
     If memory runs out the batch is halved; on Ctrl-C the tiles done so far are kept and the rest is bicubic. Raises
     ValueError with one sentence for unreadable or too large photos.
     """
@@ -129,34 +145,42 @@ def restore(photo: Image.Image | str | Path, models: Models | None = None, how: 
     lr = F.pad(photos.to_tensor(image)[None], (0, padded_w - w, 0, padded_h - h), mode="replicate")
     total = F.interpolate(lr, scale_factor=SCALE, mode="bicubic", align_corners=False).clamp(0, 1)[0] * 1e-6
     weight = torch.full(total.shape[1:], 1e-6)
-    window, done, tiles = _window(), 0, []
+    window, tiles = _window(), []
+
+    @torch.no_grad()
+    def work(first: int, end: int) -> list[tuple[vlcot.Chain, Tensor]]:
+        crops = torch.cat([lr[..., y : y + TILE, x : x + TILE] for x, y in origins[first:end]])
+        # Each batch has its own seed, so that it does not depend on what came before it.
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + first)
+        try:
+            chains = think(models, crops, how, generator, direct)
+            codes = torch.stack([c.final_image for c in chains]).to(models.device)
+            return list(zip(chains, decode_final(models, codes, crops.to(models.device), decoder).cpu(), strict=True))
+        except (torch.OutOfMemoryError, MemoryError):
+            if end - first == 1:
+                raise
+        middle = (first + end) // 2
+        return work(first, middle) + work(middle, end)
+
+    jobs, workers = even_batches(len(origins), batch), workers_on(models.device)
+    workers = min(workers, len(jobs))
+    fast_bfloat16(models.device)  # measured once, before the workers share the cores
+    # OpenMP keeps the number of threads for each thread of Python, so the caller's own is untouched.
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads if workers > 1 else None, initargs=(1,) if workers > 1 else ())
     with tqdm(total=len(origins), desc="tiles", disable=not progress) as bar:
         try:
-            while done < len(origins):
-                places = origins[done : done + batch]
-                crops = torch.cat([lr[..., y : y + TILE, x : x + TILE] for x, y in places])
-                # Each batch has its own seed, so that a run does not depend on how much came before it.
-                generator = torch.Generator().manual_seed(seed * 1_000_003 + done)
-                try:
-                    chains = think(models, crops, how, generator, direct)
-                    codes = torch.stack([c.final_image for c in chains]).to(models.device)
-                    with torch.no_grad():
-                        restored = decode_final(models, codes, crops.to(models.device), decoder).cpu()
-                except (torch.OutOfMemoryError, MemoryError):
-                    if batch == 1:
-                        raise
-                    batch //= 2
-                    continue
-                for (x, y), tile, chain in zip(places, restored, chains, strict=True):
+            for (first, end), done in zip(jobs, pool.map(work, *zip(*jobs, strict=True)), strict=True):
+                for (x, y), (chain, tile) in zip(origins[first:end], done, strict=True):
                     at = (slice(y * SCALE, (y + TILE) * SCALE), slice(x * SCALE, (x + TILE) * SCALE))
                     total[:, at[0], at[1]] += tile * window
                     weight[at] += window
                     parts = {t: getattr(chain, t) for t in vlcot.TAGS}
                     tiles.append({"x": x, "y": y, **{k: p.tolist() if isinstance(p, Tensor) else p for k, p in parts.items()}})
-                done += len(places)
-                bar.update(len(places))
+                bar.update(end - first)
         except KeyboardInterrupt:
-            bar.write(f"stopped after {done} of {len(origins)} tiles: the rest of the picture is bicubic")
+            bar.write(f"stopped after {len(tiles)} of {len(origins)} tiles: the rest of the picture is bicubic")
+        finally:
+            pool.shutdown(cancel_futures=True)
     out = photos.to_image((total / weight)[:, : h * SCALE, : w * SCALE])
     settings = {
         "seed": seed,
@@ -169,7 +193,7 @@ def restore(photo: Image.Image | str | Path, models: Models | None = None, how: 
         "scale": SCALE,
         **asdict(how),
     }
-    return out, {"settings": settings, "complete": done == len(origins), "tiles": tiles}
+    return out, {"settings": settings, "complete": len(tiles) == len(origins), "tiles": tiles}
 
 
 def restore_file(photo: str | Path, out: str | Path, trace: str | Path | None = None, **options) -> dict:

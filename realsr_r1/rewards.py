@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from realsr_r1 import degradation as labels_of
-from realsr_r1 import perceptual, scenes, vlcot
+from realsr_r1 import experts, perceptual, scenes, vlcot
 from realsr_r1.tokenizer import VQModel
 
 Reward = Callable[..., list[float]]
@@ -240,21 +240,30 @@ def hr_image(value: Any, sample: int = 0) -> Tensor:
 
 
 class ReferenceReward:
-    """1 - LPIPS (AlexNet) of the decoded final image to the true HR photo, clipped to [0, 1]; 0 without a readable final image
-    of its size. `hr` entries: see `hr_image`; ValueError if missing or malformed. A no-reference expert can be pleased by a
-    pretty picture of something else; this reward cannot, but it needs the truth."""
+    """Likeness of the decoded final image to the true HR photo, in [0, 1]; 0 without a readable final image of its size.
 
-    def __init__(self, tokenizer: VQModel, batch: int = 32):
-        self.tokenizer, self.batch, self.__name__ = tokenizer, batch, "reference_reward"
+    `measure`: "lpips" (1 - LPIPS, AlexNet) or "ssim" (Wang et al. 2004, mean of R, G and B, through pyiqa), both clipped to [0, 1].
+    `hr` entries: see `hr_image`; ValueError if missing or malformed, or for another measure. A no-reference expert can be
+    pleased by a pretty picture of something else; this reward cannot, but it needs the truth.
+    """
+
+    def __init__(self, tokenizer: VQModel, measure: str = "lpips", batch: int = 32):
+        if measure not in ("lpips", "ssim"):
+            raise ValueError(f"no reference measure {measure!r}; choose lpips or ssim")
+        self.tokenizer, self.measure, self.batch = tokenizer, measure, batch
+        self.__name__ = "reference_reward" if measure == "lpips" else f"reference_{measure}_reward"
 
     @torch.no_grad()
     def __call__(self, completions: Sequence, hr: Sequence | None = None, **_) -> list[float]:
         true = [hr_image(v, i) for i, v in enumerate(_column("hr", hr, len(completions)))]
+        like = experts.create("ssim", "cpu") if self.measure == "ssim" else lambda x, y: 1 - perceptual.distance(x, y)
         out = [0.0] * len(completions)
         for index, images in _final_images(completions, self.tokenizer, self.batch):
-            for i, image in zip(index, images, strict=True):
-                if image.shape == true[i].shape:
-                    out[i] = float((1 - perceptual.distance(image[None], true[i][None].to(image.device))).clamp(0, 1))
+            fits = [k for k, i in enumerate(index) if images[k].shape == true[i].shape]
+            if fits:
+                wanted = torch.stack([true[index[k]] for k in fits]).to(images.device)
+                for k, value in zip(fits, like(images[fits].clamp(0, 1), wanted).flatten().clamp(0, 1).tolist(), strict=True):
+                    out[index[k]] = value
         return out
 
 

@@ -231,3 +231,30 @@ def test_out_of_memory_names_the_knob(folder, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(policy, "sample", full)
     with pytest.raises(RuntimeError, match="lower micro_batch first"):
         grpo.train_grpo(folder, dataset, [constant], tmp_path / "p", GrpoSettings(steps=1, **SMALL), device="cpu")
+
+
+def test_a_narrow_reward_is_heard_beside_a_wide_one_when_each_is_normalised_first(folder, dataset, tmp_path):
+    def wide(completions, **_):
+        return [float(i % 2) for i in range(len(completions))]
+
+    def narrow(completions, **_):
+        return [1e-3 * (i % 4 >= 2) for i in range(len(completions))]
+
+    def advantages(aggregation):
+        settings = GrpoSettings(steps=1, aggregation=aggregation, **SMALL)
+        trainer = grpo.make_trainer(folder, dataset, [wide, narrow], tmp_path / aggregation, settings, device="cpu")
+        kept = {}
+        inner = trainer._compute_loss
+
+        def look(model, inputs):
+            kept.setdefault("a", []).append(inputs["advantages"].clone())
+            return inner(model, inputs)
+
+        trainer._compute_loss = look
+        trainer.train()
+        size = torch.cat(kept["a"]).abs()
+        return float(size.min() / size.max())
+
+    # Of a group's four sums 0, 1, 0.001 and 1.001 the narrow reward hardly moves any; with equal spreads two of them cancel.
+    assert advantages("sum_then_normalize") > 0.99
+    assert advantages("normalize_then_sum") < 0.01

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -96,6 +98,24 @@ def test_save_and_load(tiny, prompts, tmp_path):
     with torch.no_grad():
         assert torch.allclose(model(prompts).logits, back(prompts).logits, atol=2e-2)
     assert back.nano == model.nano
+
+
+def test_blend_lies_between_its_two_policies(tiny, tmp_path):
+    model = tiny[2]
+    policy.save(model, tmp_path / "a")
+    other = policy.load(tmp_path / "a")
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(1.0)
+    policy.save(other, tmp_path / "b")
+    policy.blend(tmp_path / "a", tmp_path / "b", 0.25, tmp_path / "c")
+    a, c = (dict(policy.load(tmp_path / n).named_parameters()) for n in "ac")
+    assert all(torch.allclose(c[k], a[k] + 0.25, atol=2e-3) for k in a)  # saved in half precision
+    with pytest.raises(ValueError, match="between 0"):
+        policy.blend(tmp_path / "a", tmp_path / "b", 1.5, tmp_path / "d")
+    policy.save(policy.build(replace(model.nano, mlp=2 * model.nano.mlp), model.vocabulary), tmp_path / "e")
+    with pytest.raises(ValueError, match="different shapes"):
+        policy.blend(tmp_path / "a", tmp_path / "e", 0.5, tmp_path / "d")
 
 
 def test_bad_weights_get_one_sentence(tiny, tmp_path):

@@ -78,8 +78,9 @@ def test_ctrl_c_keeps_what_is_done(models, monkeypatch):
         return real(*a, **k)
 
     monkeypatch.setattr(R, "think", interrupted)
-    out, trace = R.restore(smooth_photo(60, 60), models, batch=4, progress=False)
-    assert out.size == (240, 240) and not trace["complete"] and len(trace["tiles"]) == 4
+    monkeypatch.setattr(R, "workers_on", lambda device: 1)
+    out, trace = R.restore(smooth_photo(60, 60), models, batch=2, progress=False)
+    assert out.size == (240, 240) and not trace["complete"] and len(trace["tiles"]) == 2
     assert np.asarray(out)[-40:, -40:].std() > 0  # the rest is the bicubic picture, not black
 
 
@@ -88,13 +89,32 @@ def test_out_of_memory_halves_the_batch(models, monkeypatch):
 
     def small_only(m, lr, how, g, direct=False):
         seen.append(len(lr))
-        if len(lr) > 2:
+        if len(lr) > 1:
             raise torch.OutOfMemoryError("too much")
         return real(m, lr, how, g)
 
     monkeypatch.setattr(R, "think", small_only)
     out, trace = R.restore(smooth_photo(40, 40), models, batch=8, progress=False)
-    assert trace["complete"] and seen[0] == 4 and max(seen[2:]) == 2 and out.size == (160, 160)
+    assert trace["complete"] and sorted(seen) == [1, 1, 1, 1, 2, 2] and out.size == (160, 160)
+
+
+def test_batches_are_even_cover_all_and_come_in_twos():
+    for n, most in itertools.product((1, 2, 9, 25, 81, 100), (1, 16, 48)):
+        jobs = R.even_batches(n, most)
+        assert [i for a, b in jobs for i in range(a, b)] == list(range(n))
+        sizes = [b - a for a, b in jobs]
+        assert max(sizes) <= most and max(sizes) - min(sizes) <= 1 and (len(jobs) % 2 == 0 or n == 1 or len(jobs) == n)
+
+
+def test_two_workers_make_what_one_makes(models, monkeypatch):
+    photo, made = noise_photo(60, 60), []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so that only the workers differ, not the order in which a matrix product is summed
+    for workers in (1, 2):
+        monkeypatch.setattr(R, "workers_on", lambda device, workers=workers: workers)
+        made.append(R.restore(photo, models, batch=1, progress=False))
+    torch.set_num_threads(threads)
+    assert made[0][1] == made[1][1] and np.array_equal(*(np.asarray(m[0]) for m in made))
 
 
 def test_too_large_a_photo_is_refused_with_an_estimate(models):

@@ -255,6 +255,21 @@ def test_reference_reward_is_one_minus_lpips(vq):
     assert reward(["", GOOD], hr=[photo, photo]) == [0.0, 0.0]  # no image; an image of another size
 
 
+def test_reference_reward_by_ssim(vq):
+    import pyiqa
+
+    texts = [chain(seed=i, sizes=(4, 8, 16)) for i in range(2)]
+    with torch.no_grad():
+        own = [vq.decode(vlcot.parse(t).final_image[None])[0].clamp(0, 1) for t in texts]
+    reward = ReferenceReward(vq, "ssim")
+    photo = scenes.scene(1_000_003, "val").image
+    expected = pyiqa.create_metric("ssim", device="cpu")(own[1][None], photo[None]).clamp(0, 1).item()
+    assert reward([*texts, ""], hr=[own[0], photo, photo]) == pytest.approx([1.0, expected, 0.0], abs=1e-5)
+    assert reward.__name__ == "reference_ssim_reward" and expected < 0.9
+    with pytest.raises(ValueError, match="choose lpips or ssim"):
+        ReferenceReward(vq, "psnr")
+
+
 @pytest.mark.parametrize(
     "hr", [None, "photo.png", {"seed": 3}, {"seed": 3, "split": "moon"}, torch.zeros(2, 2), torch.full((3, 4, 4), 7.0), [[1], [1, 2]], [], 300 * np.ones((3, 2, 2), int)]
 )  # fmt: skip

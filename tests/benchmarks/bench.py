@@ -11,8 +11,10 @@ import argparse
 import csv
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
+from multiprocessing import get_context
 from pathlib import Path
 
 import peer_degradation
@@ -149,32 +151,44 @@ def rollouts_section(b: Bench) -> None:
         return lambda: chains(b.models.policy, rows, new, copies=copies)
 
     p = b.prompts
-    s = side_by_side({"one": run(p[:1]), "many": run(p[:many])}, b.repeats)
+    runs = {"one": run(p[:1]), "many": run(p[:many])} | ({} if b.small else {"step": run(p)})
+    s = side_by_side(runs, b.repeats)
     b.row("a sampled chain, one at a time", f"{s['one']:.2f} s")
-    b.row(f"a sampled chain, {many} together", f"{s['many'] / many:.3f} s: {s['one'] * many / s['many']:.1f}× faster")
-    s = side_by_side({"shared": run(p[:2], group), "anew": run(p[:2].repeat_interleave(group, 0))}, b.repeats)
-    ratio = s["anew"] / s["shared"]
-    b.row(f"two groups of {group}", f"{s['shared']:.1f} s sharing the prompt, {s['anew']:.1f} s reading it for each chain: {ratio:.2f}×")
+    for name, n in {"many": many, "step": len(p)}.items():
+        if name in s:
+            b.row(f"a sampled chain, {n} together", f"{s[name] / n:.3f} s: {s['one'] * n / s[name]:.1f}× faster")
+    for groups in (2,) if b.small else (2, 8):
+        s = side_by_side({"shared": run(p[:groups], group), "anew": run(p[:groups].repeat_interleave(group, 0))}, b.repeats)
+        ratio = s["anew"] / s["shared"]
+        what = f"{s['shared']:.1f} s sharing the prompt, {s['anew']:.1f} s reading it for each chain: {ratio:.2f}×"
+        b.row(f"{groups} groups of {group}", what)
+
+
+def grpo_step(prompts: int, group: int, words: int | None) -> tuple[float, float, float, float]:
+    """The second step of a run: seconds, those of sampling and of the rewards, and the process's peak memory in GiB."""
+    models, expert = restore.load_models("cpu"), experts.load_expert()
+    settings = grpo.GrpoSettings(steps=2, prompts=prompts, group=group, micro_batch=min(8, group), words=words, save_steps=100)
+    functions, _ = grpo.named_rewards(grpo.PAPER_REWARDS, models.tokenizer, expert)
+    dataset = grpo.prompts(range(600_000, 600_004), models.reader, models.policy.vocabulary)
+    with tempfile.TemporaryDirectory() as folder, Peak() as peak:
+        out = Path(folder) / "p"
+        grpo.make_trainer(WEIGHTS / "policy-sft", dataset, functions, out, settings, device="cpu").train()
+        with out.with_suffix(".csv").open() as f:
+            last = [r for r in csv.DictReader(f) if r.get("reward")][-1]
+    return (*(float(last[f"seconds/{k}"]) for k in ("step", "sampling", "rewards")), peak.gib)
 
 
 def grpo_section(b: Bench) -> None:
-    """One GRPO step broken down, with peak memory, as the group grows."""
-    expert = experts.load_expert()
-    for group in (2,) if b.small else (4, 8, 16):
-        settings = grpo.GrpoSettings(
-            steps=2, prompts=1 if b.small else 2, group=group, micro_batch=min(8, group), words=24 if b.small else None, save_steps=100
-        )
-        functions, _ = grpo.named_rewards(grpo.PAPER_REWARDS, b.models.tokenizer, expert)
-        dataset = grpo.prompts(range(600_000, 600_004), b.models.reader, b.models.policy.vocabulary)
-        with tempfile.TemporaryDirectory() as folder, Peak() as peak:
-            out = Path(folder) / "p"
-            grpo.make_trainer(WEIGHTS / "policy-sft", dataset, functions, out, settings, device="cpu").train()
-            with out.with_suffix(".csv").open() as f:
-                last = [r for r in csv.DictReader(f) if r.get("reward")][-1]
-        total, sampling, scoring = (float(last[f"seconds/{k}"]) for k in ("step", "sampling", "rewards"))
+    """One GRPO step broken down, with peak memory, as the group and the chain grow; each in a process of its own, so that one
+    does not inherit another's memory."""
+    prompts = 1 if b.small else 2
+    for group, words in ((2, 24),) if b.small else ((8, 40), (8, 100), (8, 200), (2, None), (4, None), (8, None), (16, None)):
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            total, sampling, scoring, gib = pool.submit(grpo_step, prompts, group, words).result()
         rest = 1 - (sampling + scoring) / total
         shares = f"sampling {sampling / total:.0%}, rewards {scoring / total:.0%}, forward, backward and the rest {rest:.0%}"
-        b.row(f"GRPO step, {settings.prompts} groups of {group}", f"{total:.1f} s ({shares}), peak memory {peak.gib:.1f} GiB")
+        chain = f"the first {words} words of each chain" if words else "whole chains"
+        b.row(f"GRPO step, {prompts} groups of {group}, {chain}", f"{total:.1f} s ({shares}), peak memory {gib:.1f} GiB")
 
 
 def restore_rows(b: Bench, sides: tuple[int, ...]) -> None:
