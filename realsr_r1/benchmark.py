@@ -33,7 +33,7 @@ from realsr_r1.benchsets import BenchSet, Item
 from realsr_r1.benchtable import write
 from realsr_r1.policy import Sampling
 from realsr_r1.pretrain import device_of
-from realsr_r1.restore import TILE, Models, decode_final, load_models, restore, think
+from realsr_r1.restore import STRIDE, TILE, Models, decode_final, load_models, restore, think
 from realsr_r1.version import __version__
 
 OWN = {
@@ -100,7 +100,7 @@ def load_method(name: str, device: str | None = None, folder: Path = weights.WEI
     policy = {"chain-sft": "policy-sft", "chain-grpo": "policy-grpo", "direct": "policy-direct"}[name]
     models, how = load_models(device, folder, policy), Sampling()
     files = [folder / f"{part}.safetensors" for part in ("tokenizer", "reader", "guided")]
-    return Method(chain_method(models, how, name == "direct"), f"{fingerprint(folder / policy, *files)} {how} {models.device.type}")
+    return Method(chain_method(models, how, name == "direct"), f"{fingerprint(folder / policy, *files)} {how} {STRIDE} {models.device.type}")
 
 
 def check_methods(names: Sequence[str]) -> None:
