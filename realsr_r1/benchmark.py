@@ -100,7 +100,9 @@ def load_method(name: str, device: str | None = None, folder: Path = weights.WEI
     policy = {"chain-sft": "policy-sft", "chain-grpo": "policy-grpo", "direct": "policy-direct"}[name]
     models, how = load_models(device, folder, policy), Sampling()
     files = [folder / f"{part}.safetensors" for part in ("tokenizer", "reader", "guided")]
-    return Method(chain_method(models, how, name == "direct"), f"{fingerprint(folder / policy, *files)} {how} {STRIDE} {models.device.type}")
+    return Method(
+        chain_method(models, how, name == "direct"), f"{fingerprint(folder / policy, *files)} {how} {STRIDE} {models.device.type}"
+    )
 
 
 def check_methods(names: Sequence[str]) -> None:
