@@ -62,9 +62,9 @@ def tiles_needed(student) -> None:
         not mistake(lambda n: 1 + max(0, n - TILE) // STRIDE), "you rounded down: the last pixels stay uncovered, round up with math.ceil"
     )
     expect(
-        not mistake(lambda n: math.ceil(n / TILE)), "you forgot the overlap: tiles start every 24 pixels, only the first one is 32 new ones"
+        not mistake(lambda n: math.ceil(n / TILE)), "you forgot the overlap: tiles start every 28 pixels, only the first one is 32 new ones"
     )
-    expect(not mistake(lambda n: math.ceil(n / STRIDE)), "you counted 24 new pixels for every tile: the first one brings 32")
+    expect(not mistake(lambda n: math.ceil(n / STRIDE)), "you counted 28 new pixels for every tile: the first one brings 32")
     expect(
         not mistake(lambda n: 1 + math.ceil(max(0, 4 * n - TILE) / STRIDE)),
         "you counted pixels of the result: tiles are cut from the LR photo",
