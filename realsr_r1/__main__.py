@@ -101,7 +101,7 @@ def train_grpo(a: argparse.Namespace) -> None:
     settings = grpo.GrpoSettings(steps=a.steps or RECIPE["grpo"], prompts=a.prompts, group=a.group, micro_batch=a.micro_batch, beta=a.beta,
                                  greedy_text=a.greedy_text, words=a.words, aggregation=a.aggregation, seed=a.seed,
                                  **({"lr": a.lr} if a.lr else {}))  # fmt: skip
-    scale, home = sft.Scale(), lambda name: folder / name
+    scale, home = sft.Scale(), lambda name: with_file(folder, name) / name
     if a.size == "middle":
         from realsr_r1 import middle
 
@@ -115,7 +115,7 @@ def train_grpo(a: argparse.Namespace) -> None:
     start = folder / a.start
     if a.blend is not None:
         start = a.out / f"{a.start}-blend"
-        grpo.policy.blend(folder / "policy-sft", folder / a.start, a.blend, start)
+        grpo.policy.blend(with_file(folder, "policy-sft") / "policy-sft", folder / a.start, a.blend, start)
     lm = grpo.policy.load(start)
     dataset = grpo.prompts(range(first, first + settings.steps * settings.prompts), reader, lm.vocabulary)
     sheet = grpo.GroupSheet(a.out / f"{a.name}.png", reader, vq, settings)
