@@ -6,7 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from realsr_r1.arguments import parser
+from realsr_r1.arguments import METHODS, check, parser
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs the network; without this, absent networks cost minutes
 
@@ -94,6 +94,7 @@ def train_grpo(a: argparse.Namespace) -> None:
     import torch
 
     from realsr_r1 import experts, grpo, sft, weights
+    from realsr_r1.pretrain import device_of
 
     if a.threads:
         torch.set_num_threads(a.threads)
@@ -108,8 +109,11 @@ def train_grpo(a: argparse.Namespace) -> None:
         folder, home = a.init or a.out, lambda name: with_file(folder, name) / name
         settings = replace(settings, lr=a.lr or middle.GRPO.lr)
         scale = middle.prepare(folder / a.start, "grpo", a.full, a.device, settings.micro_batch, settings)
-    vq, reader = (weights.load(home(n)) for n in NETWORKS)
-    expert = experts.load_expert(a.expert, path=home("expert.safetensors")) if any(r.startswith("generation") for r in a.rewards) else None
+    device = device_of(a.device)
+    vq, reader = weights.load(home(NETWORKS[0]), device), weights.load(home(NETWORKS[1]))  # rewards decode on the device
+    expert = (
+        experts.load_expert(a.expert, device, home("expert.safetensors")) if any(r.startswith("generation") for r in a.rewards) else None
+    )
     functions, reward_weights = grpo.named_rewards(a.rewards, vq, expert)
     first = grpo.FIRST_SEED + 100_000 * a.seed
     start = folder / a.start
@@ -151,7 +155,13 @@ def bench(a: argparse.Namespace) -> None:
     options = {"n": a.n, "cache": a.cache / "benchmark", "seed": a.seed, "device": a.device, "pairs": a.cache}
     try:
         benchmark.run(
-            a.data, a.methods, a.metrics or list(metrics.METRICS), a.out, a.baseline, folder=a.weights or weights.WEIGHTS, **options
+            a.data,
+            a.methods or METHODS,
+            a.metrics or list(metrics.METRICS),
+            a.out,
+            a.baseline or "bicubic",
+            folder=a.weights or weights.WEIGHTS,
+            **options,
         )
     except KeyboardInterrupt:
         raise RuntimeError("stopped; what is done is kept, and the same command goes on from there") from None
@@ -186,6 +196,7 @@ def restore_reference(a: argparse.Namespace) -> None:
 
 
 def run(a: argparse.Namespace) -> None:
+    check(a)
     if a.command == "train":
         return train_grpo(a) if a.what == "grpo" else train(a)
     if a.command == "annotate":
@@ -217,19 +228,31 @@ def run(a: argparse.Namespace) -> None:
 
         if a.command == "demo":
             evaluate.demo(a.out, load_models(a.device))
-        elif a.data and a.compare:
-            raise ValueError("--compare has scenes of its own: leave out --data, or give --methods chain-sft chain-grpo instead")
         elif a.data:
             bench(a)
-        elif a.compare:
-            from realsr_r1 import compare, experts, weights
+        elif a.compare or a.experts:
+            from realsr_r1 import calibration, compare, experts, weights
 
             folder = a.weights or weights.WEIGHTS
-            models = {name: load_models(a.device, folder, name) for name in a.compare}
-            compare.compare(models, a.out, experts.load_expert(path=folder / "expert.safetensors"), a.n or 512, a.cache, a.seed)
+            home = with_file(folder, "expert.safetensors") / "expert.safetensors"
+            models = {name: load_models(a.device, folder, name) for name in a.compare or ("policy-sft", "policy-grpo")}
+            if a.experts:
+                calibration.calibrate(a.experts, models, a.out, a.n or 64, cache=a.cache, nano=home)
+            else:
+                expert = experts.load_expert(device=next(iter(models.values())).device, path=home)
+                compare.compare(models, a.out, expert, a.n or 512, a.cache, a.seed, first=a.first)
         else:
             models = load_models(a.device, **({"weights": a.weights} if a.weights else {}))
             evaluate.first_results(models, a.out, a.n or 512, cnn_steps=a.cnn_steps, cache=a.cache, seed=a.seed)
+
+
+def said(e: Exception) -> str:
+    """An error as one sentence: what is raised here is one already, what the system raises is not."""
+    if not isinstance(e, OSError) or isinstance(e, FileNotFoundError):
+        return str(e)
+    if e.strerror:
+        return f"{f'{e.filename} cannot be used' if e.filename else 'the system refused'}, {e.strerror}"
+    return " ".join(str(e).split()) or type(e).__name__
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -241,8 +264,8 @@ def main(argv: list[str] | None = None) -> int:
     except torch.OutOfMemoryError:
         print("error: the device has too little memory: lower --batch, or use --device cpu", file=sys.stderr)
         return 2
-    except (ValueError, FileNotFoundError, RuntimeError) as e:
-        print(f"error: {e}", file=sys.stderr)
+    except (ValueError, OSError, RuntimeError) as e:
+        print(f"error: {said(e)}", file=sys.stderr)
         return 2
     return 0
 

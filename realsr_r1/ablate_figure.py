@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from realsr_r1.ablate import HACK, Store
 from realsr_r1.ablate_sft import LAYOUTS, SAMPLINGS, TEXTS
 from realsr_r1.compare import HIGHER
 
 # Okabe and Ito's palette, which most colour-blind readers can tell apart.
+STYLES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 
 
@@ -141,6 +142,12 @@ def dead_rewards(out: Path) -> list[str]:
     return lines if len(lines) > 2 else []
 
 
+def band(axis, steps: list[int], values: list[list[float]], colour: str, style, label: str) -> None:
+    """A line at the mean of each step's values (one a seed), in a band from the lowest to the highest."""
+    axis.plot(steps, [np.mean(v) for v in values], linestyle=style, color=colour, label=label)
+    axis.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15, linewidth=0)
+
+
 def save(figure, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=110, pil_kwargs={"quality": 85})
@@ -185,6 +192,37 @@ def curves_of(out: Path) -> dict[str, dict[int, dict[str, list[float]]]]:
     return found
 
 
+TRAINED = {
+    **{f"rewards/{r}_reward/mean": f"{r}, mean reward" for r in ("degradation", "understanding", "generation")}, "kl": "KL to policy-sft",
+    **{f"zero_spread/{r}_reward": f"{r}, groups without spread" for r in ("degradation", "understanding", "generation")}, "entropy": "entropy of a word (nats)",
+}  # fmt: skip
+
+
+def training_curves(out: Path, path: Path) -> bool:
+    """Training logs of the runs on rewards: above the rewards, below the share of groups in which each has no spread."""
+    from matplotlib.figure import Figure
+
+    logs: dict[str, list[list[dict]]] = {}
+    for variant in ("all", "no-kl", "no-generation", "greedy-text"):
+        for seed in runs_of(out, "grpo", variant):
+            with Store(out, "grpo").path(variant, seed, ".csv").open() as f:
+                logs.setdefault(variant, []).append([r for r in csv.DictReader(f) if r.get("reward")])
+    if not logs:
+        return False
+    figure = Figure(figsize=(11, 5))
+    for axis, (column, title) in zip(figure.subplots(2, 4).flat, TRAINED.items(), strict=True):
+        for colour, style, (variant, runs) in zip(COLOURS, STYLES, logs.items(), strict=False):
+            values = [[float(r[column]) for r in step if r.get(column)] for step in zip(*runs, strict=False)]
+            if values and all(values):
+                band(axis, list(range(1, len(values) + 1)), values, colour, style, variant)
+        axis.set_title(title, fontsize=8)
+        axis.set_xlabel("step", fontsize=7)
+        axis.tick_params(labelsize=7)
+    figure.axes[0].legend(fontsize=6)
+    save(figure, path)
+    return True
+
+
 def hack_curves(out: Path, path: Path) -> bool:
     """Two rows of panels, runs on pictures above and on text below; lines are means over seeds, bands from the lowest to the highest."""
     from matplotlib.figure import Figure
@@ -197,13 +235,9 @@ def hack_curves(out: Path, path: Path) -> bool:
     figure = Figure(figsize=(11, 5))
     for axes, (measures, variants) in zip(figure.subplots(2, 4), halves, strict=True):
         for axis, measure in zip(axes, measures, strict=True):
-            for colour, style, variant in zip(
-                COLOURS, ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1))), [v for v in variants if v in found], strict=False
-            ):
+            for colour, style, variant in zip(COLOURS, STYLES, [v for v in variants if v in found], strict=False):
                 steps = sorted(found[variant])
-                values = [found[variant][s][measure] for s in steps]
-                axis.plot(steps, [np.mean(v) for v in values], style, color=colour, label=variant)
-                axis.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15, linewidth=0)
+                band(axis, steps, [found[variant][s][measure] for s in steps], colour, style, variant)
             axis.set_title(CURVES[measure], fontsize=8)
             axis.set_xlabel("step", fontsize=7)
             axis.tick_params(labelsize=7)
@@ -218,7 +252,9 @@ def hack_pictures(out: Path, path: Path, seed: int = 0) -> bool:
     rows = []
     for variant in (v for v in HACK if not HACK[v].text_only):
         sheets = sorted((out / "hack").glob(f"{variant}_{seed}_[0-9][0-9][0-9][0-9].png"))
-        rows += [Image.open(p).convert("RGB") for p in (sheets[:1] if not rows else []) + sheets[-1:]]
+        for sheet, name in [(p, "policy-sft") for p in sheets[:1] if not rows] + [(p, variant) for p in sheets[-1:]]:
+            rows.append(Image.open(sheet).convert("RGB"))
+            ImageDraw.Draw(rows[-1]).text((3, 1), f"{name}, step {int(sheet.stem[-4:])}", "white", stroke_width=1, stroke_fill="black")
     if not rows:
         return False
     picture = Image.new("RGB", (max(r.width for r in rows), sum(r.height for r in rows)), "white")
@@ -244,6 +280,7 @@ def draw(out: Path, figures: Path = Path("figures")) -> list[str]:
             lines += [*dead, ""]
     if not lines:
         raise FileNotFoundError(f"no finished runs in {out}: run python -m realsr_r1 ablate grpo (or another question) first")
+    training_curves(out, figures / "ablation_training.webp")
     hack_curves(out, figures / "ablation_hack_curves.webp")
     hack_pictures(out, figures / "ablation_hack_pictures.webp")
     lines.append("Differences, paired by scene and seed; 95% bootstrap intervals over scenes and seeds; bold: clear of zero.")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from realsr_r1 import compare, degradation, perceptual, policy, rewards, scenes, sft, vlcot
+from realsr_r1 import degradation, experts, perceptual, policy, rewards, scenes, sft, vlcot
 from realsr_r1.ablate import Bench, Store, chosen, each
 from realsr_r1.policy import Sampling
 from realsr_r1.restore import Models, decode_final
@@ -56,7 +56,7 @@ FIRST_SEED = 400_000  # training scenes of the layouts: the train split, composi
 class SftBudget:
     """What a layout may use: each chain is seen once, so `steps` × `batch` chains. All layouts see the same scenes."""
 
-    steps: int = 150
+    steps: int = 100
     batch: int = 8
     lr: float = 2e-3
 
@@ -112,7 +112,7 @@ def measure(models: Models, data: scenes.Pairs, how: Sampling = Sampling(), seed
             told: list[dict[str, str]] | None = None, batch: int = 32) -> dict[str, list[float]]:  # fmt: skip
     """One chain of this layout for each pair → LPIPS, PSNR (dB, RGB) and FSIM of the guided restoration, and, where the layout
     has the part, the share of degradation labels right ("degradation") and of tags named ("understanding")."""
-    v, structure, out = models.policy.vocabulary, compare.fsim(), {}
+    v, structure, out = models.policy.vocabulary, experts.create("fsim"), {}
     base = policy.grammar_of(models.policy, tags=tags)
     for at in tqdm(range(0, len(data), batch), desc="chains", mininterval=10):
         hr, lr = (t[at : at + batch].float() / 255 for t in (data.hr, data.lr))
@@ -151,7 +151,7 @@ def run_sft(bench: Bench, out: Path, what: Iterable[str] | None = None, seeds: I
     names, store = chosen(what, LAYOUTS), Store(out, "sft")
 
     def run(name: str, seed: int) -> dict[str, list[float]]:
-        store.claim(name, seed, {"tags": list(LAYOUTS[name]), "seed": seed, **vars(budget)})
+        store.claim(name, seed, {"tags": list(LAYOUTS[name]), "seed": seed, "weights": bench.scoring["weights"], **vars(budget)})
         models = train_layout(name, seed, budget, bench, store.path(name, seed))
         return measure(models, bench.data, Sampling(), 0, LAYOUTS[name], name == "direct")
 

@@ -1,9 +1,33 @@
-"""What the command line takes: the subcommands of `python -m realsr_r1` and their options."""
+"""What the command line takes: the subcommands of `python -m realsr_r1`, their options, and which of them go together."""
 
 import argparse
 from pathlib import Path
 
 ABOUT = "Command line: python -m realsr_r1 {restore,demo,train,evaluate,ablate,annotate,cost} …"
+METHODS = ("bicubic", "lanczos", "regression", "chain-sft", "chain-grpo")  # of a benchmark, where none are named
+FOLDERS = {"train": ("out", "data"), "evaluate": ("out", "cache"), "ablate": ("out", "figures", "data")}
+
+
+def check(a: argparse.Namespace) -> None:
+    """ValueError, in one sentence and before any work, for options that argparse takes one by one and that cannot be meant."""
+    if getattr(a, "n", None) is not None and a.n < 1:
+        raise ValueError(f"-n must be 1 or more, got {a.n}")
+    for name in FOLDERS.get(a.command, ()):
+        if (place := getattr(a, name)).is_file():
+            raise ValueError(f"{place} is a file and --{name} takes a folder: choose another place")
+    if a.command != "evaluate":
+        return
+    if a.data and (a.compare or a.experts):
+        raise ValueError(
+            "--compare and --experts have scenes of their own: leave out --data, or give --methods chain-sft chain-grpo instead"
+        )
+    if not a.data and (given := [k for k in ("methods", "metrics", "baseline") if getattr(a, k)]):
+        instead = "leave it out" if a.compare or a.experts else "say on what, e.g. --data eval"
+        raise ValueError(f"--{given[0]} goes with --data alone: {instead}")
+    if a.first and (a.experts or not a.compare):
+        raise ValueError("--first goes with --compare alone: leave it out")
+    if a.first < 0:
+        raise ValueError(f"--first must be 0 or more, got {a.first}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -79,6 +103,8 @@ def parser() -> argparse.ArgumentParser:
     e = sub.add_parser("evaluate", help="the first results table on held-out scenes; with --data, methods side by side on any set")
     e.add_argument("-n", type=int, help="test scenes (default 512); with --data, the first items of the set (default: all; collages: 128)")
     e.add_argument("--compare", nargs="+", help="policies side by side, the first is the baseline: e.g. policy-sft policy-grpo")
+    e.add_argument("--experts", nargs="+", help="visual experts side by side: nano niqe piqe brisque paper (-n: scenes, default 64)")
+    e.add_argument("--first", type=int, default=0, help="--compare: leave out so many test scenes, those that helped to choose a policy")
     e.add_argument("--weights", type=Path, help="a folder laid out like realsr_r1/assets/weights")
     e.add_argument("--cnn-steps", type=int, default=1200, help="training steps of the yardstick networks")
     e.add_argument("-o", "--out", type=Path, default=Path("figures"))
@@ -97,11 +123,10 @@ def parser() -> argparse.ArgumentParser:
     s.add_argument(
         "--methods",
         nargs="+",
-        default=["bicubic", "lanczos", "regression", "chain-sft", "chain-grpo"],
-        help="also realesrgan-x4plus, realsr-df2k-jpeg, span-x4, direct",
+        help=f"default: {' '.join(METHODS)}; also realesrgan-x4plus, realsr-df2k-jpeg, span-x4, direct",
     )
     s.add_argument("--metrics", nargs="+", help="default: all; those that cannot be had here are named with the reason")
-    s.add_argument("--baseline", default="bicubic", help="the method that differences are taken to")
+    s.add_argument("--baseline", help="the method that differences are taken to (default bicubic)")
     e.add_argument("--seed", type=int, default=0)
     e.add_argument("--device")
 

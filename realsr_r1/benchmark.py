@@ -14,25 +14,23 @@ the pictures and this package's version are the same; after a change of the code
 import hashlib
 import json
 import re
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from realsr_r1 import benchsets, benchtable, degradation, evaluate, metrics, peers, photos, vlcot, weights
+from realsr_r1 import benchsets, benchtable, degradation, evaluate, experts, metrics, peers, photos, vlcot, weights
 from realsr_r1.benchsets import BenchSet, Item
 from realsr_r1.benchtable import write
+from realsr_r1.budget import Meter
 from realsr_r1.policy import Sampling
-from realsr_r1.pretrain import device_of
+from realsr_r1.pretrain import device_of, fast_bfloat16
 from realsr_r1.restore import STRIDE, TILE, Models, decode_final, load_models, restore, think
 from realsr_r1.version import __version__
 
@@ -92,7 +90,7 @@ def load_method(name: str, device: str | None = None, folder: Path = weights.WEI
     or its package are absent."""
     if name in peers.METHODS:
         peer = peers.load(name)
-        return Method(lambda lr, seed: (peer(lr), None), name)
+        return Method(lambda lr, seed: (peer(lr), None), f"{name} {fingerprint(*peers.files(name))}")
     check_methods([name])
     if name == "regression":
         net, dev = weights.load(folder / "regression.safetensors", device_of(device)), device_of(device)
@@ -101,7 +99,8 @@ def load_method(name: str, device: str | None = None, folder: Path = weights.WEI
     models, how = load_models(device, folder, policy), Sampling()
     files = [folder / f"{part}.safetensors" for part in ("tokenizer", "reader", "guided")]
     return Method(
-        chain_method(models, how, name == "direct"), f"{fingerprint(folder / policy, *files)} {how} {STRIDE} {models.device.type}"
+        chain_method(models, how, name == "direct"),
+        f"{fingerprint(folder / policy, *files)} {how} {STRIDE} {models.device.type} {fast_bfloat16(models.device)}",
     )
 
 
@@ -114,32 +113,8 @@ def check_methods(names: Sequence[str]) -> None:
 # ---------------------------------------------------------------- restoring
 
 
-class Memory:
-    """Peak megabytes inside a `with` block: of the whole process on the CPU, looked at every 20 ms, Python, its libraries and what
-    earlier methods left behind included; of the allocator on CUDA."""
-
-    def __enter__(self) -> "Memory":
-        self.cuda, self.process, self.stop = torch.cuda.is_initialized(), psutil.Process(), threading.Event()
-        self.peak = self.process.memory_info().rss
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-        self.thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self.stop.wait(0.02):
-            self.peak = max(self.peak, self.process.memory_info().rss)
-
-    def __exit__(self, *_) -> None:
-        self.stop.set()
-        self.thread.join()
-        self.peak = max(self.peak, self.process.memory_info().rss)
-
-    @property
-    def megabytes(self) -> float:
-        cuda = torch.cuda.max_memory_allocated() if self.cuda else 0  # 0: a method of the CPU, beside others on CUDA
-        return (cuda or self.peak) / 1e6
+class BadItem(ValueError):
+    """A photo of the set cannot be read: no fault of the method that came upon it."""
 
 
 def batches(items: list[Item]) -> Iterator[tuple[int, list[Item], list[Tensor], list[Tensor | None]]]:
@@ -147,7 +122,10 @@ def batches(items: list[Item]) -> Iterator[tuple[int, list[Item], list[Tensor], 
     depend on what is already done, for the noise of a batch is drawn for all of it."""
     group, first = [], 0
     for i, item in enumerate(items):
-        lr, hr = item.read()
+        try:
+            lr, hr = item.read()
+        except (ValueError, OSError) as e:
+            raise BadItem(str(e)) from e
         small = lr.shape[-1] * lr.shape[-2] <= SMALL
         if group and not (small and lr.shape == group[0][1].shape and len(group) < BATCH):
             yield first, *map(list, zip(*group, strict=True))
@@ -189,6 +167,7 @@ def said(chains: list[vlcot.Chain], item: Item) -> dict[str, float]:
 def restore_all(data: BenchSet, name: str, load: Callable[[], Method], folder: Path, seed: int = 0) -> None:
     """Restore every item that is not yet in `folder` under the method's present key: PNG and notes, batch by batch."""
     folder.mkdir(parents=True, exist_ok=True)
+    before = Meter.held()
     method = load()
     with tqdm(total=len(data), desc=name, mininterval=2) as bar, torch.no_grad():
         for first, items, lr, hr in batches(data.items):
@@ -196,7 +175,7 @@ def restore_all(data: BenchSet, name: str, load: Callable[[], Method], folder: P
             keys = [key_of(start, *pair) for pair in zip(lr, hr, strict=True)]
             files = [place(folder, first + i, item) for i, item in enumerate(items)]
             if [read_notes(f).get("key") for f in files] != keys:
-                with Memory() as memory:
+                with Meter(before) as memory:
                     started = time.perf_counter()
                     outputs, chains = method.call(torch.stack(lr), seed + first)
                     seconds = (time.perf_counter() - started) / len(items)
@@ -204,6 +183,7 @@ def restore_all(data: BenchSet, name: str, load: Callable[[], Method], folder: P
                     if outputs[i].shape != (3, 4 * x.shape[1], 4 * x.shape[2]):
                         raise ValueError(f"{name} made {tuple(outputs[i].shape)} of {tuple(x.shape)}: a method must enlarge four times")
                     notes = {"key": keys[i], "seconds": seconds, "megabytes": memory.megabytes, "pixels": outputs[i][0].numel(),
+                             "timed": f"{time.strftime('%Y-%m-%d')}, {torch.get_num_threads()} threads",
                              "said": said(chains[i], item) if chains else {}, "scores": {}}  # fmt: skip
                     file.with_suffix(".json").unlink(missing_ok=True)  # never old notes beside a new picture
                     photos.to_image(outputs[i]).save(file.with_suffix(".part"), "PNG", compress_level=1)
@@ -264,6 +244,12 @@ def fid_all(data: BenchSet, folders: dict[str, Path], device: str | torch.device
 # ---------------------------------------------------------------- the run
 
 
+def smallest_side(folders: dict[str, Path], data: BenchSet) -> int:
+    """The smallest side of the set's restored pictures, in pixels."""
+    folder = next(iter(folders.values()))
+    return min(min(photos.open_photo(place(folder, i, item)).size) for i, item in enumerate(data.items))
+
+
 def collect(data: BenchSet, folders: dict[str, Path], names: Sequence[str]) -> dict[str, dict]:
     """What the notes hold: per method the scores and said facts (lists in the items' order) and the cost."""
     out = {}
@@ -279,17 +265,9 @@ def collect(data: BenchSet, folders: dict[str, Path], names: Sequence[str]) -> d
             "seconds": sum(n["seconds"] for n in notes),
             "megapixels": sum(n["pixels"] for n in notes) / 1e6,
             "megabytes": max(n["megabytes"] for n in notes),
+            "timed": sorted({n.get("timed", "not noted") for n in notes}),
         }
     return out
-
-
-def plain(reason: object) -> str:
-    """An error's sentence without this machine's folders and without its full stop, for a table that is shared."""
-    places = {"HUB": torch.hub.get_dir(), "HF_HUB_CACHE": huggingface_hub.constants.HF_HUB_CACHE, "~": Path.home()}
-    text = str(reason)
-    for name, path in places.items():
-        text = text.replace(str(path), name)
-    return text.rstrip(".")
 
 
 def restore_methods(
@@ -301,10 +279,10 @@ def restore_methods(
         try:
             restore_all(data, name, load, root / name, seed)
             folders[name] = root / name
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, BadItem):
             raise
         except (ValueError, FileNotFoundError, RuntimeError) as e:
-            left_out[name] = f"left out, {plain(e)}"
+            left_out[name] = f"left out, {experts.plain(e)}"
     if not folders:
         raise ValueError(f"none of the methods can be had here: {'; '.join(f'{k}, {v}' for k, v in left_out.items())}")
     return folders, left_out
@@ -325,8 +303,10 @@ def score_measures(
             if remark := score_all(data, name, folders, device):
                 remarks.append(f"{remark}.")
             scored.append(name)
+            if name == "niqe" and (blocks := smallest_side(folders, data)) < 2 * 96:
+                remarks.append(f"niqe: in pictures of {blocks} px there is one block of 96 px, so it lacks the spread between blocks: compare it within this table only.")  # fmt: skip
         except (ValueError, FileNotFoundError, ModuleNotFoundError) as e:
-            skipped[name] = f"skipped, {plain(e).removeprefix(f'{name}: ')}"
+            skipped[name] = f"skipped, {experts.plain(e).removeprefix(f'{name}: ')}"
     return scored, fids, skipped, remarks
 
 
@@ -365,6 +345,9 @@ def run(
     scored, fids, skipped, remarks = score_measures(data, measures, folders, dev)
     record = {"set": data.name, "baseline": baseline, "groups": [i.group for i in data.items], "ids": [i.id for i in data.items],
               "methods": collect(data, folders, scored), "skipped": left_out | skipped, "remarks": remarks}  # fmt: skip
+    if len({t for m in record["methods"].values() for t in m["timed"]}) > 1:
+        times = "; ".join(f"{name} {' and '.join(m['timed'])}" for name, m in record["methods"].items())
+        record["remarks"].append(f"Seconds were not measured alike, so do not compare them: {times}.")
     for name, value in fids.items():
         record["methods"][name]["fid"] = value
     minutes = sum(m["seconds"] for m in record["methods"].values()) / 60

@@ -4,7 +4,8 @@ offline   eval      the shipped photos that no training has seen: the centre squ
                     fixed seeds ("eval:mild", "eval:nano", "eval:severe": one of them)
           real_lr   the shipped real low-quality photos, whole; there is no original
           collages  scenes of the test split under the preset nano, the pairs of `scenes.cached_pairs`
-yours     FOLDER    pairs in `hr/` and `lr/`, or files NAME_HR and NAME_LR4 side by side; photos alone: LR without originals
+yours     FOLDER    pairs of one name in `hr/` and `lr/` (of LR, also 0001x4 or NAME_x4), or files NAME_HR and NAME_LR4 side by side;
+                    photos alone: LR without originals
           hf:NAME   a data set of the Hugging Face hub or a local folder of one, with columns lr and hr, or image alone; hf:NAME:SPLIT
 paper's   realsr:FOLDER, reallq250:FOLDER, div2k-val:FOLDER, ost-val:FOLDER   a folder that must hold what KNOWN says
 
@@ -16,6 +17,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -190,11 +192,47 @@ def _size(path: Path) -> tuple[int, int]:
         raise ValueError(f"{path} is not an image that Pillow can read: remove it, or save it again") from e
 
 
-def _key(path: Path, below: Path) -> str:
-    """What the two files of a pair have in common: the path below their folder without _HR, _LR4, x4 and the suffix."""
-    parts = path.relative_to(below).with_suffix("").parts
-    parts = parts[1:] if parts[0].lower() in ("x2", "x4") else parts  # DIV2K's LR photos lie one folder deeper
-    return re.sub(r"(?i)(_(hr|lr)\d?|x\d)$", "", "__".join(parts))
+# What is taken off names that have no partner as they are, step by step: DIV2K's folder, then the mark of the side too, then that of
+# the scale (0001x4, name_x4; box4 is a name).
+MARKS = ("(?!)", *accumulate((r"^x4__", r"_(hr|lr)\d?$", r"((?<=\d)|[_-])x\d$"), "{}|{}".format))
+
+
+def _names(below: Path) -> dict[Path, str]:
+    """The photos below a folder and their names: the path without the suffix, with __ for /."""
+    files = sorted(p for p in below.rglob("*") if p.suffix.lower() in photos.SUFFIXES)
+    return {p: "__".join(p.relative_to(below).with_suffix("").parts) for p in files}
+
+
+def _pair(folder: Path, lr: dict[Path, str], hr: dict[Path, str]) -> list[tuple[str, Path, Path]]:
+    """(id, LR file, HR file) of files by name, sorted; DIV2K's X2 and X3 are passed over where there is X4.
+
+    Raises ValueError where two files of one side would have one id, and where one has no partner.
+    """
+    left, found = (dict(lr), dict(hr)), ([], [])
+    for mark in MARKS:
+        keys = [{p: re.sub(f"(?i){mark}", "", name) for p, name in side.items()} for side in left]
+        both = set(keys[0].values()) & set(keys[1].values())
+        for side, done, key in zip(left, found, keys, strict=True):
+            for path in [p for p in key if key[p] in both]:
+                done.append((key[path], path))
+                del side[path]
+    small, large = (_unique(folder, side) for side in found)
+    other = ("x2__", "x3__") if any(name.lower().startswith("x4__") for name in lr.values()) else ()
+    if alone := sorted(name for side in left for name in side.values() if not name.lower().startswith(other)):
+        raise ValueError(
+            f"{folder}: {len(alone)} photos have no partner, the first is {alone[0]}: HR and LR of a pair must share their names"
+        )
+    return [(k, small[k], large[k]) for k in sorted(small)]
+
+
+def _unique(folder: Path, found: list[tuple[str, Path]]) -> dict[str, Path]:
+    """The files by id; ValueError where two have one id."""
+    by_id: dict[str, Path] = {}
+    for key, path in found:
+        if (other := by_id.setdefault(key, path)) != path:
+            two = " and ".join(p.relative_to(folder).as_posix() for p in (other, path))
+            raise ValueError(f"{folder}: {two} would both be called {key}: rename one of them, or remove it")
+    return by_id
 
 
 def find_pairs(folder: str | Path) -> list[tuple[str, Path, Path | None]]:
@@ -206,27 +244,16 @@ def find_pairs(folder: str | Path) -> list[tuple[str, Path, Path | None]]:
     hr_dir, lr_dir = (next((inside[k] for k in names if k in inside), None) for names in (HR_NAMES, LR_NAMES))
     if hr_dir and not lr_dir:
         raise ValueError(f"{folder} has {hr_dir.name}/ but no LR photos: put them into {folder.name}/lr/ with the same names")
-    files = sorted(p for p in (lr_dir or folder).rglob("*") if p.suffix.lower() in photos.SUFFIXES)
+    names = _names(lr_dir or folder)
+    marked = {p: name for p, name in names.items() if re.search(r"(?i)_hr\d?$", name)}
     if hr_dir:
-        lr = {_key(p, lr_dir): p for p in files}
-        hr = {_key(p, hr_dir): p for p in sorted(hr_dir.rglob("*")) if p.suffix.lower() in photos.SUFFIXES}
-    elif marked := [p for p in files if re.search(r"(?i)_hr\d?$", p.stem)]:
-        hr = {_key(p, folder): p for p in marked}
-        lr = {_key(p, folder): p for p in files if p not in set(marked)}
+        found = _pair(folder, names, _names(hr_dir))
+    elif marked:
+        found = _pair(folder, {p: name for p, name in names.items() if p not in marked}, marked)
     else:
-        return _some(folder, [("__".join(p.relative_to(lr_dir or folder).with_suffix("").parts), p, None) for p in files])
-    if alone := sorted(lr.keys() ^ hr.keys()):
-        raise ValueError(
-            f"{folder}: {len(alone)} photos have no partner, the first is {alone[0]}: HR and LR of a pair must share their names"
-        )
-    return _some(folder, [(k, lr[k], hr[k]) for k in sorted(lr)])
-
-
-def _some(folder: Path, found: list) -> list:
+        found = [(key, p, None) for key, p in _unique(folder, [(name, p) for p, name in names.items()]).items()]
     if not found:
         raise ValueError(f"{folder} holds no photos ({', '.join(sorted(photos.SUFFIXES))}): check the path")
-    if len({key for key, *_ in found}) < len(found):
-        raise ValueError(f"{folder} holds photos of one name and two suffixes: keep one of each")
     return found
 
 

@@ -15,28 +15,23 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from realsr_r1 import degradation, evaluate, perceptual, policy, rewards, scenes, vlcot
+from realsr_r1 import degradation, evaluate, experts, perceptual, policy, rewards, scenes, vlcot
 from realsr_r1.policy import Sampling
 from realsr_r1.restore import Models, decode_final
 
 HIGHER = {"LPIPS": False}  # everything else: higher is better
 
 
-def fsim() -> Callable[[Tensor, Tensor], Tensor]:
-    """FSIM (Zhang et al. 2011) through pyiqa (PolyForm-Noncommercial): pairs of (b, 3, h, w) in [0, 1] → (b,)."""
-    import pyiqa
-
-    return pyiqa.create_metric("fsim", device="cpu")
-
-
 @torch.no_grad()
 def score_policy(models: Models, data: scenes.Pairs, expert: Callable[[Tensor], Tensor], how: Sampling, seed: int = 0, batch: int = 32) -> dict[str, list[float]]:  # fmt: skip
-    """One chain for each pair: the four rewards and their sum, labels right, LPIPS and FSIM of the guided restoration."""
-    v, structure = models.policy.vocabulary, fsim()
+    """One chain for each pair: the four rewards and their sum, labels right, LPIPS and FSIM of the guided restoration.
+    `expert` must take pictures on the tokenizer's device."""
+    v, device = models.policy.vocabulary, next(models.tokenizer.parameters()).device
+    structure = experts.create("fsim", device)
     generation = rewards.GenerationReward(expert, models.tokenizer)
     out: dict[str, list[float]] = {}
     for at in tqdm(range(0, len(data), batch), desc="chains", mininterval=10):
-        hr, lr = (t[at : at + batch].float() / 255 for t in (data.hr, data.lr))
+        hr, lr = (t[at : at + batch].to(device).float() / 255 for t in (data.hr, data.lr))
         # The noise depends on the seed alone, so every policy answers the same question with the same luck.
         ids = policy.sample(models.policy, v.prompts(models.reader.encode(lr)), how, torch.Generator().manual_seed(seed + at)).ids
         texts = [v.decode(row) for row in ids.cpu()]
@@ -51,7 +46,7 @@ def score_policy(models: Models, data: scenes.Pairs, expert: Callable[[Tensor], 
         chains = [vlcot.parse(t) for t in texts]
         for name in ("blur", "noise", "compression"):
             row[name] = [float(c.labels.get(name) == la[name]) for c, la in zip(chains, labels, strict=True)]
-        restored = decode_final(models, torch.stack([c.final_image for c in chains]), lr)
+        restored = decode_final(models, torch.stack([c.final_image for c in chains]).to(device), lr)
         row["LPIPS"] = perceptual.distance(restored, hr).tolist()
         row["FSIM"] = structure(restored, hr).flatten().tolist()
         for name, values in row.items():
@@ -75,16 +70,18 @@ def table(scores: dict[str, dict[str, list[float]]], base: str) -> list[str]:
 
 
 def compare(models: dict[str, Models], out: Path, expert: Callable[[Tensor], Tensor], n: int = 512, cache: Path | None = None, seed: int = 0,
-            how: Sampling | None = None, name: str = "grpo") -> dict:  # fmt: skip
-    """Measure policies on `n` test scenes and write `out`/`name`.md, .csv and .json; the first policy is the baseline."""
+            how: Sampling | None = None, name: str = "grpo", first: int = 0) -> dict:  # fmt: skip
+    """Measure policies on `n` test scenes, from scene `first` on, and write `out`/`name`.md, .csv and .json; the first policy
+    is the baseline. Where scenes have helped to choose a policy, `first` leaves them out."""
     out.mkdir(parents=True, exist_ok=True)
-    started, data = time.time(), scenes.cached_pairs(n, "test", cache=cache)
+    started, data = time.time(), scenes.cached_pairs(first + n, "test", cache=cache)
+    data = scenes.Pairs(data.hr[first:], data.lr[first:], data.labels[first:], data.scenes[first:])
     scores = {}
     for label, m in models.items():
         scores[label] = score_policy(m, data, expert, how or Sampling.rollout(), seed)
         (out / f"{name}.json").write_text(json.dumps(scores))  # what is done is kept
     lines = table(scores, next(iter(models)))
-    note = f"{n} test scenes, one chain each, seed {seed}, {next(iter(models.values())).device}, {time.strftime('%Y-%m-%d')}, {(time.time() - started) / 60:.0f} min; 95% bootstrap intervals."
+    note = f"{n} test scenes{f' (from number {first} on)' if first else ''}, one chain each, seed {seed}, {next(iter(models.values())).device}, {time.strftime('%Y-%m-%d')}, {(time.time() - started) / 60:.0f} min; 95% bootstrap intervals."
     (out / f"{name}.md").write_text("\n".join([*lines, "", note, ""]))
     with (out / f"{name}.csv").open("w", newline="") as f:
         w = csv.writer(f)

@@ -230,6 +230,15 @@ def absent(files: tuple[str, ...]) -> list[str]:
     return out
 
 
+def plain(reason: object) -> str:
+    """An error's sentence without this machine's folders and without its full stop, for a table that is shared."""
+    places = {"HUB": torch.hub.get_dir(), "HF_HUB_CACHE": huggingface_hub.constants.HF_HUB_CACHE, "~": Path.home()}
+    text = str(reason)
+    for name, path in places.items():
+        text = text.replace(str(path), name)
+    return text.rstrip(".")
+
+
 def missing_files(metric: str) -> list[str]:
     """The files a metric of METRICS needs and does not find, each with the folder where it goes."""
     return [] if metric == "niqe" and NIQE.exists() else absent(METRICS[metric][2])

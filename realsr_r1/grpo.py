@@ -12,11 +12,13 @@ the k3 estimate, which TRL multiplies by the ratio (`use_bias_correction_kl`).
 
 import inspect
 import itertools
+import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -126,6 +128,18 @@ class Clock:
 
 
 @contextmanager
+def enough_memory(what: str) -> Iterator[None]:
+    """Turn any kind of running out of memory into one RuntimeError that says at what, and which knob to turn."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
+        known = isinstance(e, (torch.OutOfMemoryError, MemoryError)) or re.search("out of memory|allocate memory", str(e))  # MPS, CPU
+        if not known:
+            raise
+        raise RuntimeError(f"memory ran out in GRPO's {what}") from e
+
+
+@contextmanager
 def sampler_of(trainer: GRPOTrainer) -> Iterator[torch.nn.Module]:
     """The policy ready to sample: evaluation mode (checkpointing layers drop the cache in training mode), and where its
     weights are sharded all of them on each device, so that processes may sample chains of different lengths."""
@@ -170,7 +184,10 @@ class Rollouts:
         generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + trainer.state.global_step)
         how = Sampling(greedy_text=self.settings.greedy_text, entropy_top_k=False)
         rows = (accelerator.process_index * len(prompts), accelerator.num_processes * len(prompts))
-        with sampler_of(trainer) as model:
+        with (
+            enough_memory("sampling: lower prompts, group or words (all chains of a step are sampled together)"),
+            sampler_of(trainer) as model,
+        ):
             drawn = policy.sample(model, torch.tensor(ids), how, generator, grammar, copies=copies, rows=rows, max_new=self.settings.words)
         words = drawn.ids.cpu()
         length = (words != v.ids[vlcot.PAD]).sum(1).tolist()
@@ -232,32 +249,42 @@ class GroupSheet(TrainerCallback):
 
     @torch.no_grad()
     def _row(self, model) -> Tensor:
+        """(3, h, 10·h) of LR, HR and up to eight final images."""
         how = Sampling(greedy_text=self.settings.greedy_text, entropy_top_k=False)
         prompts = model.vocabulary.prompts(self.codes)
         ids = policy.sample(model, prompts, how, torch.Generator().manual_seed(0), copies=min(8, self.settings.group)).ids.cpu()
         chains = [vlcot.parse(model.vocabulary.decode(row)) for row in ids]
-        images = self.tokenizer.decode(torch.stack([c.final_image for c in chains]))
+        codes = torch.stack([c.final_image for c in chains])
+        images = self.tokenizer.decode(codes.to(next(self.tokenizer.parameters()).device)).cpu()
         lr = torch.nn.functional.interpolate(self.lr, size=self.hr.shape[-1], mode="nearest")
         return torch.cat([*lr, *self.hr, *images], -1)
 
-    def on_step_begin(self, args, state, control, model=None, **_):
+    def _save(self, model, state) -> None:
         # One process alone cannot run a model whose weights are spread over several.
-        if state.is_world_process_zero and state.global_step % self.settings.sheet_steps == 0 and not sharded():
+        if state.is_world_process_zero and not sharded():
             model = getattr(model, "module", model)
-            model.eval()
-            row = self._row(model)
-            model.train()
-            photos.to_image(row).save(self.path.with_name(f"{self.path.stem}_{state.global_step:04d}.png"))
+            training = model.training
+            photos.to_image(self._row(model.eval())).save(self.path.with_name(f"{self.path.stem}_{state.global_step:04d}.png"))
+            model.train(training)
+
+    def on_step_begin(self, args, state, control, model=None, **_):
+        if state.global_step % self.settings.sheet_steps == 0:
+            self._save(model, state)
+
+    def on_train_end(self, args, state, control, model=None, **_):
+        self._save(model, state)
 
 
 def check_columns(dataset: Dataset, functions: Iterable[Callable]) -> None:
-    """Raise ValueError naming the first column that a reward needs (a parameter without a default) and the dataset lacks."""
+    """Raise ValueError naming the first column that a reward needs (`columns` of ours, a parameter without a default of
+    others) and the dataset lacks: before anything is sampled."""
     given = {"prompts", "completions", "completion_ids", *dataset.column_names}
     for reward in functions:
-        for p in inspect.signature(reward).parameters.values():
-            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.default is p.empty and p.name not in given:
+        named = [p for p in inspect.signature(reward).parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        for name in (*getattr(reward, "columns", ()), *(p.name for p in named if p.default is p.empty)):
+            if name not in given:
                 raise ValueError(
-                    f"reward {reward.__name__} needs the column {p.name!r}, the dataset has {', '.join(dataset.column_names)}: add it"
+                    f"reward {reward.__name__} needs the column {name!r}, the dataset has {', '.join(dataset.column_names)}: add it"
                 )
 
 
@@ -295,25 +322,49 @@ def make_trainer(sft: str | Path, dataset: Dataset, reward_functions: list[Calla
     return trainer
 
 
+FREE = ("steps", "save_steps", "sheet_steps")  # settings that may change when a run goes on
+
+
+def claim(out: Path, sft: Path, reward_functions: list[Callable], settings: GrpoSettings) -> None:
+    """Note beside the checkpoints what their run is. Raises ValueError where they are of a run with other settings."""
+    path = out.with_name(f"{out.name}-checkpoints") / "run.json"
+    run = {"start": sft.name, "rewards": [r.__name__ for r in reward_functions]}
+    run = json.loads(json.dumps(run | {k: v for k, v in asdict(settings).items() if k not in FREE}))  # as it will be read
+    if path.exists():
+        kept = json.loads(path.read_text())
+        if other := [f"{k} {kept[k]} there, {run.get(k)} here" for k in kept if kept[k] != run.get(k)]:
+            raise ValueError(f"{path.parent.name} are of another run ({', '.join(other)}): give this one another name, or remove them")
+    elif int(os.environ.get("RANK", "0")) == 0:
+        path.parent.mkdir(exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(run, indent=1))
+        part.replace(path)
+
+
+def checkpoints(out: Path) -> list[int]:
+    """The steps of the checkpoints of the run in `out`, in order."""
+    return sorted(int(p.name.rpartition("-")[2]) for p in out.with_name(f"{out.name}-checkpoints").glob("checkpoint-*"))
+
+
 def train_grpo(sft: str | Path, dataset: Dataset, reward_functions: list[Callable], out: str | Path, settings: GrpoSettings = GrpoSettings(),
                callbacks: Iterable[TrainerCallback] = (), device: str | None = None, scale: Scale = Scale()) -> GRPOTrainer:  # fmt: skip
     """Improve the policy in the folder `sft` and save it to the folder `out`, which `restore` takes.
 
-    The same call after a kill resumes from the last checkpoint (at most `save_steps` steps are lost). Raises
-    RuntimeError with one sentence if memory runs out, ValueError for settings, columns or rewards that do not fit.
+    The same call after a kill resumes from the last checkpoint (at most `save_steps` steps are lost), with more `steps` it
+    goes on, and a finished run stays as it is. Raises RuntimeError with one sentence if memory runs out, ValueError for
+    settings, columns or rewards that do not fit, or differ from those of the run that is there.
     """
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     trainer = make_trainer(sft, dataset, reward_functions, out, settings, callbacks, device, scale)
-    model = trainer.model
+    claim(out, Path(sft), reward_functions, settings)
+    model, done = trainer.model, checkpoints(out)
     config, vocabulary = model.nano, model.vocabulary
-    folder = Path(trainer.args.output_dir)
-    try:
-        trainer.train(resume_from_checkpoint=(folder.is_dir() and any(folder.glob("checkpoint-*"))) or None)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and not isinstance(e, torch.OutOfMemoryError) and "allocate memory" not in str(e):
-            raise
-        raise RuntimeError("memory ran out in GRPO: lower micro_batch first (same result, slower), then group or prompts") from e
+    if done and done[-1] >= settings.steps and (out / "config.json").exists():
+        print(f"{out.name}: its {done[-1]} steps are done; for more, give more steps", flush=True)
+        return trainer
+    with enough_memory("gradient: lower micro_batch (same result, slower)"):
+        trainer.train(resume_from_checkpoint=bool(done) or None)
     trained = whole_model(trainer)
     if trained is not None:
         trained.nano, trained.vocabulary = config, vocabulary

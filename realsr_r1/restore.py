@@ -20,7 +20,7 @@ from realsr_r1 import photos, policy, tokenizer, vlcot
 from realsr_r1.policy import Sampling
 from realsr_r1.pretrain import device_of, fast_bfloat16
 from realsr_r1.reader import LRReader
-from realsr_r1.weights import WEIGHTS, load
+from realsr_r1.weights import NETWORKS, WEIGHTS, load, networks_of
 
 TILE, STRIDE, SCALE = 32, 28, 4  # LR pixels, LR pixels, factor
 MAX_PIXELS = 1024 * 1024  # of the LR photo: the result has 16 times as many
@@ -42,10 +42,11 @@ class Models:
 
 
 def load_models(device: str | None = None, weights: str | Path = WEIGHTS, policy_name: str = "policy-sft") -> Models:
-    """The shipped weights, or those of another folder laid out alike. Raises as `weights.load` and `policy.load` do."""
+    """The shipped weights, or those of another folder laid out alike; one that holds policies alone (of `train grpo`) goes
+    with the shipped networks. Raises as `weights.load` and `policy.load` do."""
     folder, dev = Path(weights), device_of(device)
-    vq, reader, guided = (load(folder / f"{n}.safetensors", dev) for n in ("tokenizer", "reader", "guided"))
     lm = policy.load(folder / policy_name, dev)
+    vq, reader, guided = (load(networks_of(folder) / f"{n}.safetensors", dev) for n in NETWORKS)
     if vq.config.codes != lm.nano.codes or reader.vocabulary != lm.nano.lr_codes:
         raise ValueError(
             f"tokenizer ({vq.config.codes} codes) and policy ({lm.nano.codes} codes) do not belong together: use weights of one training"
@@ -165,7 +166,7 @@ def restore(photo: Image.Image | str | Path, models: Models | None = None, how: 
     jobs, workers = even_batches(len(origins), batch), workers_on(models.device)
     workers = min(workers, len(jobs))
     fast_bfloat16(models.device)  # measured once, before the workers share the cores
-    # OpenMP keeps the number of threads for each thread of Python, so the caller's own is untouched.
+    threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads if workers > 1 else None, initargs=(1,) if workers > 1 else ())
     with tqdm(total=len(origins), desc="tiles", disable=not progress) as bar:
         try:
@@ -181,6 +182,7 @@ def restore(photo: Image.Image | str | Path, models: Models | None = None, how: 
             bar.write(f"stopped after {len(tiles)} of {len(origins)} tiles: the rest of the picture is bicubic")
         finally:
             pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)  # the workers' 1 would be what the next new thread of the process begins with
     out = photos.to_image((total / weight)[:, : h * SCALE, : w * SCALE])
     settings = {
         "seed": seed,

@@ -86,6 +86,20 @@ def _rough(completions: Sequence, tags: Any) -> list[tuple[str, list[str]]]:
     return [(vlcot.parse(text_of(c)).rough_understand or "", list(names)) for c, names in zip(completions, columns, strict=True)]
 
 
+def needs(*columns: str) -> Callable[[Reward], Reward]:
+    """Mark a reward with the dataset columns that it cannot do without, for a trainer to check before it samples anything."""
+
+    def mark(reward: Reward) -> Reward:
+        reward.columns = columns
+        return reward
+
+    return mark
+
+
+def _columns(*rewards: Reward) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(c for r in rewards for c in getattr(r, "columns", ())))
+
+
 def _short(value: Any, length: int = 160) -> str:
     text = value if isinstance(value, str) else repr(value)
     return repr(text if len(text) <= length else f"{text[: length - 43]} … {text[-40:]}")
@@ -99,6 +113,7 @@ def format_reward(completions: Sequence, **_) -> list[float]:
     return [float(vlcot.well_formed(text_of(c))) for c in completions]
 
 
+@needs("degradation")
 def degradation_reward(completions: Sequence, degradation: Sequence[str | Mapping] | None = None, **_) -> list[float]:
     """Share of the five degradation labels (blur, resize, noise, compression, resize) that the chain names exactly: k/5.
 
@@ -109,6 +124,7 @@ def degradation_reward(completions: Sequence, degradation: Sequence[str | Mappin
     return [sum(said.get(k) == true[k] for k in labels_of.LABELS) / 5 for said, true in _labels(completions, degradation)]
 
 
+@needs("tags")
 def understanding_reward(completions: Sequence, tags: Sequence[Sequence[str]] | None = None, **_) -> list[float]:
     """Share of the sample's tags that the rough understanding text names, as whole words, upper and lower case alike.
 
@@ -173,6 +189,7 @@ def partial_format_reward(completions: Sequence, **_) -> list[float]:
     return [(sum(getattr(chain, t) is not None for t in vlcot.TAGS) + vlcot.well_formed(text)) / 8 for text, chain in parses]
 
 
+@needs("degradation")
 def degradation_distance_reward(completions: Sequence, degradation: Sequence[str | Mapping] | None = None, **_) -> list[float]:
     """Degradation labels with credit for being near: the mean over five labels of 1 - steps / most steps possible.
 
@@ -189,6 +206,12 @@ def degradation_distance_reward(completions: Sequence, degradation: Sequence[str
     return out
 
 
+# Words that name nothing, whatever the vocabulary.
+FUNCTION_WORDS = frozenset(
+    "a an the this that these those some of on in at by with and or to from near under over beside behind against between into is are it its there".split()
+)
+
+
 @lru_cache(maxsize=1)
 def tag_nouns() -> frozenset[str]:
     """Words that count as naming a thing: all categories and backgrounds (bird, wall), not kinds, details, colours, sizes."""
@@ -196,21 +219,24 @@ def tag_nouns() -> frozenset[str]:
     return frozenset(e["category"] for part in ("cutouts", "photos") for e in m[part].values() if "category" in e) | {*scenes.PREPOSITIONS}
 
 
+@needs("tags")
 def understanding_f1_reward(completions: Sequence, tags: Sequence[Sequence[str]] | None = None, **_) -> list[float]:
     """F1 of the things named in the rough text against the tags: 2 · hits / (things named + tags); listing all does not pay.
 
-    Named are the tags that are hit, and every other word of the text that is one of `tag_nouns()`, each once; other
-    words are free. Where nothing is hit, or there are no tags, 0. Column and errors as in `understanding_reward`.
+    Named are the tags that are hit, and every other word of the text, each once, but for FUNCTION_WORDS and what only
+    describes in our captions (kinds, details, colours, sizes: free of charge). In free text an adjective that our captions do
+    not know is charged as a thing. Where nothing is hit, or there are no tags, 0. Column and errors as in `understanding_reward`.
     """
-    out = []
+    out, free = [], FUNCTION_WORDS | (frozenset(scenes.vocabulary()) - tag_nouns())
     for text, names in _rough(completions, tags):
         said, wanted = _words(text), {_words(t) for t in names}
         hits = {t for t in wanted if t in said}
-        others = (set(said.split()) & tag_nouns()) - set("".join(hits).split())
+        others = set(said.split()) - free - set("".join(hits).split())
         out.append(2 * len(hits) / (len(hits) + len(others) + len(wanted)) if hits else 0.0)
     return out
 
 
+@needs("tags")
 def substring_understanding_reward(completions: Sequence, tags: Sequence[Sequence[str]] | None = None, **_) -> list[float]:
     """Share of tags found anywhere in the rough text, even inside a word, as the released code matches: "car" in "scarf".
 
@@ -247,6 +273,8 @@ class ReferenceReward:
     pleased by a pretty picture of something else; this reward cannot, but it needs the truth.
     """
 
+    columns = ("hr",)
+
     def __init__(self, tokenizer: VQModel, measure: str = "lpips", batch: int = 32):
         if measure not in ("lpips", "ssim"):
             raise ValueError(f"no reference measure {measure!r}; choose lpips or ssim")
@@ -256,7 +284,8 @@ class ReferenceReward:
     @torch.no_grad()
     def __call__(self, completions: Sequence, hr: Sequence | None = None, **_) -> list[float]:
         true = [hr_image(v, i) for i, v in enumerate(_column("hr", hr, len(completions)))]
-        like = experts.create("ssim", "cpu") if self.measure == "ssim" else lambda x, y: 1 - perceptual.distance(x, y)
+        device = self.tokenizer.quantize.weight.device
+        like = experts.create("ssim", device) if self.measure == "ssim" else lambda x, y: 1 - perceptual.distance(x, y)
         out = [0.0] * len(completions)
         for index, images in _final_images(completions, self.tokenizer, self.batch):
             fits = [k for k, i in enumerate(index) if images[k].shape == true[i].shape]
@@ -282,7 +311,7 @@ def weighted_sum(rewards: Sequence[Reward], weights: Sequence[float] | None = No
         scores = [r(completions=completions, **columns) for r in rewards]
         return [min(1.0, sum(w * s for w, s in zip(weights, row, strict=True)) / total) for row in zip(*scores, strict=True)]
 
-    reward.__name__ = name
+    reward.__name__, reward.columns = name, _columns(*rewards)
     return reward
 
 
@@ -293,7 +322,7 @@ def gated(reward: Reward, gate: Reward = format_reward) -> Reward:
         scores, opened = (r(completions=completions, **columns) for r in (reward, gate))
         return [s if g == 1 else 0.0 for s, g in zip(scores, opened, strict=True)]
 
-    closed_unless_open.__name__ = f"gated_{reward.__name__}"
+    closed_unless_open.__name__, closed_unless_open.columns = f"gated_{reward.__name__}", _columns(reward, gate)
     return closed_unless_open
 
 

@@ -13,6 +13,7 @@ from realsr_r1.reader import LRReader, PixelCodes, ReaderConfig, SummaryCodes
 from realsr_r1.tokenizer import GuidedDecoder, TokenizerConfig, VQModel
 
 WEIGHTS = Path(__file__).parent / "assets" / "weights"
+NETWORKS = ("tokenizer", "reader", "guided")  # what a policy's words mean: they belong together
 CLASSES = {
     "VQModel": (VQModel, TokenizerConfig),
     "LRReader": (LRReader, ReaderConfig),
@@ -31,6 +32,11 @@ def save(model: nn.Module, path: str | Path) -> None:
     part = path.with_suffix(".part")
     save_file(state, part, metadata={"class": type(model).__name__, "config": json.dumps(config)})
     part.replace(path)
+
+
+def networks_of(folder: str | Path) -> Path:
+    """The folder of the networks that go with the policies in `folder`: `folder` itself, or the shipped weights if it holds none."""
+    return Path(folder) if any((Path(folder) / f"{n}.safetensors").exists() for n in NETWORKS) else WEIGHTS
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> VQModel | LRReader | GuidedDecoder:

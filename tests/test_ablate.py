@@ -8,7 +8,7 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-from realsr_r1 import ablate, ablate_figure, ablate_sft, grpo, policy, rewards, scenes, sft, tokenizer, vlcot
+from realsr_r1 import ablate, ablate_figure, ablate_sft, grpo, policy, scenes, sft, tokenizer, vlcot
 from realsr_r1.__main__ import main
 from realsr_r1.ablate import GRPO, HACK, Bench, Budget, Store
 from realsr_r1.policy import Sampled
@@ -35,7 +35,7 @@ def table(path):
 
 def test_each_variant_changes_what_it_says_and_nothing_else():
     base = ablate.settings_of(GRPO["all"], ablate.BUDGETS["grpo"], 1)
-    assert (base.steps, base.prompts, base.group, base.beta, base.seed) == (8, 4, 8, 0.02, 1) and GRPO["all"].rewards == grpo.PAPER_REWARDS
+    assert (base.steps, base.prompts, base.group, base.beta, base.seed) == (5, 4, 8, 0.02, 1) and GRPO["all"].rewards == grpo.PAPER_REWARDS
     for name, variant in GRPO.items():
         s = ablate.settings_of(variant, ablate.BUDGETS["grpo"], 1)
         assert s.prompts * s.group == 32 and (s.steps, s.lr) == (base.steps, base.lr)
@@ -57,12 +57,20 @@ def test_hacks_are_without_kl_and_each_remedy_is_one_change():
     assert settings["recall"].words == 40 and settings["generation"].words is None
     assert settings["f1"] == settings["recall"] and HACK["f1"].rewards == ("understanding_f1",)
     assert settings["mix"] == settings["generation"] and HACK["mix"].rewards == grpo.PAPER_REWARDS
-    assert HACK["recall-gate"].gate is ablate.caption_gate and HACK["generation-gate"].gate is rewards.format_reward
+    assert HACK["recall-gate"].gate is ablate.caption_gate and HACK["generation-gate"].gate is ablate.reading_gate
+    assert {name for name, v in HACK.items() if v.flat == 0.5} == {"recall", "recall-kl", "recall-gate", "f1"}
 
 
 def test_the_caption_gate_closes_on_a_list_of_words():
     say = "<rough_understand> {} </rough_understand>".format
     assert ablate.caption_gate([say("a bird on grass"), say("a bird grass sand road wall"), say(""), ""]) == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_the_reading_gate_closes_on_two_wrong_labels():
+    true = "heavy blur, downsample, heavy noise, light compression, upsample"
+    say = "<degradation> {} </degradation>".format
+    wrong = [true, true.replace("heavy noise", "no noise"), true.replace("heavy", "no")]
+    assert ablate.reading_gate([*map(say, wrong), ""], [true] * 4) == [1.0, 1.0, 0.0, 0.0]
 
 
 def walk(grammar, batch, seed=0):
@@ -226,6 +234,11 @@ def test_a_hacking_run_keeps_its_curve_and_pictures(bench, tmp_path):
     assert {"generation_0.curve.csv", "generation_0_0000.png", "generation_0_0001.png", "generation_0.scores.json"} <= made
     assert [r["step"] for r in table(tmp_path / "hack" / "generation_0.curve.csv")] == ["0", "1"]
     assert "kl" not in {k for k, v in table(tmp_path / "hack" / "generation_0.csv")[0].items() if v}
+    ablate.run_grpo("hack", bench, tmp_path, ["recall"], [0], replace(TINY, prompts=2), probe=1)
+    norms = [policy.load(p).model.norm.weight for p in (bench.weights / "policy-sft", tmp_path / "hack" / "recall_0-start")]
+    assert torch.allclose(0.5 * norms[0], norms[1], atol=1e-3)
+    kept = json.loads((tmp_path / "hack" / "recall_0.settings.json").read_text())
+    assert kept["flat"] == 0.5 and "gate" not in kept
 
 
 def test_layouts_are_fine_tuned_once_and_measured(bench, tmp_path, monkeypatch):
@@ -288,7 +301,7 @@ def test_figures_and_table_from_runs(tmp_path, monkeypatch):
         store = Store(tmp_path, "grpo")
         store.finish(variant, 0, {}, {"LPIPS": [0.5]})
         rows = "".join(f"{d},{d},0.0\n" for d in dead)
-        store.path(variant, 0, ".csv").write_text("zero_spread/degradation_reward,zero_spread/understanding_reward,zero_spread/generation_reward\n" + rows)  # fmt: skip
+        store.path(variant, 0, ".csv").write_text("reward,kl,zero_spread/degradation_reward,zero_spread/understanding_reward,zero_spread/generation_reward\n" + "".join(f"1.0,0.1,{r}\n" for r in rows.split()))  # fmt: skip
     for seed, last in ((0, 6.0), (1, 8.0)):
         curve = Store(tmp_path, "hack").path("recall", seed, ".curve.csv")
         curve.parent.mkdir(exist_ok=True)
@@ -302,7 +315,7 @@ def test_figures_and_table_from_runs(tmp_path, monkeypatch):
     assert "| all | 25% | 25% | 0% |" in lines and "| greedy-text | 100% | 100% | 0% |" in lines
     assert (figures / "ablations.md").read_text().splitlines() == lines
     made = {p.name for p in figures.glob("*.webp")}
-    assert made == {f"ablation_{n}.webp" for n in ("told_text", "text_in_rollouts", "hack_curves", "hack_pictures")}
+    assert made == {f"ablation_{n}.webp" for n in ("told_text", "text_in_rollouts", "training", "hack_curves", "hack_pictures")}
     assert Image.open(figures / "ablation_hack_pictures.webp").size == (40, 16)
     assert ablate_figure.curves_of(tmp_path)["recall"][5]["words"] == [6.0, 8.0]
 

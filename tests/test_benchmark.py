@@ -66,7 +66,44 @@ def test_scores_are_those_of_the_8_bit_outputs_and_intervals_are_over_photos(run
     row, base = rows["nearest", "psnr_rgb"], rows["gray", "psnr_rgb"]
     assert float(row["mean"]) == pytest.approx(photos.mean(), abs=1e-4) and photos.min() - 1e-4 <= float(row["low"])
     assert float(row["difference"]) == pytest.approx(float(row["mean"]) - float(base["mean"]), abs=1e-6) and base["difference"] == ""
-    assert float(rows["gray", "seconds_per_megapixel"]["mean"]) > 0 and float(rows["gray", "peak_megabytes"]["mean"]) > 50
+    assert float(rows["gray", "seconds_per_megapixel"]["mean"]) > 0
+
+
+def test_memory_is_each_methods_own(run, monkeypatch):
+    def heavy(lr):
+        torch.ones(120 * 2**18).sum()  # 120 MiB for a moment
+        return nearest(lr)
+
+    record = run({"nearest": nearest, "heavy": heavy, "gray": gray})
+    used = {name: m["megabytes"] for name, m in record["methods"].items()}
+    assert 115 < used["heavy"] < 400 and used["gray"] < 60  # what one has left behind does not count for the next
+
+
+def test_unlike_timing_and_niqe_of_one_block_are_remarked(run, data):
+    assert run()["remarks"] == []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        record = run({"gray": gray, "nearest": nearest, "again": nearest})
+    finally:
+        torch.set_num_threads(threads)
+    assert len(record["remarks"]) == 1 and f"again {record['methods']['again']['timed'][0]}." in record["remarks"][0]
+    assert f", {threads + 1} threads" in record["remarks"][0] and "were not measured alike" in record["remarks"][0]
+    items = [Item("a", lambda: (torch.rand(3, 30, 40, generator=torch.Generator().manual_seed(1)), None))]
+    noisy = {"gray": nearest, "nearest": nearest}
+    (remark,) = run(noisy, data=BenchSet("small", items, False), measures=["niqe"])["remarks"]
+    assert remark.startswith("niqe: in pictures of 120 px there is one block")
+    items = [Item("a", lambda: (torch.rand(3, 48, 48, generator=torch.Generator().manual_seed(1)), None))]
+    assert run(noisy, data=BenchSet("large", items, False), measures=["niqe"])["remarks"] == []
+
+
+def test_a_photo_that_cannot_be_read_is_no_methods_fault(run, data):
+    def damaged():
+        raise ValueError("photo x.png is damaged")
+
+    data.items[3] = Item("x", damaged)
+    with pytest.raises(ValueError, match=r"^photo x\.png is damaged$"):
+        run()
 
 
 def test_the_table_says_everything(run, tmp_path):
@@ -304,7 +341,7 @@ def test_the_command_measures_a_folder_and_says_errors_in_a_sentence(tmp_path, c
     errors = capsys.readouterr().err
     assert (
         "error: no set and no folder 'nowhere'" in errors
-        and "error: --compare has scenes of its own" in errors
+        and "error: --compare and --experts have scenes of their own" in errors
         and "Traceback" not in errors
     )
 
@@ -326,3 +363,56 @@ def test_the_command_without_data_makes_the_first_table(monkeypatch, tmp_path):
     monkeypatch.setattr(evaluate, "first_results", lambda models, out, n, **k: seen.update(k, models=models, out=out, n=n))
     assert main(["evaluate", "--cache", str(tmp_path), "-o", str(tmp_path)]) == 0
     assert seen == {"models": "models", "out": tmp_path, "n": 512, "cnn_steps": 1200, "cache": tmp_path, "seed": 0}
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("evaluate --methods bicubic", "--methods goes with --data alone: say on what, e.g. --data eval"),
+        ("evaluate --metrics psnr_y", "--metrics goes with --data alone: say on what, e.g. --data eval"),
+        ("evaluate --baseline lanczos", "--baseline goes with --data alone: say on what, e.g. --data eval"),
+        ("evaluate --experts niqe --methods bicubic", "--methods goes with --data alone: leave it out"),
+        ("evaluate --compare policy-sft --metrics psnr_y", "--metrics goes with --data alone: leave it out"),
+        ("evaluate --first 5", "--first goes with --compare alone: leave it out"),
+        ("evaluate --experts niqe --compare policy-sft --first 5", "--first goes with --compare alone: leave it out"),
+        ("evaluate --data eval --first 5", "--first goes with --compare alone: leave it out"),
+        ("evaluate --compare policy-sft --first -5", "--first must be 0 or more, got -5"),
+        ("evaluate -n 0", "-n must be 1 or more, got 0"),
+        ("evaluate --experts niqe -n -3", "-n must be 1 or more, got -3"),
+        ("ablate text -n 0", "-n must be 1 or more, got 0"),
+        ("evaluate -o FILE", "FILE is a file and --out takes a folder: choose another place"),
+        ("evaluate --data eval --cache FILE", "FILE is a file and --cache takes a folder: choose another place"),
+        (
+            "evaluate --data eval --methods bicubic --cache FILE/a -n 1 -o .",
+            "FILE/a/benchmark/eval/bicubic cannot be used, Not a directory",
+        ),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_in_a_sentence_before_any_work(monkeypatch, capsys, tmp_path, argv, said):
+    from realsr_r1 import ablate, calibration, compare, evaluate, restore
+
+    for module, name in ((restore, "load_models"), (evaluate, "first_results"), (calibration, "calibrate"), (compare, "compare"),
+                         (ablate.Bench, "load"), (benchmark, "restore_batch")):  # fmt: skip
+        monkeypatch.setattr(module, name, lambda *a, **k: pytest.fail("work began"), raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").write_text("")
+    assert main(argv.split()) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {said}"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(13, "Permission denied", "out"), "out cannot be used, Permission denied"),
+        (OSError(28, "No space left on device"), "the system refused, No space left on device"),
+        (OSError("no such model,\n  check its name"), "no such model, check its name"),
+        (FileNotFoundError("folder a does not exist: check the path"), "folder a does not exist: check the path"),
+    ],
+)
+def test_an_error_of_the_system_is_one_sentence(monkeypatch, capsys, tmp_path, error, said):
+    def refuse(*a, **k):
+        raise error
+
+    monkeypatch.setattr(benchmark, "run", refuse)
+    assert main(["evaluate", "--data", "eval", "--cache", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: {said}\n"

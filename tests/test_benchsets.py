@@ -84,12 +84,16 @@ def test_a_folder_of_pairs_by_name(tmp_path):
         (["Canon_001", "Nikon_001"], "test_HR", "test_LR", "", ""),  # StableSR's folders
         (["Canon_001", "Canon_002"], "", "", "_HR", "_LR4"),  # RealSR version 3, side by side
         (["one", "two"], "GT", "LQ", "", ""),
+        (["one", "two"], "hr", "lr", "", "_x4"),
+        (["box1", "box2", "box3"], "hr", "lr", "", ""),  # names that end like a scale
+        (["a_x2", "x4", "0001x4"], "hr", "lr", "", ""),
+        (["box1", "0001x4"], "", "", "_HR", "_LR4"),
     ],
 )
 def test_the_layouts_that_sets_come_in(tmp_path, names, hr, lr, hr_suffix, lr_suffix):
     make_pairs(tmp_path, names, hr, lr, hr_suffix=hr_suffix, lr_suffix=lr_suffix)
     found = benchsets.find_pairs(tmp_path)
-    assert [key for key, *_ in found] == names
+    assert [key for key, *_ in found] == sorted(names)
     assert all(photos.open_photo(h).size == (32, 24) and photos.open_photo(s).size == (8, 6) for _, s, h in found)
 
 
@@ -97,6 +101,32 @@ def test_cameras_in_folders_of_their_own_do_not_collide(tmp_path):
     for camera in ("Canon", "Nikon"):
         make_pairs(tmp_path / camera, ["001"], "", "", hr_suffix="_HR", lr_suffix="_LR4")
     assert [key for key, *_ in benchsets.find_pairs(tmp_path)] == ["Canon__001", "Nikon__001"]
+
+
+def test_two_files_of_one_side_and_one_name_are_refused_and_not_dropped(tmp_path):
+    for suffix in (".png", ".bmp"):
+        make_pairs(tmp_path / "suffixes", ["a"], suffix=suffix)
+    make_pairs(tmp_path / "folders", ["a__b", "a/b"])
+    make_pairs(tmp_path / "scales", ["0001"], lr_suffix="x4")
+    picture(tmp_path / "scales" / "lr" / "0001_x4.png", 8, 6)
+    for name, two in (("suffixes", r"lr/a\.bmp and lr/a\.png"), ("folders", r"lr/a/b\.png and lr/a__b\.png"),
+                      ("scales", r"lr/0001_x4\.png and lr/0001x4\.png")):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{two} would both be called "):
+            benchsets.find_pairs(tmp_path / name)
+
+
+def test_what_is_left_over_is_named_in_full(tmp_path):
+    make_pairs(tmp_path, ["a"])
+    picture(tmp_path / "lr" / "a_x4.png", 8, 6)
+    with pytest.raises(ValueError, match="1 photos have no partner, the first is a_x4:"):
+        benchsets.find_pairs(tmp_path)
+
+
+def test_div2k_s_other_scales_may_lie_beside_x4(tmp_path):
+    make_pairs(tmp_path, ["0801"], "DIV2K_valid_HR", "DIV2K_valid_LR_bicubic/X4", lr_suffix="x4")
+    picture(tmp_path / "DIV2K_valid_LR_bicubic" / "X2" / "0801x2.png", 16, 12)
+    [(key, lr, _)] = benchsets.find_pairs(tmp_path)
+    assert key == "0801" and lr.name == "0801x4.png"
 
 
 def test_photos_alone_or_in_lr_alone_have_no_original(tmp_path):
@@ -142,7 +172,7 @@ def test_pairs_of_another_scale_are_refused_before_anything_is_restored(tmp_path
 def test_two_suffixes_of_one_name_and_a_broken_file(tmp_path):
     picture(tmp_path / "a.png", 8, 8)
     picture(tmp_path / "a.jpg", 8, 8)
-    with pytest.raises(ValueError, match="one name and two suffixes"):
+    with pytest.raises(ValueError, match=r"a\.jpg and a\.png would both be called a: rename one of them, or remove it"):
         benchsets.load(str(tmp_path))
     make_pairs(tmp_path / "p", ["a"])
     (tmp_path / "p" / "hr" / "a.png").write_bytes(b"no picture")

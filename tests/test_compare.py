@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from realsr_r1 import compare, policy, tokenizer
+from realsr_r1 import compare, experts, policy, scenes, tokenizer
 from realsr_r1.restore import Models
 
 
@@ -33,6 +33,14 @@ def test_policies_side_by_side(models, tmp_path):
     assert rows["grpo", "LPIPS"] == pytest.approx(sum(found["grpo"]["LPIPS"]) / 4)
 
 
+def test_scenes_that_chose_a_policy_can_be_left_out(models, tmp_path, monkeypatch):
+    seen, score = [], compare.score_policy
+    monkeypatch.setattr(compare, "score_policy", lambda m, data, *rest: seen.append(data) or score(m, data, *rest))
+    compare.compare({"sft": models["sft"]}, tmp_path, lambda x: x.mean((1, 2, 3)), n=2, first=1)
+    assert torch.equal(seen[0].hr, scenes.cached_pairs(3, "test").hr[1:]) and len(seen[0].labels) == len(seen[0].scenes) == 2
+    assert "2 test scenes (from number 1 on)" in (tmp_path / "grpo.md").read_text()
+
+
 def test_paired_difference_of_a_policy_with_itself_is_zero(models):
     row = {"LPIPS": [0.2, 0.4, 0.3]}
     line = compare.table({"a": row, "b": {"LPIPS": [0.1, 0.3, 0.2]}}, "a")[-1]
@@ -42,6 +50,6 @@ def test_paired_difference_of_a_policy_with_itself_is_zero(models):
 
 def test_fsim_against_hand_known_ends():
     x = torch.rand(2, 3, 64, 64)
-    f = compare.fsim()
+    f = experts.create("fsim")
     assert torch.allclose(f(x, x).flatten(), torch.ones(2), atol=1e-4)
     assert (f(x, torch.rand(2, 3, 64, 64)) < 0.9).all()

@@ -3,9 +3,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from PIL import Image
+from transformers import TrainerCallback, TrainerState
 
-from realsr_r1 import grpo, policy, vlcot
+from realsr_r1 import grpo, policy, rewards, vlcot
+from realsr_r1.__main__ import main
 from realsr_r1.grpo import GrpoSettings
 
 ROOT = Path(__file__).parents[1]
@@ -205,6 +207,10 @@ def test_bad_settings_columns_and_rewards_get_one_sentence(folder, dataset, tmp_
 
     with pytest.raises(ValueError, match="needs_depth needs the column 'depth'"):
         grpo.make_trainer(folder, dataset, [needs_depth], tmp_path / "p", GrpoSettings(**SMALL), device="cpu")
+    ours = {"tags": rewards.understanding_reward, "degradation": rewards.gated(constant, rewards.degradation_reward), "hr": rewards.ReferenceReward(None)}  # fmt: skip
+    for column, reward in ours.items():  # noticed before anything is sampled
+        with pytest.raises(ValueError, match=f"needs the column '{column}'"):
+            grpo.make_trainer(folder, dataset.remove_columns(column), [reward], tmp_path / "p", GrpoSettings(**SMALL), device="cpu")
     for reward in (broken, short, nan):
         with pytest.raises(ValueError, match=reward.__name__):
             grpo.train_grpo(folder, dataset, [reward], tmp_path / reward.__name__, GrpoSettings(steps=1, **SMALL), device="cpu")
@@ -224,13 +230,66 @@ def test_rewards_by_name_train_together(tiny, folder, dataset, tmp_path):
         grpo.named_rewards(["beauty"], tiny[0])
 
 
-def test_out_of_memory_names_the_knob(folder, dataset, tmp_path, monkeypatch):
-    def full(*_a, **_k):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+def test_a_run_is_not_continued_with_other_settings_and_a_finished_one_stays(folder, dataset, tmp_path):
+    def run(reward=code_share, **changes):
+        settings = GrpoSettings(**SMALL | {"steps": 1, "lr": 1e-2} | changes)
+        return grpo.train_grpo(folder, dataset, [reward], tmp_path / "p", settings, device="cpu")
 
-    monkeypatch.setattr(policy, "sample", full)
-    with pytest.raises(RuntimeError, match="lower micro_batch first"):
+    run()
+    first = weights_of(tmp_path / "p")
+    with pytest.raises(ValueError, match=r"p-checkpoints are of another run \(lr 0.01 there, 0.1 here, seed 0 there, 7 here\)"):
+        run(lr=0.1, seed=7)
+    with pytest.raises(ValueError, match=r"another run .*code_share.*constant"):
+        run(constant)
+    run()  # finished: nothing happens
+    assert all(torch.equal(v, first[k]) for k, v in weights_of(tmp_path / "p").items()) and len(rows(tmp_path / "p")) == 2
+    run(steps=2)  # goes on
+    assert any(not torch.equal(v, first[k]) for k, v in weights_of(tmp_path / "p").items())
+    assert [r["step"] for r in rows(tmp_path / "p") if r.get("reward")] == ["1", "2"]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("DefaultCPUAllocator: can't allocate memory"), RuntimeError("MPS backend out of memory")])  # fmt: skip
+@pytest.mark.parametrize(("place", "knob"), [("sampling", "lower prompts, group or words"), ("gradient", "lower micro_batch")])
+def test_out_of_memory_names_the_knob(folder, dataset, tmp_path, monkeypatch, place, knob, error):
+    def full(*_a, **_k):
+        raise error
+
+    monkeypatch.setattr(*((policy, "sample") if place == "sampling" else (grpo.GRPOTrainer, "compute_loss")), full)
+    with pytest.raises(RuntimeError, match=f"memory ran out in GRPO's {place}: {knob}"):
         grpo.train_grpo(folder, dataset, [constant], tmp_path / "p", GrpoSettings(steps=1, **SMALL), device="cpu")
+
+
+def test_the_sheet_shows_one_fixed_group_at_the_start_and_at_the_end(tiny, folder, dataset, tmp_path):
+    settings = GrpoSettings(steps=2, lr=0.1, sheet_steps=100, **SMALL)
+    sheet = grpo.GroupSheet(tmp_path / "s.png", tiny[1], tiny[0], settings)
+    lm = policy.build(tiny[2].nano, seed=1).eval()
+    row = sheet._row(lm)
+    assert row.shape == (3, 128, 6 * 128) and torch.equal(row, sheet._row(lm))  # LR, HR and a group of four
+    assert not torch.equal(row, sheet._row(policy.build(tiny[2].nano, seed=2).eval()))
+    state = TrainerState(global_step=0, is_world_process_zero=True)
+    sheet.on_step_begin(None, state, None, lm.train())
+    assert lm.training  # as it was
+    state.global_step = 2
+    sheet.on_step_begin(None, state, None, lm)
+    sheet.on_train_end(None, state, None, lm)
+    assert sorted(p.name for p in tmp_path.glob("s_*.png")) == ["s_0000.png", "s_0002.png"]
+    assert (tmp_path / "s_0000.png").read_bytes() == (tmp_path / "s_0002.png").read_bytes()
+
+
+def test_command_line_starts_from_the_shipped_weights_and_restore_takes_what_it_writes(tmp_path, capsys):
+    out = str(tmp_path / "run")
+    few = ["--steps", "1", "--prompts", "1", "--group", "2", "--micro-batch", "2", "--rewards", "degradation", "understanding=2"]
+    go = ["train", "grpo", "--out", out, "--words", "40", "--device", "cpu", *few]
+    assert main([*go, "--name", "policy-a"]) == 0, capsys.readouterr().err
+    assert main([*go, "--start", "policy-a", "--blend", "0.5", "--name", "policy-b"]) == 0, capsys.readouterr().err
+    assert (
+        main([*go, "--name", "policy-a", "--beta", "0.3"]) == 2 and "of another run (beta 0.02 there, 0.3 here)" in capsys.readouterr().err
+    )
+    Image.new("RGB", (32, 32), "green").save(tmp_path / "x.png")
+    restore = ["restore", str(tmp_path / "x.png"), "-o", str(tmp_path / "y.png"), "--device", "cpu", "--weights", out, "--policy"]
+    assert main([*restore, "policy-b"]) == 0, capsys.readouterr().err
+    assert Image.open(tmp_path / "y.png").size == (128, 128)
+    assert main([*restore, "policy-c"]) == 2 and "are missing in policy-c/" in capsys.readouterr().err
 
 
 def test_a_narrow_reward_is_heard_beside_a_wide_one_when_each_is_normalised_first(folder, dataset, tmp_path):

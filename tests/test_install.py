@@ -75,6 +75,7 @@ def test_no_module_imports_a_later_one():
         "viz",
         "evaluate",
         "compare",
+        "calibration",
         "metrics",
         "benchsets",
         "peers",

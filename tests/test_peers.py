@@ -177,6 +177,11 @@ def test_a_network_is_found_unimported_and_runs_on_the_cpu(fakes, name):
     assert peers.METHODS[name].module not in sys.modules
 
 
+def test_files_are_those_that_are_read(fakes):
+    assert peers.files("bicubic") == []
+    assert [p.suffix for p in peers.files("span-x4")] == [".param", ".bin"] and all(p.is_file() for p in peers.files("span-x4"))
+
+
 def test_a_slice_of_a_batch_is_read_right(fakes):
     lr = noise(3, 3, 20, 20)[::2, :, 3:15:2, 2:9]  # not contiguous in memory
     assert torch.equal(peers.load("span-x4")(lr), lr.repeat_interleave(4, 2).repeat_interleave(4, 3))

@@ -11,6 +11,7 @@ import argparse
 import csv
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -144,10 +145,11 @@ def sampling_section(b: Bench) -> None:
 
 
 def rollouts_section(b: Bench) -> None:
-    """Whole chains: one at a time, sixteen together, and groups that share their prompt or read it for each chain."""
+    """Whole chains: one at a time, sixteen together, all together; and groups that share their prompt or read it for each
+    chain, of whole chains and of first texts only."""
     new, many, group = (24, 4, 2) if b.small else (None, 16, 8)
 
-    def run(rows: torch.Tensor, copies: int = 1):
+    def run(rows: torch.Tensor, copies: int = 1, new: int | None = new):
         return lambda: chains(b.models.policy, rows, new, copies=copies)
 
     p = b.prompts
@@ -157,25 +159,53 @@ def rollouts_section(b: Bench) -> None:
     for name, n in {"many": many, "step": len(p)}.items():
         if name in s:
             b.row(f"a sampled chain, {n} together", f"{s[name] / n:.3f} s: {s['one'] * n / s[name]:.1f}× faster")
-    for groups in (2,) if b.small else (2, 8):
-        s = side_by_side({"shared": run(p[:groups], group), "anew": run(p[:groups].repeat_interleave(group, 0))}, b.repeats)
+    for groups, words in ((2, new), (2, 8)) if b.small else ((2, None), (8, None), (8, 40)):
+        each = p[:groups].repeat_interleave(group, 0)
+        s = side_by_side({"shared": run(p[:groups], group, words), "anew": run(each, new=words)}, b.repeats)
         ratio = s["anew"] / s["shared"]
         what = f"{s['shared']:.1f} s sharing the prompt, {s['anew']:.1f} s reading it for each chain: {ratio:.2f}×"
-        b.row(f"{groups} groups of {group}", what)
+        b.row(f"{groups} groups of {group}, {f'the first {words} words' if words else 'whole chains'}", what)
 
 
-def grpo_step(prompts: int, group: int, words: int | None) -> tuple[float, float, float, float]:
-    """The second step of a run: seconds, those of sampling and of the rewards, and the process's peak memory in GiB."""
+def timed(spent: dict[int, float], step: Callable[[], int], owner, *names: str) -> None:
+    """Let these methods of `owner` add the seconds they take to `spent` of the present step; calls inside calls count once."""
+
+    def wrap(method):
+        def run(*arguments, **options):
+            inside, timed.inside, started = timed.inside, True, time.perf_counter()
+            try:
+                return method(*arguments, **options)
+            finally:
+                timed.inside = inside
+                if not inside:
+                    spent[step()] = spent.get(step(), 0) + time.perf_counter() - started
+
+        return run
+
+    for name in names:
+        setattr(owner, name, wrap(getattr(owner, name)))
+
+
+timed.inside = False
+
+
+def grpo_step(prompts: int, group: int, words: int | None) -> tuple[float, float, float, float, float]:
+    """The second step of a run: seconds, those of sampling, of the rewards, and of forward and backward passes (the reference's
+    too), and the process's peak memory in GiB."""
     models, expert = restore.load_models("cpu"), experts.load_expert()
     settings = grpo.GrpoSettings(steps=2, prompts=prompts, group=group, micro_batch=min(8, group), words=words, save_steps=100)
     functions, _ = grpo.named_rewards(grpo.PAPER_REWARDS, models.tokenizer, expert)
     dataset = grpo.prompts(range(600_000, 600_004), models.reader, models.policy.vocabulary)
     with tempfile.TemporaryDirectory() as folder, Peak() as peak:
         out = Path(folder) / "p"
-        grpo.make_trainer(WEIGHTS / "policy-sft", dataset, functions, out, settings, device="cpu").train()
+        trainer, spent = grpo.make_trainer(WEIGHTS / "policy-sft", dataset, functions, out, settings, device="cpu"), {}
+        step = lambda: trainer.state.global_step  # noqa: E731
+        timed(spent, step, trainer, "compute_loss", "_get_per_token_logps_and_entropies")
+        timed(spent, step, trainer.accelerator, "backward")
+        trainer.train()
         with out.with_suffix(".csv").open() as f:
             last = [r for r in csv.DictReader(f) if r.get("reward")][-1]
-    return (*(float(last[f"seconds/{k}"]) for k in ("step", "sampling", "rewards")), peak.gib)
+    return (*(float(last[f"seconds/{k}"]) for k in ("step", "sampling", "rewards")), spent[1], peak.gib)
 
 
 def grpo_section(b: Bench) -> None:
@@ -184,9 +214,9 @@ def grpo_section(b: Bench) -> None:
     prompts = 1 if b.small else 2
     for group, words in ((2, 24),) if b.small else ((8, 40), (8, 100), (8, 200), (2, None), (4, None), (8, None), (16, None)):
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            total, sampling, scoring, gib = pool.submit(grpo_step, prompts, group, words).result()
-        rest = 1 - (sampling + scoring) / total
-        shares = f"sampling {sampling / total:.0%}, rewards {scoring / total:.0%}, forward, backward and the rest {rest:.0%}"
+            total, sampling, scoring, passes, gib = pool.submit(grpo_step, prompts, group, words).result()
+        rest = total - sampling - scoring - passes
+        shares = f"sampling {sampling / total:.0%}, forward and backward {passes / total:.0%}, rewards {scoring / total:.0%}, other {rest / total:.0%}"
         chain = f"the first {words} words of each chain" if words else "whole chains"
         b.row(f"GRPO step, {prompts} groups of {group}, {chain}", f"{total:.1f} s ({shares}), peak memory {gib:.1f} GiB")
 
