@@ -11,6 +11,7 @@ one resumes, and the same command may run several times at once: each run is loc
 import csv
 import json
 import os
+import random
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,7 +24,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from transformers import TrainerCallback
 
-from realsr_r1 import compare, degradation, experts, grpo, perceptual, policy, rewards, scenes, vlcot
+from realsr_r1 import compare, degradation, experts, grpo, perceptual, policy, rewards, scenes, sft, vlcot
 from realsr_r1.benchmark import fingerprint
 from realsr_r1.grpo import PAPER_REWARDS, GrpoSettings
 from realsr_r1.policy import Sampling
@@ -52,7 +53,7 @@ class Variant:
     gate: Callable | None = None
     changes: Mapping = field(default_factory=dict)
     text_only: bool = False
-    flat: float = 1.0  # the start's logits are scaled by this: below 1 it explores more than policy-sft does
+    lists: bool = False  # start from `talkative` instead of policy-sft
 
 
 @rewards.needs("degradation")
@@ -75,9 +76,9 @@ GRPO = {
 }
 OFF = {"beta": 0.0}
 # Recall alone is about the first text only, so these sample nothing but the texts before the first image; their gate asks
-# for the form of a caption. policy-sft says four words in 99% of chains, which leaves no room to list things, and a group
-# never sees that a list would pay; so these start from a flattened policy, of which every third text has another length.
-TEXT = {"text_only": True, "flat": 0.5}
+# for the form of a caption. policy-sft says four words in 99% of chains, so a group never sees that a list would pay (runs
+# from it, and from it at a higher temperature, lost reward); these start from a policy that has learnt to list, too.
+TEXT = {"text_only": True, "lists": True}
 HACK = {
     "generation": Variant(("generation",), changes=OFF),
     "generation-kl": Variant(("generation",)),
@@ -89,7 +90,8 @@ HACK = {
     "f1": Variant(("understanding_f1",), changes=OFF, **TEXT),
 }
 BUDGETS = {"grpo": Budget(5, 4, lr=6e-4), "hack": Budget(16, 2, lr=1e-3, beta=0.1)}
-TEXT_BUDGET = {"steps": 2.5, "prompts": 4}  # text-only runs are far cheaper a chain: so many times more steps and prompts
+# Text-only runs are far cheaper a chain, so many times more steps and prompts; and few words decide, so a lower rate.
+TEXT_BUDGET = {"steps": 1.875, "prompts": 4, "lr": 0.2}
 
 
 def settings_of(variant: Variant, budget: Budget, seed: int) -> GrpoSettings:
@@ -97,14 +99,14 @@ def settings_of(variant: Variant, budget: Budget, seed: int) -> GrpoSettings:
 
     Raises ValueError where the chains of a step do not divide into groups of the variant's size.
     """
-    steps, prompts = budget.steps, budget.prompts
+    steps, prompts, lr = budget.steps, budget.prompts, budget.lr
     if variant.text_only:
-        steps, prompts = round(steps * TEXT_BUDGET["steps"]), prompts * TEXT_BUDGET["prompts"]
+        steps, prompts, lr = round(steps * TEXT_BUDGET["steps"]), prompts * TEXT_BUDGET["prompts"], lr * TEXT_BUDGET["lr"]
     chains, group = prompts * budget.group, variant.changes.get("group", budget.group)
     if chains % group:
         raise ValueError(f"{chains} chains a step do not divide into groups of {group}: change --prompts or --group")
     micro = next(n for n in (16 if variant.text_only else 8, 4, 2, 1) if chains % n == 0)
-    options = {"steps": steps, "prompts": chains // group, "group": group, "micro_batch": micro, "lr": budget.lr, "beta": budget.beta, "save_steps": 4, "seed": seed}  # fmt: skip
+    options = {"steps": steps, "prompts": chains // group, "group": group, "micro_batch": micro, "lr": lr, "beta": budget.beta, "save_steps": 4, "seed": seed}  # fmt: skip
     return GrpoSettings(**options | dict(variant.changes) | ({"words": budget.words} if variant.text_only else {}))
 
 
@@ -135,7 +137,7 @@ class Store:
         """Keep the run's settings. Raises ValueError if the folder holds this run with other ones."""
         path, settings = self.path(variant, seed, ".settings.json"), json.loads(json.dumps(settings))
         # A run of an earlier version lacks settings that came later; these two were as they are by default.
-        kept = settings | {"gate": None, "flat": 1.0} | json.loads(path.read_text()) if path.exists() else settings
+        kept = settings | {"gate": None, "lists": False} | json.loads(path.read_text()) if path.exists() else settings
         if what := [f"{k} {kept[k]} there, {settings[k]} here" for k in settings if kept[k] != settings[k]]:
             raise ValueError(
                 f"{self.question}/{variant}_{seed} was begun with other settings ({', '.join(what)}): use them, or another --out"
@@ -234,13 +236,32 @@ def train(variant: Variant, settings: GrpoSettings, bench: Bench, out: Path, cal
         functions = [rewards.gated(f, variant.gate) for f in functions]
     first = grpo.FIRST_SEED + 100_000 * settings.seed  # the same prompts in every variant, as far as they go
     dataset = grpo.prompts(range(first, first + settings.steps * settings.prompts), bench.models.reader, bench.models.policy.vocabulary)
-    start = bench.weights / "policy-sft"
-    if variant.flat != 1:
-        start = out.with_name(f"{out.name}-start")
-        policy.flatten(bench.weights / "policy-sft", variant.flat, start)
+    start = talkative(bench, out.parent / "talkative") if variant.lists else bench.weights / "policy-sft"
     grpo.train_grpo(start, dataset, functions, out, replace(settings, weights=weights), callbacks, bench.device)
     shutil.rmtree(out.with_name(f"{out.name}-checkpoints"), ignore_errors=True)
     return replace(bench.models, policy=policy.load(out, bench.models.device))
+
+
+class Listed(scenes.Scene):
+    """A scene of which the rough caption is a list: its two tags among six other things, in any order."""
+
+    @property
+    def captions(self) -> tuple[str, str, str]:
+        rng = random.Random(f"{self.category} {self.background} {self.horizontal} {self.vertical}")
+        things = [*self.tags, *rng.sample(sorted(rewards.tag_nouns() - set(self.tags)), 6)]
+        return " ".join(rng.sample(things, len(things))), *super().captions[1:]
+
+
+def talkative(bench: Bench, out: Path, steps: int = 60, batch: int = 8, every: int = 3) -> Path:
+    """The folder `out` with policy-sft after `steps` steps on chains of which every third says a list for a rough caption."""
+    m, first = bench.models, 300_000  # compositions that nothing else is trained on
+    if not (out / "nano.json").exists():
+        data = scenes.pairs(range(first, first + steps * batch), "train")
+        data.scenes = [Listed(**vars(s)) if i % every == 0 else s for i, s in enumerate(data.scenes)]
+        table = sft.chains(data, m.tokenizer, m.reader, m.policy.vocabulary)
+        options = {"batch": batch, "lr": 1e-3, "max_steps": steps, "device": bench.device}
+        sft.train_sft(table, None, out, m.tokenizer, m.reader, init=bench.weights / "policy-sft", **options)
+    return out
 
 
 def score(models: Models, bench: Bench) -> dict[str, list[float]]:
@@ -266,7 +287,7 @@ def run_grpo(question: str, bench: Bench, out: Path, what: Iterable[str] | None 
         settings, at = plans[name, seed], store.path(name, seed)
         described = {k: v for k, v in vars(settings).items() if k not in ("weights", "save_steps")}
         v = known[name]
-        special = {"gate": v.gate and v.gate.__name__, "flat": v.flat, "weights": bench.scoring["weights"]}
+        special = {"gate": v.gate and v.gate.__name__, "lists": v.lists, "weights": bench.scoring["weights"]}
         store.claim(name, seed, {"rewards": list(v.rewards), **special, **described})
         callbacks = []
         if held is not None:

@@ -138,17 +138,6 @@ def blend(first: str | Path, second: str | Path, share: float, out: str | Path) 
     save(model, out)
 
 
-def flatten(source: str | Path, share: float, out: str | Path) -> None:
-    """Write to `out` the policy of `source` with every logit multiplied by `share`: a temperature of 1 / share built into its
-    last norm, so that its rollouts explore. Raises ValueError for a share that is not above 0, and what `load` raises."""
-    if not share > 0:
-        raise ValueError(f"logits cannot be scaled by {share}: give a share above 0, such as 0.5")
-    model = load(source)
-    with torch.no_grad():
-        model.model.norm.weight.mul_(share)
-    save(model, out)
-
-
 def grammar_of(model: Qwen3ForCausalLM, direct: bool = False, tags: tuple[str, ...] | None = None) -> LayoutGrammar:
     """The layout of this policy's completions: the chain, for the direct variant the final image alone, or these parts."""
     tags = tags or (("final_image",) if direct else TAGS)

@@ -8,7 +8,7 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-from realsr_r1 import ablate, ablate_figure, ablate_sft, grpo, policy, scenes, sft, tokenizer, vlcot
+from realsr_r1 import ablate, ablate_figure, ablate_sft, grpo, policy, rewards, scenes, sft, tokenizer, vlcot
 from realsr_r1.__main__ import main
 from realsr_r1.ablate import GRPO, HACK, Bench, Budget, Store
 from realsr_r1.policy import Sampled
@@ -58,7 +58,7 @@ def test_hacks_are_without_kl_and_each_remedy_is_one_change():
     assert settings["f1"] == settings["recall"] and HACK["f1"].rewards == ("understanding_f1",)
     assert settings["mix"] == settings["generation"] and HACK["mix"].rewards == grpo.PAPER_REWARDS
     assert HACK["recall-gate"].gate is ablate.caption_gate and HACK["generation-gate"].gate is ablate.reading_gate
-    assert {name for name, v in HACK.items() if v.flat == 0.5} == {"recall", "recall-kl", "recall-gate", "f1"}
+    assert {name for name, v in HACK.items() if v.lists} == {"recall", "recall-kl", "recall-gate", "f1"}
 
 
 def test_the_caption_gate_closes_on_a_list_of_words():
@@ -235,10 +235,16 @@ def test_a_hacking_run_keeps_its_curve_and_pictures(bench, tmp_path):
     assert [r["step"] for r in table(tmp_path / "hack" / "generation_0.curve.csv")] == ["0", "1"]
     assert "kl" not in {k for k, v in table(tmp_path / "hack" / "generation_0.csv")[0].items() if v}
     ablate.run_grpo("hack", bench, tmp_path, ["recall"], [0], replace(TINY, prompts=2), probe=1)
-    norms = [policy.load(p).model.norm.weight for p in (bench.weights / "policy-sft", tmp_path / "hack" / "recall_0-start")]
-    assert torch.allclose(0.5 * norms[0], norms[1], atol=1e-3)
     kept = json.loads((tmp_path / "hack" / "recall_0.settings.json").read_text())
-    assert kept["flat"] == 0.5 and "gate" not in kept
+    assert kept["lists"] and kept["gate"] is None and (tmp_path / "hack" / "talkative" / "nano.json").exists()
+
+
+def test_a_listed_scene_names_its_tags_among_other_things():
+    plain = scenes.scene(5, "train")
+    listed = ablate.Listed(**vars(plain))
+    said = listed.captions[0].split()
+    assert len(said) == len(set(said)) == 8 and set(plain.tags) < set(said) <= rewards.tag_nouns()
+    assert listed.captions == ablate.Listed(**vars(plain)).captions and listed.captions[1:] == plain.captions[1:]
 
 
 def test_layouts_are_fine_tuned_once_and_measured(bench, tmp_path, monkeypatch):

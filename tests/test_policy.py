@@ -118,16 +118,6 @@ def test_blend_lies_between_its_two_policies(tiny, tmp_path):
         policy.blend(tmp_path / "a", tmp_path / "e", 0.5, tmp_path / "d")
 
 
-def test_flatten_raises_the_temperature(tiny, tmp_path):
-    model, prompts = tiny[2], torch.randint(0, 30, (2, 5), generator=torch.Generator().manual_seed(0))
-    policy.save(model, tmp_path / "a")
-    policy.flatten(tmp_path / "a", 0.5, tmp_path / "b")
-    a, b = (policy.load(tmp_path / n)(prompts).logits for n in "ab")
-    assert torch.allclose(b, 0.5 * a, atol=1e-2) and a.std() > 0.1
-    with pytest.raises(ValueError, match="above 0"):
-        policy.flatten(tmp_path / "a", 0.0, tmp_path / "c")
-
-
 def test_bad_weights_get_one_sentence(tiny, tmp_path):
     with pytest.raises(FileNotFoundError, match="are missing in p/"):
         policy.load(tmp_path / "p")
