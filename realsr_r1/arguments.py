@@ -140,7 +140,7 @@ def parser() -> argparse.ArgumentParser:
     b.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     b.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder of runs, logs and tables")
     b.add_argument("--figures", type=Path, default=Path("figures"), help="where figure writes")
-    b.add_argument("-n", type=int, default=128, help="held-out scenes on which every run is scored")
+    b.add_argument("-n", type=int, default=96, help="held-out scenes on which every run is scored")
     b.add_argument("--split", choices=("val", "test"), default="test")
     b.add_argument("--steps", type=int, help="grpo, hack, sft: optimisation steps; default: the question's budget")
     b.add_argument("--prompts", type=int, help="grpo, hack: groups a step")

@@ -193,8 +193,8 @@ def _size(path: Path) -> tuple[int, int]:
 
 
 # What is taken off names that have no partner as they are, step by step: DIV2K's folder, then the mark of the side too, then that of
-# the scale (0001x4, name_x4; box4 is a name).
-MARKS = ("(?!)", *accumulate((r"^x4__", r"_(hr|lr)\d?$", r"((?<=\d)|[_-])x\d$"), "{}|{}".format))
+# the scale (0001x4, name_x4, babyx4).
+MARKS = ("(?!)", *accumulate((r"^x4__", r"_(hr|lr)\d?$", r"[_-]?x\d$"), "{}|{}".format))
 
 
 def _names(below: Path) -> dict[Path, str]:

@@ -392,8 +392,8 @@ def test_what_cannot_be_meant_is_refused_in_a_sentence_before_any_work(monkeypat
     from realsr_r1 import ablate, calibration, compare, evaluate, restore
 
     for module, name in ((restore, "load_models"), (evaluate, "first_results"), (calibration, "calibrate"), (compare, "compare"),
-                         (ablate.Bench, "load"), (benchmark, "restore_batch")):  # fmt: skip
-        monkeypatch.setattr(module, name, lambda *a, **k: pytest.fail("work began"), raising=False)
+                         (ablate.Bench, "load"), (benchmark, "load_method")):  # fmt: skip
+        monkeypatch.setattr(module, name, lambda *a, **k: pytest.fail("work began"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "FILE").write_text("")
     assert main(argv.split()) == 2

@@ -115,6 +115,11 @@ def test_two_files_of_one_side_and_one_name_are_refused_and_not_dropped(tmp_path
             benchsets.find_pairs(tmp_path / name)
 
 
+def test_a_scale_glued_to_a_name_is_taken_off_where_it_must_be(tmp_path):
+    make_pairs(tmp_path, ["baby", "bird"], lr_suffix="x4")
+    assert [key for key, *_ in benchsets.find_pairs(tmp_path)] == ["baby", "bird"]
+
+
 def test_what_is_left_over_is_named_in_full(tmp_path):
     make_pairs(tmp_path, ["a"])
     picture(tmp_path / "lr" / "a_x4.png", 8, 6)
