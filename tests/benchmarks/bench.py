@@ -2,7 +2,7 @@
 
     python tests/benchmarks/bench.py [SECTION ...] [--out figures] [--small]
 
-Sections: degradation, data, sampling, rollouts, grpo, restore, large, growth (none named: all, in this order). Rows are
+Sections: degradation, data, sampling, rollouts, precision, grpo, restore, large, growth (none named: all, in this order). Rows are
 written as they come (bench.csv), the table (bench.md) and the figure (bench.webp) are made from them. `--small` is a trial
 at tiny sizes: its numbers mean nothing. Peers that are not installed get a row that says what to install.
 """
@@ -26,8 +26,9 @@ from PIL import Image
 from record import SERIES, Peak, Record, side_by_side
 from transformers import PreTrainedModel
 
-from realsr_r1 import degradation, experts, grpo, peers, photos, policy, restore, scenes
+from realsr_r1 import degradation, evaluate, experts, grpo, peers, perceptual, photos, policy, restore, scenes, vlcot
 from realsr_r1.policy import Sampling
+from realsr_r1.tokenizer import guided_decode
 from realsr_r1.vlcot import TAGS, LayoutGrammar
 from realsr_r1.weights import WEIGHTS
 
@@ -167,6 +168,36 @@ def rollouts_section(b: Bench) -> None:
         b.row(f"{groups} groups of {group}, {f'the first {words} words' if words else 'whole chains'}", what)
 
 
+def precision_section(b: Bench) -> None:
+    """What half precision and torch.compile bring to restoring, and what half precision costs in LPIPS."""
+    m, lr, hr = b.models, b.pairs.lr.float() / 255, b.pairs.hr.float() / 255
+    said: dict[str, torch.Tensor] = {}
+
+    def run(name: str):
+        g = torch.Generator().manual_seed(0)
+        ids = policy.sample(m.policy, b.prompts, Sampling(), g, bfloat16=name == "bfloat16").ids
+        said[name] = torch.stack([vlcot.parse(m.policy.vocabulary.decode(row)).final_image for row in ids])
+
+    s = side_by_side({name: lambda name=name: run(name) for name in ("float32", "bfloat16")}, 1)
+    decode = lambda codes, guided=m.guided: guided_decode(guided, m.tokenizer, codes, lr)  # noqa: E731
+    with torch.no_grad():
+        away = {name: perceptual.distance(decode(codes), hr).numpy() for name, codes in said.items()}
+        mean, low, high = evaluate.bootstrap(away["bfloat16"] - away["float32"])
+        b.row(f"{len(lr)} chains sampled in bfloat16", f"{s['float32'] / s['bfloat16']:.2f}× faster than in float32; LPIPS {mean:+.4f} [{low:+.4f}, {high:+.4f}]")  # fmt: skip
+        started = time.perf_counter()
+        compiled = torch.compile(m.guided)
+        try:
+            decode(said["float32"], compiled)
+        except Exception as e:  # no C++ compiler, or a torch that cannot
+            b.row("guided decode, compiled", f"torch.compile does not work here: {type(e).__name__}")
+            return
+        once = time.perf_counter() - started
+        s = side_by_side({"eager": lambda: decode(said["float32"]), "compiled": lambda: decode(said["float32"], compiled)}, b.repeats)
+        b.row(
+            f"guided decode of {len(lr)} tiles, compiled", f"{s['compiled']:.2f} s, eager {s['eager']:.2f} s; compiling took {once:.0f} s"
+        )
+
+
 def timed(spent: dict[int, float], step: Callable[[], int], owner, *names: str) -> None:
     """Let these methods of `owner` add the seconds they take to `spent` of the present step; calls inside calls count once."""
 
@@ -279,6 +310,7 @@ SECTIONS = {
     "data": data_section,
     "sampling": sampling_section,
     "rollouts": rollouts_section,
+    "precision": precision_section,
     "grpo": grpo_section,
     "restore": restore_section,
     "large": large_section,
