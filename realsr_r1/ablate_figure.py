@@ -8,13 +8,14 @@ resamples seeds and scenes alike. With three seeds that says little about other 
 
 import csv
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from realsr_r1.ablate import HACK, Store
+from realsr_r1.ablate import GRPO, HACK, Store
 from realsr_r1.ablate_sft import LAYOUTS, SAMPLINGS, TEXTS
 from realsr_r1.compare import HIGHER
 
@@ -148,6 +149,14 @@ def band(axis, steps: list[int], values: list[list[float]], colour: str, style, 
     axis.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15, linewidth=0)
 
 
+def keep(path: Path, rows: list[dict]) -> None:
+    """The numbers behind a figure as CSV, beside it."""
+    with path.with_suffix(".csv").open("w", newline="") as f:
+        writer = csv.DictWriter(f, list(dict.fromkeys(k for r in rows for k in r)), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def save(figure, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=110, pil_kwargs={"quality": 85})
@@ -186,7 +195,7 @@ def curves_of(out: Path) -> dict[str, dict[int, dict[str, list[float]]]]:
         variant = path.name.removesuffix(".curve.csv").rpartition("_")[0]
         with path.open() as f:
             for row in csv.DictReader(f):
-                at = found.setdefault(variant, {}).setdefault(int(row["step"]), {})
+                at = found.setdefault(variant, {}).setdefault(int(row["step"]), {})  # each seed appends its values
                 for m in CURVES:
                     at.setdefault(m, []).append(float(row[m]))
     return found
@@ -199,16 +208,22 @@ TRAINED = {
 
 
 def training_curves(out: Path, path: Path) -> bool:
-    """Training logs of the runs on rewards: above the rewards, below the share of groups in which each has no spread."""
+    """Training logs of the runs on rewards: above the rewards, below the share of groups in which each has no spread. All their
+    numbers go to the CSV."""
     from matplotlib.figure import Figure
 
     logs: dict[str, list[list[dict]]] = {}
-    for variant in ("all", "no-kl", "no-generation", "greedy-text"):
+    rows = []
+    for variant in GRPO:
         for seed in runs_of(out, "grpo", variant):
             with Store(out, "grpo").path(variant, seed, ".csv").open() as f:
-                logs.setdefault(variant, []).append([r for r in csv.DictReader(f) if r.get("reward")])
+                steps = [r for r in csv.DictReader(f) if r.get("reward")]
+            rows += [{"variant": variant, "seed": seed, "step": i, **{k: r.get(k) for k in TRAINED}} for i, r in enumerate(steps, 1)]
+            if variant in ("all", "no-kl", "no-generation", "greedy-text"):
+                logs.setdefault(variant, []).append(steps)
     if not logs:
         return False
+    keep(path, rows)
     figure = Figure(figsize=(11, 5))
     for axis, (column, title) in zip(figure.subplots(2, 4).flat, TRAINED.items(), strict=True):
         for colour, style, (variant, runs) in zip(COLOURS, STYLES, logs.items(), strict=False):
@@ -230,6 +245,8 @@ def hack_curves(out: Path, path: Path) -> bool:
     found = curves_of(out)
     if not found:
         return False
+    means = lambda at: {m: round(float(np.mean(v)), 4) for m, v in at.items()}  # noqa: E731
+    keep(path, [{"variant": v, "step": step, **means(at)} for v, steps in found.items() for step, at in sorted(steps.items())])
     names = tuple(CURVES)
     halves = [(names[:4], [v for v in HACK if not HACK[v].text_only]), (names[4:], [v for v in HACK if HACK[v].text_only or v == "mix"])]
     figure = Figure(figsize=(11, 5))
@@ -265,7 +282,8 @@ def hack_pictures(out: Path, path: Path, seed: int = 0) -> bool:
 
 
 def draw(out: Path, figures: Path = Path("figures")) -> list[str]:
-    """Draw `figures`/ablation_QUESTION.webp for every question that has runs in `out`, and write `figures`/ablations.md.
+    """Draw `figures`/ablation_QUESTION.webp for every question that has runs in `out`, and write `figures`/ablations.md and
+    each run's means and the curves' numbers as CSV.
 
     Returns the table's lines. Raises FileNotFoundError if there are no runs at all.
     """
@@ -280,6 +298,9 @@ def draw(out: Path, figures: Path = Path("figures")) -> list[str]:
             lines += [*dead, ""]
     if not lines:
         raise FileNotFoundError(f"no finished runs in {out}: run python -m realsr_r1 ablate grpo (or another question) first")
+    for name in {q.runs for q in QUESTIONS.values()}:
+        if (out / f"{name}.csv").exists():
+            shutil.copyfile(out / f"{name}.csv", figures / f"ablation_{name}.csv")
     training_curves(out, figures / "ablation_training.webp")
     hack_curves(out, figures / "ablation_hack_curves.webp")
     hack_pictures(out, figures / "ablation_hack_pictures.webp")

@@ -323,6 +323,10 @@ def test_figures_and_table_from_runs(tmp_path, monkeypatch):
     made = {p.name for p in figures.glob("*.webp")}
     assert made == {f"ablation_{n}.webp" for n in ("told_text", "text_in_rollouts", "training", "hack_curves", "hack_pictures")}
     assert Image.open(figures / "ablation_hack_pictures.webp").size == (40, 16)
+    assert [(r["variant"], r["step"], r["words"]) for r in table(figures / "ablation_hack_curves.csv")] == [("recall", "0", "4.0"), ("recall", "5", "7.0")]  # fmt: skip
+    logged = {(r["variant"], r["step"]): r["zero_spread/degradation_reward"] for r in table(figures / "ablation_training.csv")}
+    assert logged["greedy-text", "1"] == "1.0" and len(logged) == 4
+    assert (figures / "ablation_text.csv").read_bytes() == (tmp_path / "text.csv").read_bytes()
     assert ablate_figure.curves_of(tmp_path)["recall"][5]["words"] == [6.0, 8.0]
 
 
