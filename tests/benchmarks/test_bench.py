@@ -1,5 +1,6 @@
 import csv
 import math
+import re
 
 import peer_degradation
 import peer_sampling
@@ -128,3 +129,12 @@ def test_a_section_by_itself_without_the_peer(tmp_path, monkeypatch, capsys):
     table = (tmp_path / "bench.md").read_text()
     assert "ms an image" in table and "not installed" in table
     assert "scenes" not in table
+
+
+def test_rollouts_and_a_step_are_timed_part_by_part(tmp_path):
+    main(["rollouts", "grpo", "growth", "--small", "--out", str(tmp_path)])
+    table = (tmp_path / "bench.md").read_text()
+    assert "2 groups of 2, the first 24 words" in table and "4 chains of 32 words" in table and "exponent: sample a group" in table
+    shares = [int(x) for x in re.search(r"sampling (\d+)%, forward and backward (\d+)%, rewards (\d+)%, other (\d+)%", table).groups()]
+    assert 98 <= sum(shares) <= 102 and min(shares[:2]) > 0  # rounded
+    assert (tmp_path / "bench.webp").stat().st_size > 1000
