@@ -105,8 +105,8 @@ def recipe(photos: int = 95_000, rl_photos: int = 500, price: float = 3.0, card:
 
 
 class Meter:
-    """Peak megabytes inside a `with` block, above what the process held `before` the method was loaded: on the CPU looked at
-    every 20 ms; of the allocator on CUDA, where the method uses it."""
+    """Peak megabytes inside a `with` block, above what the process held `before` the method was loaded: the system's own count
+    on Linux, elsewhere looked at every 20 ms; of the allocator on CUDA, where the method uses it."""
 
     def __init__(self, before: float = 0):
         self.before = before
@@ -123,12 +123,14 @@ class Meter:
 
     def __enter__(self) -> "Meter":
         self.cuda, self.process, self.stop = torch.cuda.is_initialized(), psutil.Process(), threading.Event()
-        self.peak = self.process.memory_info().rss
+        self.peak, self.thread = self.process.memory_info().rss, None
         if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-            self.start = torch.cuda.memory_allocated()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-        self.thread.start()
+            self.start = reset_peak(torch.device("cuda"))
+        try:
+            reset_peak(torch.device("cpu"))
+        except RuntimeError:
+            self.thread = threading.Thread(target=self._watch, daemon=True)
+            self.thread.start()
         return self
 
     def _watch(self) -> None:
@@ -137,8 +139,9 @@ class Meter:
 
     def __exit__(self, *_) -> None:
         self.stop.set()
-        self.thread.join()
-        self.peak = max(self.peak, self.process.memory_info().rss)
+        if self.thread:
+            self.thread.join()
+        self.peak = max(self.peak, self.process.memory_info().rss if self.thread else status("VmHWM"))
 
     @property
     def megabytes(self) -> float:
