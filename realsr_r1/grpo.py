@@ -330,12 +330,12 @@ def claim(out: Path, sft: Path, reward_functions: list[Callable], settings: Grpo
     path = out.with_name(f"{out.name}-checkpoints") / "run.json"
     run = {"start": sft.name, "rewards": [r.__name__ for r in reward_functions]}
     run = json.loads(json.dumps(run | {k: v for k, v in asdict(settings).items() if k not in FREE}))  # as it will be read
-    if path.exists():
+    if path.exists() and checkpoints(out):
         kept = json.loads(path.read_text())
         if other := [f"{k} {kept[k]} there, {run.get(k)} here" for k in kept if kept[k] != run.get(k)]:
             raise ValueError(f"{path.parent.name} are of another run ({', '.join(other)}): give this one another name, or remove them")
     elif int(os.environ.get("RANK", "0")) == 0:
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(exist_ok=True)  # nothing was trained there yet, so whatever was noted does not bind
         part = path.with_suffix(".part")
         part.write_text(json.dumps(run, indent=1))
         part.replace(path)
@@ -360,7 +360,7 @@ def train_grpo(sft: str | Path, dataset: Dataset, reward_functions: list[Callabl
     claim(out, Path(sft), reward_functions, settings)
     model, done = trainer.model, checkpoints(out)
     config, vocabulary = model.nano, model.vocabulary
-    if done and done[-1] >= settings.steps and (out / "config.json").exists():
+    if done and done[-1] >= settings.steps and (out / "nano.json").exists():  # written after the weights
         print(f"{out.name}: its {done[-1]} steps are done; for more, give more steps", flush=True)
         return trainer
     with enough_memory("gradient: lower micro_batch (same result, slower)"):

@@ -235,7 +235,12 @@ def test_a_run_is_not_continued_with_other_settings_and_a_finished_one_stays(fol
         settings = GrpoSettings(**SMALL | {"steps": 1, "lr": 1e-2} | changes)
         return grpo.train_grpo(folder, dataset, [reward], tmp_path / "p", settings, device="cpu")
 
-    run()
+    def broken(completions, **_):
+        raise KeyError("oops")
+
+    with pytest.raises(ValueError, match="broken"):
+        run(broken, lr=0.5)
+    run()  # that one left no checkpoint, so its settings do not bind
     first = weights_of(tmp_path / "p")
     with pytest.raises(ValueError, match=r"p-checkpoints are of another run \(lr 0.01 there, 0.1 here, seed 0 there, 7 here\)"):
         run(lr=0.1, seed=7)
@@ -243,9 +248,12 @@ def test_a_run_is_not_continued_with_other_settings_and_a_finished_one_stays(fol
         run(constant)
     run()  # finished: nothing happens
     assert all(torch.equal(v, first[k]) for k, v in weights_of(tmp_path / "p").items()) and len(rows(tmp_path / "p")) == 2
-    run(steps=2)  # goes on
+    (tmp_path / "p" / "nano.json").unlink()  # as after a kill while the policy was saved
+    run(steps=1)
+    assert (tmp_path / "p" / "nano.json").exists()
+    run(steps=3)  # goes on
     assert any(not torch.equal(v, first[k]) for k, v in weights_of(tmp_path / "p").items())
-    assert [r["step"] for r in rows(tmp_path / "p") if r.get("reward")] == ["1", "2"]
+    assert [r["step"] for r in rows(tmp_path / "p") if r.get("reward")][-1] == "3"
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("DefaultCPUAllocator: can't allocate memory"), RuntimeError("MPS backend out of memory")])  # fmt: skip
