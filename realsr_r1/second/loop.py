@@ -1,0 +1,131 @@
+"""One training loop for every network: cosine rate, averaged weights, a log, checkpoints."""
+
+import csv
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How long and how fast. Training ends after `steps` or `minutes`, whichever comes first; the
+    learning rate follows the share that is done."""
+
+    minutes: float = 60.0
+    steps: int = 10**9
+    lr: float = 1.5e-3
+    warmup: int = 100  # steps
+    final_lr: float = 0.02  # share of `lr` at the end
+    ema: float = 0.998
+    clip: float = 1.0
+    seed: int = 0
+    log_every: int = 50  # steps
+    checkpoint_minutes: float = 4.0
+
+
+LossOf = Callable[[int, float], tuple[Tensor, dict[str, Tensor]]]
+
+
+class Fit:
+    """State of one training run; `run` trains and resumes.
+
+    `out` is a folder: log.csv, and checkpoint.pt until the run ends. `loss_of(step, done)` gives
+    the loss and figures for the log, `done` being the share of the run in [0, 1]. `preview(model)`
+    is called at every checkpoint with the averaged model and may return figures for the log."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, out: Path, config: FitConfig
+    ):
+        self.model, self.optimizer, self.out, self.config = model, optimizer, Path(out), config
+        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+        self.rates = [g["lr"] for g in optimizer.param_groups]
+        self.step, self.seconds, self.extra = 0, 0.0, {}
+        self.out.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def done(self) -> float:
+        c = self.config
+        return min(1.0, max(self.step / c.steps, self.seconds / (60 * c.minutes)))
+
+    def save(self) -> None:
+        state = {"step": self.step, "seconds": self.seconds, "model": self.model.state_dict()}
+        state |= {"optimizer": self.optimizer.state_dict(), "average": self.average.state_dict()}
+        state["extra"] = {k: v.state_dict() for k, v in self.extra.items()}
+        torch.save(state, self.out / "checkpoint.part")
+        (self.out / "checkpoint.part").replace(self.out / "checkpoint.pt")
+
+    def resume(self) -> None:
+        """Go on from the last checkpoint, if there is one."""
+        path = self.out / "checkpoint.pt"
+        if not path.exists():
+            (self.out / "log.csv").unlink(missing_ok=True)
+            return
+        device = next(self.model.parameters()).device
+        state = torch.load(path, map_location=device, weights_only=True)
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.average.load_state_dict(state["average"])
+        for k, v in self.extra.items():
+            v.load_state_dict(state["extra"][k])
+        print(f"resumed {self.out.name} at step {self.step}", flush=True)
+
+    def log(self, row: dict) -> None:
+        path = self.out / "log.csv"
+        new = not path.exists()
+        with path.open("a", newline="") as f:
+            w = csv.DictWriter(f, list(row))
+            if new:
+                w.writeheader()
+            w.writerow(row)
+        print(row, flush=True)
+
+    def _update(self, loss: Tensor, rate: float) -> None:
+        for group, lr in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = lr * rate
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        self.optimizer.step()
+        self.average.update_parameters(self.model)
+
+    def run(self, loss_of: LossOf, preview: Callable[[nn.Module], dict] | None = None) -> nn.Module:
+        """Train to the end; returns the averaged model. Raises RuntimeError if the loss is lost."""
+        c, sums, n = self.config, {}, 0
+        self.resume()
+        start, saved = time.time() - self.seconds, time.time()
+        self.model.train()
+        while self.done < 1:
+            rate = min(1, (self.step + 1) / c.warmup)
+            rate *= c.final_lr + (1 - c.final_lr) * 0.5 * (1 + math.cos(math.pi * self.done))
+            loss, figures = loss_of(self.step, self.done)
+            self._update(loss, rate)
+            self.step, self.seconds = self.step + 1, time.time() - start
+            for k, v in {"loss": loss, **figures}.items():
+                sums[k] = sums.get(k, 0.0) + v.detach()
+            n += 1
+            if n == c.log_every:
+                means = {k: round(float(v) / n, 4) for k, v in sums.items()}
+                if not math.isfinite(means["loss"]):
+                    raise RuntimeError(
+                        f"the loss of {self.out.name} is lost at step {self.step}: lower the rate"
+                    )
+                self.log({"step": self.step, "seconds": round(self.seconds, 1), **means})
+                sums, n = {}, 0
+            if time.time() - saved > 60 * c.checkpoint_minutes:
+                self.save()
+                self._preview(preview)
+                saved = time.time()
+        self._preview(preview)
+        return self.average.module.eval()
+
+    def _preview(self, preview: Callable[[nn.Module], dict] | None) -> None:
+        if preview:
+            self.average.module.eval()
+            print("preview", self.step, preview(self.average.module), flush=True)

@@ -1,0 +1,120 @@
+"""Cold start: chains as token ids, and the loss of supervised fine-tuning (paper, section 3.2).
+
+A chain's words are known when a pair is made; its image codes once the tokenizer has seen the HR
+picture. So a data loader's workers make chains with empty cells and `fill` puts the codes in.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from realsr_r1.second import vlcot
+from realsr_r1.second.policy import CELLS, ChainPolicy
+from realsr_r1.second.vlcot import EOS, IMAGE_TAGS, PAD, TAGS, TEXT_TAGS, Vocabulary
+
+Collate = Callable[[list[dict]], dict]
+
+
+def chain_ids(
+    vocabulary: Vocabulary,
+    degradation: str,
+    captions: tuple[str, str, str],
+    tags: tuple[str, ...] = TAGS,
+) -> list[int]:
+    """Prompt and true chain of one pair as token ids, with code 0 in every cell.
+
+    `tags` are the parts of the chain that are learnt; the final image alone is the direct variant.
+    Raises ValueError for a word outside the vocabulary."""
+    texts = dict(zip(TEXT_TAGS, (degradation, *captions), strict=True))
+    empty = {
+        t: torch.zeros(n, n, dtype=torch.long) for t, n in zip(IMAGE_TAGS, vlcot.GRIDS, strict=True)
+    }
+    chain = vlcot.Chain(**texts, **empty)
+    return [*vocabulary.prompt, *vocabulary.encode(vlcot.render(chain, tags)), vocabulary.ids[EOS]]
+
+
+def collate(vocabulary: Vocabulary, tags: tuple[str, ...] = TAGS) -> Collate:
+    """Items of `photographs.Pairs` → a batch: hr, lr (uint8) and chains padded on the right."""
+
+    def batch(items: list[dict]) -> dict:
+        rows = [chain_ids(vocabulary, x["degradation"], x["captions"], tags) for x in items]
+        ids = torch.full((len(rows), max(map(len, rows))), vocabulary.ids[PAD])
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row)
+        out = {k: torch.stack([x[k] for x in items]) for k in ("hr", "lr")}
+        return out | {"ids": ids, "index": torch.tensor([x["index"] for x in items])}
+
+    return batch
+
+
+def fill(policy: ChainPolicy, ids: Tensor, steps: list[Tensor]) -> Tensor:
+    """Chains (b, n) with the codes of their images (b, g, g) of `VQModel.encode_steps` put in."""
+    codes = torch.cat([s.flatten(1) for s in steps], 1) + policy.vocabulary.first_code
+    cells = policy.cells(ids)[:, :-1]
+    out = ids.clone()
+    out[:, 1:] = torch.where(cells >= 0, codes.gather(1, cells.clamp(min=0)), ids[:, 1:])
+    return out
+
+
+def token_weights(vocabulary: Vocabulary, text: float = 6.0) -> Tensor:
+    """Weight of each token (v,) in the loss: words count more, being a small share of a chain, and
+    padding nothing."""
+    weights = torch.ones(len(vocabulary))
+    weights[[vocabulary.ids[w] for w in vocabulary.text]] = text
+    weights[vocabulary.ids[PAD]] = 0.0
+    return weights
+
+
+def token_losses(policy: ChainPolicy, ids: Tensor, lr: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy of the completion's tokens (b, m), the logits (b, m, v), the tokens (b, m).
+
+    `ids` (b, n) with the prompt, `lr` (b, 3, 32, 32) in [0, 1]."""
+    prompt = len(policy.vocabulary.prompt)
+    logits = policy(ids, lr, logits_to_keep=ids.shape[1] - prompt + 1).logits[:, :-1]
+    target = ids[:, prompt:]
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="none")
+    return loss.view_as(target), logits, target
+
+
+def chain_loss(policy: ChainPolicy, ids: Tensor, lr: Tensor, weights: Tensor) -> Tensor:
+    """Weighted mean cross-entropy of the completions; `weights` (v,) of `token_weights`."""
+    loss, _, target = token_losses(policy, ids, lr)
+    w = weights[target]
+    return (loss * w).sum() / w.sum()
+
+
+@torch.no_grad()
+def chain_metrics(policy: ChainPolicy, ids: Tensor, lr: Tensor) -> dict[str, Tensor]:
+    """Per chain (b,): cross-entropy of each image's codes, in nats a code, and the share of words
+    of each text guessed right given the true chain before them."""
+    loss, logits, target = token_losses(policy, ids, lr)
+    right = logits.argmax(-1) == target
+    vocabulary = policy.vocabulary
+    words = torch.zeros(len(vocabulary), dtype=torch.bool, device=ids.device)
+    words[[vocabulary.ids[w] for w in vocabulary.text]] = True
+    out = {}
+    for tag in TAGS:
+        opened = (target == vocabulary.ids[f"<{tag}>"]).cumsum(1)
+        inside = (opened - (target == vocabulary.ids[f"</{tag}>"]).cumsum(1)) > 0
+        if tag in IMAGE_TAGS:
+            mask = inside & (target >= vocabulary.first_code)
+            out[tag] = (loss * mask).sum(1) / mask.sum(1).clamp(min=1)
+        else:
+            mask = inside & words[target]
+            out[tag] = (right & mask).sum(1) / mask.sum(1).clamp(min=1)
+    return out
+
+
+@torch.no_grad()
+def drawn_codes(policy: ChainPolicy, ids: Tensor, lr: Tensor, temperature: float = 1.0) -> Tensor:
+    """Codes (b, 16, 16) that the policy draws for the final image, each given the true tokens
+    before it, in one forward pass: what a decoder will meet."""
+    grid, first = vlcot.GRIDS[-1], policy.vocabulary.first_code
+    cells = policy.cells(ids)
+    logits = policy(ids, lr).logits
+    here = cells >= CELLS - grid * grid
+    chosen = logits[here][:, first:].float() / temperature
+    codes = torch.multinomial(chosen.softmax(-1), 1)
+    return codes.view(len(ids), grid, grid)

@@ -1,0 +1,217 @@
+"""Images as tokens: a VQ autoencoder whose one decoder may also look at the LR photo.
+
+Quantizer: l2-normalized codes with the straight-through gradient and revival of dead codes (Yu et
+al. 2022, ViT-VQGAN; LlamaGen, arXiv 2406.06525, uses the same). The decoder upsamples by nearest
+neighbor and 3×3 convolutions: a pixel shuffle at the output leaves its lattice in every picture.
+In training the codes or the LR photo are left out at random, so that the same weights give the
+plain decode (codes alone, the paper's way), the restoration (both) and the control (LR alone).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Shape of the tokenizer. A code stands for 8×8 HR pixels, that is 2×2 LR pixels."""
+
+    codes: int = 2048
+    code_dim: int = 8
+    encoder: tuple[int, int] = (64, 128)  # channels at 1/4 and 1/8 of the resolution
+    decoder: tuple[int, int, int, int] = (128, 80, 40, 20)  # at 1/8, 1/4, 1/2 and 1
+    lr_width: int = 48
+    blocks: int = 2  # residual blocks at 1/8 and 1/4
+    commitment: float = 0.25
+
+
+FACTOR = 8  # HR pixels per code, per axis
+SCALE = 4  # of super-resolution: HR pixels per LR pixel
+
+
+class Codebook(nn.Module):
+    """l2-normalized vector quantizer with straight-through gradient; counts its use, so that dead
+    codes can be revived."""
+
+    def __init__(self, codes: int, dim: int, commitment: float):
+        super().__init__()
+        self.weight = nn.Parameter(F.normalize(torch.randn(codes, dim), dim=1))
+        self.commitment = commitment
+        self.register_buffer("usage", torch.ones(codes), persistent=False)
+
+    def nearest(self, z: Tensor) -> Tensor:
+        """(b, d, h, w) encoder output → (b, h, w) indices of the closest codes by cosine."""
+        rows = F.normalize(z.float(), dim=1).permute(0, 2, 3, 1)
+        return (rows @ F.normalize(self.weight, dim=1).T).argmax(-1)
+
+    def embed(self, codes: Tensor) -> Tensor:
+        """(b, h, w) indices → (b, d, h, w) unit vectors."""
+        return F.normalize(self.weight, dim=1)[codes].permute(0, 3, 1, 2)
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(b, d, h, w) → quantized (b, d, h, w), codes (b, h, w), loss ()."""
+        z = F.normalize(z.float(), dim=1)
+        codes = self.nearest(z)
+        q = self.embed(codes)
+        loss = F.mse_loss(q, z.detach()) + self.commitment * F.mse_loss(z, q.detach())
+        if self.training:
+            count = torch.bincount(codes.flatten(), minlength=len(self.weight)).float()
+            self.usage.lerp_(count * (len(self.weight) / count.sum()), 0.01)  # 1: average use
+        return z + (q - z).detach(), codes, loss * z.shape[1]
+
+    @torch.no_grad()
+    def revive(self, z: Tensor, threshold: float = 0.05) -> int:
+        """Move codes used less than `threshold` of the average onto random encoder outputs of
+        (b, d, h, w); returns how many."""
+        dead = (self.usage < threshold).nonzero().flatten()
+        pool = F.normalize(z.float(), dim=1).permute(0, 2, 3, 1).flatten(0, 2)
+        self.weight[dead] = pool[torch.randint(len(pool), (len(dead),), device=pool.device)]
+        self.usage[dead] = 1.0
+        return len(dead)
+
+
+class ChannelNorm(nn.Module):
+    """Each pixel's channels (b, c, h, w) divided by their root mean square. Unlike a group norm it
+    does not look at the whole picture: a large photo is decoded as its parts are."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (
+            x * (x.float().square().mean(1, keepdim=True) + 1e-6).rsqrt().to(x.dtype) * self.weight
+        )
+
+
+class ResBlock(nn.Module):
+    """Two 3×3 convolutions around the identity, at first exactly the identity. Without `norm`, as
+    in EDSR, colors stay exact."""
+
+    def __init__(self, width: int, norm: bool = True):
+        super().__init__()
+        parts = []
+        for _ in range(2):
+            parts += [ChannelNorm(width)] if norm else []
+            parts += [nn.SiLU(), nn.Conv2d(width, width, 3, padding=1)]
+        self.body = nn.Sequential(*parts)
+        nn.init.zeros_(self.body[-1].weight)
+        nn.init.zeros_(self.body[-1].bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+def _blocks(width: int, n: int, norm: bool = True) -> nn.Sequential:
+    return nn.Sequential(*[ResBlock(width, norm) for _ in range(n)])
+
+
+class Encoder(nn.Sequential):
+    """HR image (b, 3, h, w) in [0, 1] → latents (b, d, h/8, w/8)."""
+
+    def __init__(self, config: TokenizerConfig):
+        a, b = config.encoder
+        super().__init__(
+            nn.PixelUnshuffle(4),
+            nn.Conv2d(48, a, 3, padding=1),
+            *_blocks(a, config.blocks - 1),
+            nn.Conv2d(a, b, 3, stride=2, padding=1),
+            *_blocks(b, config.blocks - 1),
+            ChannelNorm(b),
+            nn.SiLU(),
+            nn.Conv2d(b, config.code_dim, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * 2 - 1)
+
+
+def _up(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+class Decoder(nn.Module):
+    """Code vectors (b, d, h, w), the LR photo (b, 3, 2h, 2w), or both → image (b, 3, 8h, 8w).
+
+    A learnt vector stands in for what is absent. Where there is an LR photo, the network's output
+    is a correction of its bicubic enlargement."""
+
+    def __init__(self, config: TokenizerConfig):
+        super().__init__()
+        a, b, c, e = config.decoder
+        n, lr = config.blocks, config.lr_width
+        self.no_codes = nn.Parameter(torch.zeros(config.code_dim, 1, 1))
+        self.no_lr = nn.Parameter(torch.zeros(lr, 1, 1))
+        self.at8 = nn.Sequential(nn.Conv2d(config.code_dim, a, 3, padding=1), *_blocks(a, n))
+        self.lr = nn.Sequential(nn.Conv2d(3, lr, 3, padding=1), *_blocks(lr, n, norm=False))
+        self.to4 = nn.Conv2d(a, b, 3, padding=1)
+        self.at4 = nn.Sequential(nn.Conv2d(b + lr, b, 1), *_blocks(b, n))
+        self.at2 = nn.Sequential(nn.Conv2d(b, c, 3, padding=1), *_blocks(c, 1))
+        self.at1 = nn.Sequential(nn.Conv2d(c, e, 3, padding=1), *_blocks(e, 1, norm=False))
+        self.out = nn.Sequential(nn.SiLU(), nn.Conv2d(e, 3, 3, padding=1))
+
+    def forward(
+        self,
+        q: Tensor | None,
+        lr: Tensor | None = None,
+        use_codes: Tensor | None = None,
+        use_lr: Tensor | None = None,
+    ) -> Tensor:
+        """Not clamped. `use_codes`, `use_lr` (b,) bool: which samples see which input."""
+        b = len(q if q is not None else lr)
+        if q is None:
+            h, w = lr.shape[-2] // 2, lr.shape[-1] // 2
+            q = self.no_codes.expand(b, -1, h, w)
+        elif use_codes is not None:
+            q = torch.where(use_codes[:, None, None, None], q, self.no_codes)
+        x = self.to4(_up(self.at8(q)))
+        if lr is None:
+            seen, base = self.no_lr.expand(b, -1, *x.shape[-2:]), 0.5
+        else:
+            seen = self.lr(lr * 2 - 1)
+            base = F.interpolate(lr, scale_factor=SCALE, mode="bicubic", align_corners=False)
+            if use_lr is not None:
+                use = use_lr[:, None, None, None]
+                seen = torch.where(use, seen, self.no_lr)
+                base = torch.where(use, base, 0.5)
+        x = self.at4(torch.cat([x, seen.to(x.dtype)], 1))
+        return base + 0.5 * self.out(self.at1(_up(self.at2(_up(x)))))
+
+
+class VQModel(nn.Module, PyTorchModelHubMixin):
+    """The tokenizer: image (b, 3, h, w) in [0, 1] ↔ codes (b, h/8, w/8), with or without LR."""
+
+    def __init__(self, config: TokenizerConfig | dict | None = None):
+        super().__init__()
+        if isinstance(config, dict):
+            config = TokenizerConfig(
+                **{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+            )
+        self.config = config or TokenizerConfig()
+        self.encoder, self.decoder = Encoder(self.config), Decoder(self.config)
+        self.codebook = Codebook(self.config.codes, self.config.code_dim, self.config.commitment)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Image (b, 3, h, w) in [0, 1] → codes (b, h/8, w/8), int64."""
+        h, w = x.shape[-2:]
+        if h % FACTOR or w % FACTOR:
+            raise ValueError(f"image of {w}x{h} pixels does not divide by {FACTOR}: pad or crop it")
+        return self.codebook.nearest(self.encoder(x))
+
+    def encode_steps(self, hr: Tensor, grids: tuple[int, ...] = (4, 8, 16)) -> list[Tensor]:
+        """HR squares (b, 3, s, s) → the codes (b, n, n) of a chain's images, for n in `grids`."""
+        sizes = [n * FACTOR for n in grids]
+        images = [
+            hr if s == hr.shape[-1] else F.interpolate(hr, size=s, mode="area") for s in sizes
+        ]
+        return [self.encode(x) for x in images]
+
+    def decode(self, codes: Tensor | None = None, lr: Tensor | None = None) -> Tensor:
+        """Codes (b, h, w), the LR photo (b, 3, 2h, 2w), or both → (b, 3, 8h, 8w) in [0, 1]."""
+        if codes is None and lr is None:
+            raise ValueError("decode needs codes, an LR photo, or both")
+        q = None if codes is None else self.codebook.embed(codes)
+        return self.decoder(q, lr).float().clamp(0, 1)
