@@ -42,6 +42,9 @@ def _parents() -> Tensor:
     return torch.cat(out)
 
 
+PARENTS = _parents()
+
+
 class PolicyConfig(PreTrainedConfig):
     """Shape of the policy. `aligned=False` is the ablation with one-dimensional positions only;
     `words` are the caption words (None: those of the annotated photographs)."""
@@ -106,10 +109,6 @@ class ChainPolicy(PreTrainedModel):
         self.from_eye = nn.Linear(hidden, hidden)
         self.from_previous = nn.Linear(hidden, hidden)
         self.drop = nn.Dropout(config.dropout)
-        self.register_buffer("parents", _parents(), persistent=False)
-        ids = self.vocabulary.ids
-        images = torch.tensor([ids[f"<{t}>"] for t in IMAGE_TAGS])
-        self.register_buffer("image_tags", images, persistent=False)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -144,10 +143,11 @@ class ChainPolicy(PreTrainedModel):
     def cells(self, ids: Tensor) -> Tensor:
         """Token ids (b, n) → for each position the cell that its *next* token writes, or -1."""
         place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        tags = torch.tensor([self.vocabulary.ids[f"<{t}>"] for t in IMAGE_TAGS], device=ids.device)
         start = torch.where(ids == self.vocabulary.ids[START], place, -1).cummax(1).values
-        opened = (ids[..., None] == self.image_tags).any(-1)
+        opened = (ids[..., None] == tags).any(-1)
         tag = torch.where(opened, place, -1).cummax(1).values
-        level = (ids.gather(1, tag.clamp(min=0))[..., None] == self.image_tags).int().argmax(-1)
+        level = (ids.gather(1, tag.clamp(min=0))[..., None] == tags).int().argmax(-1)
         first = torch.tensor(FIRST_CELL, device=ids.device)[level]
         count = torch.tensor(GRIDS, device=ids.device)[level] ** 2
         inside = (start > tag) & (tag >= 0) & (place - start < count)
@@ -165,7 +165,7 @@ class ChainPolicy(PreTrainedModel):
     def previous(self, codes: Tensor, cells: Tensor) -> Tensor:
         """What the image before gives to cells (b, n): `codes` (b, cells) holds token ids by cell,
         -1 where there is none → (b, n, hidden)."""
-        parent = self.parents[cells.clamp(min=0)]
+        parent = PARENTS.to(cells.device)[cells.clamp(min=0)]
         token = codes.gather(1, parent.clamp(min=0))
         known = (cells >= 0) & (parent >= 0) & (token >= 0)
         vector = self.from_previous(self.get_input_embeddings()(token.clamp(min=0)))
