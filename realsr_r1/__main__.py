@@ -18,7 +18,7 @@ RECIPE = {"tokenizer": 5500, "reader": 1400, "guided": 2900, "regression": 1500,
 def train(a: argparse.Namespace) -> None:
     import torch
 
-    from realsr_r1 import experts, pretrain, scenes, sft, vlcot, weights
+    from realsr_r1.first import experts, pretrain, scenes, sft, vlcot, weights
 
     if a.threads:
         torch.set_num_threads(a.threads)
@@ -60,7 +60,7 @@ def train(a: argparse.Namespace) -> None:
         extra = {k: v for k, v in (("lr", a.lr), ("batch", a.batch), ("init", a.init and a.init / f"policy-{a.what}")) if v}
         with sft.first_process(a.device):
             if middle_size:
-                from realsr_r1 import middle
+                from realsr_r1.reference import qwen as middle
 
                 begin = extra.get("init") or middle.start(a.base, a.out / "policy-start", vq.cpu(), reader.cpu(), not a.own_words, a.seed)
                 extra = middle.SFT | extra | {"init": begin}
@@ -76,14 +76,14 @@ NETWORKS = ("tokenizer.safetensors", "reader.safetensors")
 
 def with_file(folder: Path, name: str) -> Path:
     """`folder` if it has the file, else the shipped weights."""
-    from realsr_r1 import weights
+    from realsr_r1.first import weights
 
     return folder if (folder / name).exists() else weights.WEIGHTS
 
 
 def drawn(a: argparse.Namespace, data):
     """The codes that the policy in the output folder draws for the first pairs."""
-    from realsr_r1 import policy, scenes, sft, weights
+    from realsr_r1.first import policy, scenes, sft, weights
 
     lm, vq, reader = policy.load(a.out / "policy-sft"), *(weights.load(a.out / f"{n}.safetensors") for n in ("tokenizer", "reader"))
     first = scenes.Pairs(data.hr[: a.said], data.lr[: a.said], data.labels[: a.said], data.scenes[: a.said])
@@ -93,8 +93,8 @@ def drawn(a: argparse.Namespace, data):
 def train_grpo(a: argparse.Namespace) -> None:
     import torch
 
-    from realsr_r1 import experts, grpo, sft, weights
-    from realsr_r1.pretrain import device_of
+    from realsr_r1.common import device_of
+    from realsr_r1.first import experts, grpo, sft, weights
 
     if a.threads:
         torch.set_num_threads(a.threads)
@@ -104,7 +104,7 @@ def train_grpo(a: argparse.Namespace) -> None:
                                  **({"lr": a.lr} if a.lr else {}))  # fmt: skip
     scale, home = sft.Scale(), lambda name: with_file(folder, name) / name
     if a.size == "middle":
-        from realsr_r1 import middle
+        from realsr_r1.reference import qwen as middle
 
         folder, home = a.init or a.out, lambda name: with_file(folder, name) / name
         settings = replace(settings, lr=a.lr or middle.GRPO.lr)
@@ -130,7 +130,10 @@ def train_grpo(a: argparse.Namespace) -> None:
 def ablate(a: argparse.Namespace) -> None:
     import torch
 
-    from realsr_r1 import ablate, ablate_figure, ablate_sft, weights
+    from realsr_r1.ablations import figure as ablate_figure
+    from realsr_r1.ablations import grpo as ablate
+    from realsr_r1.ablations import sft as ablate_sft
+    from realsr_r1.first import weights
 
     if a.question == "figure":
         return ablate_figure.draw(a.out, a.figures)
@@ -150,7 +153,8 @@ def ablate(a: argparse.Namespace) -> None:
 
 
 def bench(a: argparse.Namespace) -> None:
-    from realsr_r1 import benchmark, metrics, weights
+    from realsr_r1.evaluation import benchmark, metrics
+    from realsr_r1.first import weights
 
     options = {"n": a.n, "cache": a.cache / "benchmark", "seed": a.seed, "device": a.device, "pairs": a.cache}
     try:
@@ -170,8 +174,8 @@ def bench(a: argparse.Namespace) -> None:
 def annotate(a: argparse.Namespace) -> None:
     if a.download:
         os.environ["HF_HUB_OFFLINE"] = "0"  # read once, when the hub's client is imported
-    from realsr_r1 import annotate, captioners
-    from realsr_r1.pretrain import device_of
+    from realsr_r1.common import device_of
+    from realsr_r1.corpus import annotate, captioners
 
     device, shard = device_of(a.device), annotate.shard_of(a.shard)
     captioner = captioners.load(a.model, a.weights, device)
@@ -184,7 +188,7 @@ def annotate(a: argparse.Namespace) -> None:
 def restore_reference(a: argparse.Namespace) -> None:
     if a.download:
         os.environ["HF_HUB_OFFLINE"] = "0"  # read once, when the hub's client is imported
-    from realsr_r1 import reference
+    from realsr_r1.reference import restoring as reference
 
     reference.check_places(a.out, a.trace)
     load = {"tokenizer": a.tokenizer, "device": a.device, "bits": a.bits, "adapter": a.adapter, "device_map": a.device_map}
@@ -202,14 +206,14 @@ def run(a: argparse.Namespace) -> None:
     if a.command == "annotate":
         return annotate(a)
     if a.command == "cost":
-        from realsr_r1 import budget
+        from realsr_r1.planning import budget
 
         return budget.command(a)
     if a.command == "ablate":
         return ablate(a)
     if a.command == "restore" and a.reference:
         return restore_reference(a)
-    from realsr_r1.restore import MAX_PIXELS, load_models, restore_file
+    from realsr_r1.first.restore import MAX_PIXELS, load_models, restore_file
 
     if a.command == "restore":
         models = load_models(a.device, **({"weights": a.weights} if a.weights else {}), policy_name=a.policy)
@@ -224,14 +228,16 @@ def run(a: argparse.Namespace) -> None:
             max_pixels=a.max_pixels or MAX_PIXELS,
         )
     else:
-        from realsr_r1 import evaluate
+        from realsr_r1.evaluation import results as evaluate
 
         if a.command == "demo":
             evaluate.demo(a.out, load_models(a.device))
         elif a.data:
             bench(a)
         elif a.compare or a.experts:
-            from realsr_r1 import calibration, compare, experts, weights
+            from realsr_r1.evaluation import calibration
+            from realsr_r1.evaluation import policies as compare
+            from realsr_r1.first import experts, weights
 
             folder = a.weights or weights.WEIGHTS
             home = with_file(folder, "expert.safetensors") / "expert.safetensors"

@@ -1,18 +1,19 @@
 """Second-order degradation synthesis, its five labels, and words for them.
 
-A degradation is a list of plain dicts, one per operation: the *draw*. `draw` samples it, `apply` runs it, `label`
-reads the five labels off it. Because everything random is in the draw (noise by its seed), the same draw gives the
-same LR image again, bit for bit, on any later day; CPU and CUDA differ only by floating-point rounding before the
-final 8-bit rounding.
+A degradation is a list of plain dicts, one per operation: the *draw*. `draw` samples it, `apply`
+runs it, `label` reads the five labels off the photo by replaying parts of it. Because everything
+random is in the draw (noise by its seed), the same draw gives the same LR image again, bit for bit;
+CPU and CUDA differ only by floating-point rounding before the final 8-bit rounding.
 
-Model and ranges: Real-ESRGAN (Wang et al. 2021, arXiv 2107.10833), whose practical model PURE and RealSR-R1 use.
-Simplification: JPEG is the real codec (Pillow), not the differentiable approximation of Real-ESRGAN's code.
+Model and ranges: Real-ESRGAN (Wang et al. 2021, arXiv 2107.10833), whose practical model PURE and
+RealSR-R1 use. Simplifications: JPEG is the real codec (Pillow), not the differentiable
+approximation of Real-ESRGAN's code; the HR photo is not sharpened (USM) first.
 """
 
+import functools
 import io
 import math
-from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -23,69 +24,148 @@ from torch import Tensor
 LEVELS = ("no", "light", "medium", "heavy")
 RESIZES = ("downsample", "keep", "upsample")
 LABELS = ("blur", "resize", "noise", "compression", "final_resize")
+MODES = ("area", "bilinear", "bicubic")
 KERNELS = ("iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso", "plateau_aniso")
-# Upper bounds of no / light / medium; above is heavy. Measured at LR scale, see `label`.
-BLUR_BOUNDS = (0.35, 0.75, 1.2)  # blur radius (standard deviation of the kernel), LR pixels
-NOISE_BOUNDS = (2.0, 11.5, 27.0)  # standard deviation, of 255
-JPEG_BOUNDS = (8.0, 56.0, 80.0)  # 100 - effective quality
+# Upper bounds of no, light and medium, on what the replay measures (see `visible`). They are quantiles
+# of the nano preset over training photographs, so that every level of every label is frequent.
+BLUR_BOUNDS = (0.05, 0.45, 0.65)  # share of the photo's fine detail that blur took
+NOISE_BOUNDS = (1.0, 5.8, 9.4)  # root mean square of what noise changed, of 255
+JPEG_BOUNDS = (1.0, 8.8, 12.5)  # root mean square of what compression changed, of 255
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Ranges by level (no, light, medium, heavy) instead of one range: what a network can learn apart.
+
+    Values are those seen at LR scale; `None` leaves the operation out. `shares` holds one row of
+    probabilities of the four levels for each severity of a photo, all severities equally frequent.
+    """
+
+    blur: tuple[tuple[float, float] | None, ...]  # standard deviation, LR pixels
+    noise: tuple[tuple[float, float] | None, ...]  # standard deviation, of 255
+    jpeg: tuple[tuple[float, float] | None, ...]  # quality
+    shares: dict[str, tuple[float, float, float, float]]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Ranges of one blur → resize → noise → JPEG stage. Defaults: Real-ESRGAN's first stage (its x4plus options)."""
+    """Ranges of one blur → resize → noise → JPEG stage. Defaults: Real-ESRGAN's first stage."""
 
     blur_prob: float = 1.0
     kernel_sizes: tuple[int, ...] = (7, 9, 11, 13, 15, 17, 19, 21)  # pixels, odd
-    kernel_probs: tuple[float, ...] = (0.45, 0.25, 0.12, 0.03, 0.12, 0.03)  # in the order of KERNELS
+    kernel_probs: tuple[float, ...] = (0.45, 0.25, 0.12, 0.03, 0.12, 0.03)  # in order of KERNELS
     sinc_prob: float = 0.1
     sigma: tuple[float, float] = (0.2, 3.0)  # pixels
     beta_generalized: tuple[float, float] = (0.5, 4.0)
     beta_plateau: tuple[float, float] = (1.0, 2.0)
     resize_prob: tuple[float, float, float] = (0.2, 0.7, 0.1)  # up, down, keep
     resize_range: tuple[float, float] = (0.15, 1.5)  # factor, of the stage's base size
-    noise_prob: float = 1.0
+    resize_steps: tuple[tuple[float, float], ...] = ()  # instead: factors of LR size, equally often
     gaussian_prob: float = 0.5  # otherwise Poisson
     noise_sigma: tuple[float, float] = (1.0, 30.0)  # of 255
     poisson_scale: tuple[float, float] = (0.05, 3.0)
     gray_prob: float = 0.4
-    jpeg_prob: float = 1.0
     jpeg_quality: tuple[int, int] = (30, 95)
-    # Instead of the ranges above, one of several ranges, each equally often; values as seen at LR scale (LR pixels, of
-    # 255, 100 - quality). None in a tuple leaves the operation out.
-    blur_levels: tuple[tuple[float, float] | None, ...] = ()
-    noise_levels: tuple[tuple[float, float] | None, ...] = ()
-    jpeg_levels: tuple[tuple[float, float] | None, ...] = ()
-
-
-SECOND = Stage(blur_prob=0.8, sigma=(0.2, 1.5), resize_prob=(0.3, 0.4, 0.3), resize_range=(0.3, 1.2), noise_sigma=(1.0, 25.0),
-               poisson_scale=(0.05, 2.5))  # fmt: skip
+    levels: Levels | None = None  # instead of `sigma`, `noise_sigma` and `jpeg_quality`
 
 
 @dataclass(frozen=True)
 class DegradationConfig:
-    """One or two stages, then the resize to LR size. `base_on_lr` measures the first stage's resize from LR size."""
+    """One or two stages, then the resize to LR size.
 
-    stages: tuple[Stage, ...] = (Stage(), SECOND)
-    final_sinc_prob: float = 0.8  # two-stage chains only, as is the JPEG in either order around the final resize
+    Two stages end with [resize and sinc] and JPEG in either order (Real-ESRGAN, section 3.4), one
+    stage with the resize, or with the JPEG where `jpeg_last`. `antialias`: downsample as cameras
+    and programs do; Real-ESRGAN does not.
+    """
+
+    stages: tuple[Stage, ...] = (
+        Stage(),
+        Stage(
+            blur_prob=0.8,
+            sigma=(0.2, 1.5),
+            resize_prob=(0.3, 0.4, 0.3),
+            resize_range=(0.3, 1.2),
+            noise_sigma=(1.0, 25.0),
+            poisson_scale=(0.05, 2.5),
+        ),
+    )
+    final_sinc_prob: float = 0.8
     scale: int = 4
-    base_on_lr: bool = False
+    jpeg_last: bool = False
+    antialias: bool = False
+
+
+# Soft enough that a person still sees what most photos show (DESIGN.md asks for it); a third of the
+# photos light, medium and heavy over all. Both resizes vary, so that their labels carry information.
+NANO_LEVELS = Levels(
+    blur=(None, (0.35, 0.55), (0.65, 0.9), (1.0, 1.3)),
+    noise=(None, (3, 6), (9, 15), (19, 28)),
+    jpeg=(None, (70, 88), (40, 60), (18, 30)),
+    shares={
+        "light": (0.5, 0.4, 0.1, 0.0),
+        "medium": (0.2, 0.25, 0.4, 0.15),
+        "heavy": (0.1, 0.15, 0.3, 0.45),
+    },
+)
+NANO_STAGE = Stage(
+    kernel_sizes=(33,),
+    kernel_probs=(0.5, 0.5, 0, 0, 0, 0),
+    sinc_prob=0.0,
+    gaussian_prob=1.0,
+    gray_prob=0.3,
+    levels=NANO_LEVELS,
+    resize_steps=((0.7, 0.9), (1.0, 1.0), (1.3, 2.5), (4.0, 4.0), (4.4, 5.0)),
+)
+
+
+def _nano(*severities: str) -> DegradationConfig:
+    levels = replace(NANO_LEVELS, shares={s: NANO_LEVELS.shares[s] for s in severities})
+    stage = replace(NANO_STAGE, levels=levels)
+    return DegradationConfig(stages=(stage,), jpeg_last=True, antialias=True)
 
 
 PRESETS = {
     # Real-ESRGAN's options, the degradation of PURE and RealSR-R1.
     "paper": DegradationConfig(),
     # One light stage: what a recent camera and one save do.
-    "mild": DegradationConfig(stages=(Stage(sigma=(0.2, 2.0), noise_sigma=(1, 12), poisson_scale=(0.05, 1.0), jpeg_quality=(60, 95), resize_range=(0.4, 1.2)),)),
+    "mild": DegradationConfig(
+        stages=(
+            Stage(
+                sigma=(0.2, 2.0),
+                noise_sigma=(1, 12),
+                poisson_scale=(0.05, 1.0),
+                jpeg_quality=(60, 95),
+                resize_range=(0.4, 1.2),
+            ),
+        )
+    ),
     # Two stages with the upper halves of the ranges.
-    "severe": DegradationConfig(stages=(Stage(sigma=(1.5, 4.0), noise_sigma=(15, 40), poisson_scale=(1.0, 4.0), jpeg_quality=(20, 60), resize_range=(0.15, 0.8)),
-                                        Stage(blur_prob=0.9, sigma=(0.8, 2.0), noise_sigma=(10, 30), poisson_scale=(1.0, 3.0), jpeg_quality=(15, 50), resize_prob=(0.2, 0.6, 0.2), resize_range=(0.3, 1.0)))),
-    # One stage in the order of the paper's five labels, its levels equally frequent and clearly apart, so that an eye (or
-    # a network) can tell them: what the shipped nano weights are trained on. Half of the photos are saved at LR size.
-    "nano": DegradationConfig(base_on_lr=True, stages=(Stage(kernel_sizes=(33,), kernel_probs=(0.5, 0.5, 0, 0, 0, 0), sinc_prob=0.0, resize_prob=(0.25, 0.25, 0.5),
-                                       resize_range=(0.55, 1.5), gaussian_prob=1.0, gray_prob=0.3,
-                                       blur_levels=((0.05, 0.2), (0.5, 0.65), (0.9, 1.1), (1.5, 1.9)), noise_levels=(None, (5, 9), (14, 22), (32, 48)),
-                                       jpeg_levels=(None, (30, 50), (62, 75), (86, 93))),)),
-}  # fmt: skip
+    "severe": DegradationConfig(
+        stages=(
+            Stage(
+                sigma=(1.5, 4.0),
+                noise_sigma=(15, 40),
+                poisson_scale=(1.0, 4.0),
+                jpeg_quality=(20, 60),
+                resize_range=(0.15, 0.8),
+            ),
+            Stage(
+                blur_prob=0.9,
+                sigma=(0.8, 2.0),
+                noise_sigma=(10, 30),
+                poisson_scale=(1.0, 3.0),
+                jpeg_quality=(15, 50),
+                resize_prob=(0.2, 0.6, 0.2),
+                resize_range=(0.3, 1.0),
+            ),
+        )
+    ),
+    # What the shipped weights are trained on, and its thirds.
+    "nano": _nano("light", "medium", "heavy"),
+    "nano-light": _nano("light"),
+    "nano-medium": _nano("medium"),
+    "nano-heavy": _nano("heavy"),
+}
 
 
 @dataclass
@@ -100,7 +180,9 @@ class Degraded:
 # ---------------------------------------------------------------- kernels
 
 
-def gaussian_kernel(size: int, sigma_x: float, sigma_y: float, theta: float, kind: str = "aniso", beta: float = 1.0) -> Tensor:
+def gaussian_kernel(
+    size: int, sigma_x: float, sigma_y: float, theta: float, kind: str = "aniso", beta: float = 1.0
+) -> Tensor:
     """(size, size) kernel that sums to 1; `kind` is one of KERNELS, `theta` radians, sigmas in pixels.
 
     Generalised: exp(-r^(2β)/2); plateau: 1/(1 + r^(2β)), with r the Mahalanobis radius (Real-ESRGAN, section 3.1).
@@ -135,7 +217,9 @@ def kernel_of(op: dict) -> Tensor:
     """The kernel of a recorded blur or sinc operation, (size, size)."""
     if op["op"] == "sinc" or op.get("kernel") == "sinc":
         return sinc_kernel(op["size"], op["omega"])
-    return gaussian_kernel(op["size"], op["sigma_x"], op["sigma_y"], op["theta"], op["kernel"], op["beta"])
+    return gaussian_kernel(
+        op["size"], op["sigma_x"], op["sigma_y"], op["theta"], op["kernel"], op["beta"]
+    )
 
 
 def kernel_radius(op: dict) -> float:
@@ -171,74 +255,95 @@ class _Dice:
         return int(torch.randint(0, 2**31 - 1, (), generator=self.generator))
 
 
-def _draw_blur(d: _Dice, s: Stage, scale: float) -> dict | None:
-    size = d.pick(s.kernel_sizes)
-    if d.chance(s.sinc_prob):
-        return _draw_sinc(d, size) | {"op": "blur", "kernel": "sinc"}
-    kind = d.pick(KERNELS, s.kernel_probs)
-    level = d.pick(s.blur_levels) if s.blur_levels else None
-    if s.blur_levels and level is None:
-        return None
-    lo, hi = (level[0] * scale, level[1] * scale) if level else s.sigma
-    sx = d.uniform(lo, hi)
-    sy, theta = (d.uniform(lo, hi), d.uniform(-math.pi, math.pi)) if kind.endswith("aniso") else (sx, 0.0)
+def _draw_blur(d: _Dice, stage: Stage, at_lr: tuple[float, float] | None, scale: int) -> dict:
+    size = d.pick(stage.kernel_sizes)
+    if d.chance(stage.sinc_prob):
+        return _draw_sinc(d, size, math.pi / 3 if size < 13 else math.pi / 5) | {
+            "op": "blur",
+            "kernel": "sinc",
+        }
+    kind = d.pick(KERNELS, stage.kernel_probs)
+    low, high = (at_lr[0] * scale, at_lr[1] * scale) if at_lr else stage.sigma
+    sx = sy = d.uniform(low, high)
+    theta = 0.0
+    if kind.endswith("aniso"):
+        sy, theta = d.uniform(low, high), d.uniform(-math.pi, math.pi)
     beta = 1.0
     if kind.startswith(("generalized", "plateau")):
-        lo, hi = s.beta_generalized if kind.startswith("generalized") else s.beta_plateau
-        beta = d.uniform(lo, 1) if d.chance(0.5) else d.uniform(1, hi)
-    return {"op": "blur", "kernel": kind, "size": size, "sigma_x": sx, "sigma_y": sy, "theta": theta, "beta": beta}
+        plateau = kind.startswith("plateau")
+        low, high = stage.beta_plateau if plateau else stage.beta_generalized
+        beta = d.uniform(low, 1) if d.chance(0.5) else d.uniform(1, high)
+    shape = {"sigma_x": sx, "sigma_y": sy, "theta": theta, "beta": beta}
+    return {"op": "blur", "kernel": kind, "size": size, **shape}
 
 
-def _draw_sinc(d: _Dice, size: int) -> dict:
-    return {"op": "sinc", "size": size, "omega": d.uniform(math.pi / 3 if size < 13 else math.pi / 5, math.pi)}
+def _draw_sinc(d: _Dice, size: int, lowest: float = math.pi / 3) -> dict:
+    return {"op": "sinc", "size": size, "omega": d.uniform(lowest, math.pi)}
 
 
-def _draw_noise(d: _Dice, s: Stage, scale: float) -> dict | None:
-    gray, seed = d.chance(s.gray_prob), d.seed()
-    if not d.chance(s.gaussian_prob):
-        return {"op": "noise", "kind": "poisson", "scale": d.uniform(*s.poisson_scale), "gray": gray, "seed": seed}
-    level = d.pick(s.noise_levels) if s.noise_levels else s.noise_sigma
-    if level is None:
-        return None
-    return {"op": "noise", "kind": "gaussian", "sigma": d.uniform(*level) * (scale if s.noise_levels else 1.0), "gray": gray, "seed": seed}
+def _draw_noise(d: _Dice, stage: Stage, sigma: tuple[float, float]) -> dict:
+    gray, seed = d.chance(stage.gray_prob), d.seed()
+    if d.chance(stage.gaussian_prob):
+        kind = {"kind": "gaussian", "sigma": d.uniform(*sigma)}
+    else:
+        kind = {"kind": "poisson", "scale": d.uniform(*stage.poisson_scale)}
+    return {"op": "noise", **kind, "gray": gray, "seed": seed}
 
 
-def _draw_jpeg(d: _Dice, s: Stage, scale: float) -> dict | None:
-    if not s.jpeg_levels:
-        return {"op": "jpeg", "quality": round(d.uniform(*s.jpeg_quality))}
-    level = d.pick(s.jpeg_levels)
-    return level and {"op": "jpeg", "quality": max(3, round(100 - d.uniform(*level) * scale))}
+def _draw_resize(d: _Dice, stage: Stage, base: tuple[int, int], lr: tuple[int, int]) -> dict:
+    if stage.resize_steps:
+        factor, base = d.uniform(*d.pick(stage.resize_steps)), lr
+    else:
+        low, high = {"up": (1, stage.resize_range[1]), "down": (stage.resize_range[0], 1)}.get(
+            d.pick(("up", "down", "keep"), stage.resize_prob), (1, 1)
+        )
+        factor = d.uniform(low, high)
+    size = [max(4, round(n * factor)) for n in base]
+    return {"op": "resize", "size": size, "mode": d.pick(MODES)}
 
 
-def _draw_resize(d: _Dice, s: Stage, base: tuple[int, int]) -> dict:
-    how = d.pick(("up", "down", "keep"), s.resize_prob)
-    f = {"up": lambda: d.uniform(1, s.resize_range[1]), "down": lambda: d.uniform(s.resize_range[0], 1), "keep": lambda: 1.0}[how]()
-    size = [max(4, round(n * f)) for n in base]
-    return {"op": "resize", "size": size, "mode": d.pick(("area", "bilinear", "bicubic"))}
+def _draw_stage(
+    d: _Dice, stage: Stage, base: tuple[int, int], lr: tuple[int, int], scale: int
+) -> list[dict | None]:
+    """Blur, resize, noise, JPEG; None for what is left out. `base`, `lr`: (height, width)."""
+    levels = stage.levels
+    blur, sigma, quality = None, stage.noise_sigma, stage.jpeg_quality
+    if levels:
+        shares = levels.shares[d.pick(tuple(levels.shares))]
+        blur, sigma, quality = (d.pick(x, shares) for x in (levels.blur, levels.noise, levels.jpeg))
+    blurred = blur is not None if levels else d.chance(stage.blur_prob)
+    first = _draw_blur(d, stage, blur, scale) if blurred else None
+    resize = _draw_resize(d, stage, base, lr)
+    if levels and sigma:  # the coming downsampling averages noise away
+        later = min(2.5, max(1.0, resize["size"][1] / lr[1]))
+        sigma = (sigma[0] * later, sigma[1] * later)
+    noise = _draw_noise(d, stage, sigma) if sigma else None
+    jpeg = {"op": "jpeg", "quality": round(d.uniform(*quality))} if quality else None
+    return [first, resize, noise, jpeg]
 
 
-def draw(hr_size: tuple[int, int], config: DegradationConfig, generator: torch.Generator) -> list[dict]:
-    """Sample one degradation for an HR image of (height, width): a JSON-able list of operations in order."""
+def draw(
+    hr_size: tuple[int, int], config: DegradationConfig, generator: torch.Generator
+) -> list[dict]:
+    """Sample one degradation for an HR image of (height, width): JSON-able operations in order."""
     d, ops = _Dice(generator), []
-    lr_size = (max(1, hr_size[0] // config.scale), max(1, hr_size[1] // config.scale))
-    for i, s in enumerate(config.stages):
-        if d.chance(s.blur_prob):
-            ops.append(_draw_blur(d, s, hr_size[1] / lr_size[1]))
-        ops.append(_draw_resize(d, s, lr_size if i > 0 or config.base_on_lr else hr_size))
-        later = max(1.0, ops[-1]["size"][1] / lr_size[1])  # what the coming downsampling takes away, see `label`
-        if d.chance(s.noise_prob):
-            ops.append(_draw_noise(d, s, later))
-        if i + 1 < len(config.stages) or len(config.stages) == 1:
-            if d.chance(s.jpeg_prob):
-                ops.append(_draw_jpeg(d, s, later))
-    ops = [op for op in ops if op is not None]
-    last = {"op": "resize", "size": list(lr_size), "mode": d.pick(("area", "bilinear", "bicubic")), "final": True}
-    if len(config.stages) == 1:
-        return [*ops, last]
-    # Second order ends with [resize + sinc] and JPEG in either order (Real-ESRGAN, section 3.4).
-    resized = [last] + ([_draw_sinc(d, d.pick(s.kernel_sizes))] if d.chance(config.final_sinc_prob) else [])
-    final_jpeg = [_draw_jpeg(d, s, 1.0)]
-    return ops + (resized + final_jpeg if d.chance(0.5) else final_jpeg + resized)
+    lr = (max(1, hr_size[0] // config.scale), max(1, hr_size[1] // config.scale))
+    for i, stage in enumerate(config.stages):
+        ops += _draw_stage(d, stage, hr_size if i == 0 else lr, lr, config.scale)
+    last = [{"op": "resize", "size": list(lr), "mode": d.pick(MODES), "final": True}]
+    jpeg = []
+    if len(config.stages) > 1:
+        jpeg = [ops.pop()]
+        if d.chance(config.final_sinc_prob):
+            last.append(_draw_sinc(d, d.pick(config.stages[-1].kernel_sizes)))
+        if d.chance(0.5):
+            last, jpeg = jpeg, last
+    elif config.jpeg_last:
+        jpeg = [ops.pop()]
+    ops = [op for op in (*ops, *last, *jpeg) if op is not None]
+    if config.antialias:
+        ops = [op | {"antialias": True} if op["op"] == "resize" else op for op in ops]
+    return ops
 
 
 # ---------------------------------------------------------------- applying
@@ -250,7 +355,10 @@ def blur(x: Tensor, kernels: Tensor) -> Tensor:
     r = k // 2
     x = F.pad(x, (r, r, r, r), mode="replicate")
     shape = (x.shape[-2] + k - 1, x.shape[-1] + k - 1)
-    y = torch.fft.irfft2(torch.fft.rfft2(x, s=shape) * torch.fft.rfft2(kernels.flip(-1, -2), s=shape)[:, None], s=shape)
+    y = torch.fft.irfft2(
+        torch.fft.rfft2(x, s=shape) * torch.fft.rfft2(kernels.flip(-1, -2), s=shape)[:, None],
+        s=shape,
+    )
     return y[..., 2 * r : 2 * r + h, 2 * r : 2 * r + w]
 
 
@@ -259,7 +367,9 @@ def jpeg(x: Tensor, quality: int) -> Tensor:
     array = (x.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, "JPEG", quality=int(quality))
-    return torch.from_numpy(np.array(Image.open(buffer))).to(x.device).permute(2, 0, 1).float() / 255
+    return (
+        torch.from_numpy(np.array(Image.open(buffer))).to(x.device).permute(2, 0, 1).float() / 255
+    )
 
 
 def noise_for(x: Tensor, op: dict) -> Tensor:
@@ -270,76 +380,116 @@ def noise_for(x: Tensor, op: dict) -> Tensor:
         return (torch.randn(shape, generator=g) * (op["sigma"] / 255)).to(x.device).expand_as(x)
     source = (x.cpu().clamp(0, 1) * 255).round() / 255
     if op["gray"]:
-        source = (source * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(0, keepdim=True)
+        weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+        source = ((source * weights).sum(0, keepdim=True) * 255).round() / 255
     # Real-ESRGAN: the photon count at white is the number of distinct values, rounded up to a power of two.
     counts = 2.0 ** math.ceil(math.log2(max(2, len(torch.unique(source)))))
     n = torch.poisson(source * counts, generator=g) / counts - source
     return (n * op["scale"]).to(x.device).expand_as(x)
 
 
-def apply(hr: Tensor, draws: list[list[dict]]) -> Tensor:
-    """Run recorded draws over a batch: (b, 3, h, w) in [0, 1] → LR (b, 3, h', w') in [0, 1], multiples of 1/255.
+def _resize(x: Tensor, op: dict) -> Tensor:
+    """One (3, h, w) image to the recorded size."""
+    size, mode = tuple(op["size"]), op["mode"]
+    if size == tuple(x.shape[-2:]):
+        return x
+    if mode == "area":
+        return F.interpolate(x[None], size=size, mode=mode)[0]
+    smooth = op.get("antialias", False)
+    x = F.interpolate(x[None], size=size, mode=mode, align_corners=False, antialias=smooth)
+    return x[0].clamp(0, 1)
 
-    Images are processed step by step together; those that share operation and size go through in one call.
-    Noise operations note the measured standard deviation (`std`, of 255) in the draw: the labels need it.
-    """
+
+def _run(x: Tensor, op: dict) -> Tensor:
+    """One recorded operation on one (3, h, w) image."""
+    if op["op"] in ("blur", "sinc"):
+        return blur(x[None], kernel_of(op)[None].to(x.device))[0].clamp(0, 1)
+    if op["op"] == "resize":
+        return _resize(x, op)
+    if op["op"] == "noise":
+        return (x + noise_for(x, op)).clamp(0, 1)
+    if op["op"] == "jpeg":
+        return jpeg(x, op["quality"])
+    raise ValueError(
+        f"unknown operation {op['op']!r} in a recorded draw; known: blur, sinc, resize, noise, jpeg"
+    )
+
+
+def apply(hr: Tensor, draws: list[list[dict]]) -> Tensor:
+    """Run recorded draws: (b, 3, h, w) in [0, 1] → LR (b, 3, h', w') in [0, 1], in 255ths."""
     if hr.ndim != 4 or hr.shape[1] != 3 or len(draws) != hr.shape[0]:
-        raise ValueError(f"expected (b, 3, h, w) images and b draws, got {tuple(hr.shape)} and {len(draws)} draws")
-    images = list(hr.float().unbind(0))
-    for step in range(max(len(d) for d in draws)):
-        blurs = defaultdict(list)
-        for i, ops in enumerate(draws):
-            if step >= len(ops):
-                continue
-            op, x = ops[step], images[i]
-            if op["op"] in ("blur", "sinc"):
-                blurs[(x.shape[-2:], op["size"])].append(i)
-            elif op["op"] == "resize":
-                if tuple(op["size"]) != tuple(x.shape[-2:]):
-                    flat = {} if op["mode"] == "area" else {"align_corners": False}
-                    images[i] = F.interpolate(x[None], size=tuple(op["size"]), mode=op["mode"], **flat)[0].clamp(0, 1)
-            elif op["op"] == "noise":
-                noisy = (x + noise_for(x, op)).clamp(0, 1)
-                op["std"] = round(float((noisy - x).std()) * 255, 4)
-                images[i] = noisy
-            elif op["op"] == "jpeg":
-                images[i] = jpeg(x, op["quality"])
-            else:
-                raise ValueError(f"unknown operation {op['op']!r} in a recorded draw; known: blur, sinc, resize, noise, jpeg")
-        for members in blurs.values():
-            kernels = torch.stack([kernel_of(draws[i][step]) for i in members]).to(hr.device)
-            for i, y in zip(members, blur(torch.stack([images[i] for i in members]), kernels).clamp(0, 1), strict=True):
-                images[i] = y
+        raise ValueError(
+            f"expected (b, 3, h, w) images and b draws, got {tuple(hr.shape)} and {len(draws)} draws"
+        )
+    images = [functools.reduce(_run, ops, x) for x, ops in zip(hr.float(), draws, strict=True)]
     return (torch.stack(images) * 255).round() / 255
 
 
-def _level(value: float, bounds: tuple[float, float, float]) -> str:
-    return LEVELS[sum(value > b for b in bounds)]
+# ---------------------------------------------------------------- labels
 
 
-def label(ops: list[dict], hr_size: tuple[int, int]) -> dict[str, str]:
-    """The five labels of an applied draw, all as they are seen in the LR image, for one and two stages alike.
+def _detail(x: Tensor) -> float:
+    """Energy of the finest detail of a (3, h, w) image: mean square of its Laplacian on gray."""
+    gray = x.mean(0)
+    inner = (
+        4 * gray[1:-1, 1:-1] - gray[:-2, 1:-1] - gray[2:, 1:-1] - gray[1:-1, :-2] - gray[1:-1, 2:]
+    )
+    return float(inner.square().mean())
 
-    blur: root sum of squares of the kernels' radii, each scaled to LR pixels. noise: the same for the measured
-    standard deviations, each reduced by the later downsampling (which averages it away). compression: 100 - quality
-    of the strongest JPEG, likewise reduced. resize: the first resize against the HR size; final_resize: the last one.
+
+def visible(hr: Tensor, ops: list[dict]) -> dict[str, float]:
+    """What can be seen of each operation in the LR photo, found by replaying the draw without it.
+
+    blur: share of the fine detail that is gone, in [0, 1] (neither run has noise or JPEG). noise,
+    compression: root mean square of the difference that they make, of 255. So noise that a later
+    blur or JPEG wiped out does not count, and blur on a flat picture does not either.
     """
-    size, widths = hr_size[1], []
+
+    kinds = [op["op"] for op in ops]
+    shared = next((i for i, kind in enumerate(kinds) if kind in ("noise", "jpeg")), len(ops))
+    start = functools.reduce(_run, ops[:shared], hr)  # what all replays but the sharp one share
+
+    def replay(*without: str, x: Tensor = start, rest: list[dict] = ops[shared:]) -> Tensor:
+        x = functools.reduce(_run, [op for op in rest if op["op"] not in without], x)
+        return (x * 255).round()
+
+    def rms(a: Tensor, b: Tensor) -> float:
+        return float((a - b).square().mean().sqrt())
+
+    full = replay()
+    clean = replay("noise", "jpeg")
+    out = {"blur": 0.0, "noise": 0.0, "compression": 0.0}
+    if {"blur", "sinc"} & set(kinds):
+        sharp = replay("noise", "jpeg", "blur", "sinc", x=hr, rest=ops)
+        out["blur"] = max(0.0, 1 - math.sqrt((_detail(clean) + 0.25) / (_detail(sharp) + 0.25)))
+    if "noise" in kinds:
+        out["noise"] = rms(full, replay("noise"))
+    if "jpeg" in kinds:
+        out["compression"] = rms(full, replay("jpeg") if "noise" in kinds else clean)
+    return out
+
+
+def label(hr: Tensor, ops: list[dict]) -> dict[str, str]:
+    """The five labels of a draw on the (3, h, w) image in [0, 1] that it is for; see `visible`.
+
+    resize: the first resize against the HR size; final_resize: the last one against what came in.
+    """
+    size, directions = hr.shape[-1], []
     for op in ops:
-        widths.append(size)
-        size = op["size"][1] if op["op"] == "resize" else size
-    lr = size
-    shrink = [min(1.0, lr / w) for w in widths]
-    blur2 = sum((kernel_radius(o) * lr / w) ** 2 for o, w in zip(ops, widths, strict=True) if o["op"] in ("blur", "sinc"))
-    noise2 = sum((o["std"] * f) ** 2 for o, f in zip(ops, shrink, strict=True) if o["op"] == "noise")
-    loss = max([(100 - o["quality"]) * f for o, f in zip(ops, shrink, strict=True) if o["op"] == "jpeg"], default=0.0)
-    resizes = [(w, o["size"][1]) for o, w in zip(ops, widths, strict=True) if o["op"] == "resize"]
-    direction = [RESIZES[1 + (b > a) - (b < a)] for a, b in resizes]
-    return dict(zip(LABELS, (_level(math.sqrt(blur2), BLUR_BOUNDS), direction[0], _level(math.sqrt(noise2), NOISE_BOUNDS),
-                             _level(loss, JPEG_BOUNDS), direction[-1]), strict=True))  # fmt: skip
+        if op["op"] == "resize":
+            new = op["size"][1]
+            directions.append(RESIZES[1 + (new > size) - (new < size)])
+            size = new
+    bounds = {"blur": BLUR_BOUNDS, "noise": NOISE_BOUNDS, "compression": JPEG_BOUNDS}
+    seen = visible(hr, ops)
+    levels = {k: LEVELS[sum(seen[k] > x for x in bounds[k])] for k in bounds}
+    known = levels | {"resize": directions[0], "final_resize": directions[-1]}
+    return {name: known[name] for name in LABELS}
 
 
-def degrade(hr: Tensor, config: DegradationConfig | str = "paper", generator: torch.Generator | None = None) -> Degraded:
+def degrade(
+    hr: Tensor, config: DegradationConfig | str = "paper", generator: torch.Generator | None = None
+) -> Degraded:
     """Degrade a batch (b, 3, h, w) in [0, 1]: LR images, draws and labels. `config` is a config or a preset's name."""
     if isinstance(config, str):
         if config not in PRESETS:
@@ -347,11 +497,13 @@ def degrade(hr: Tensor, config: DegradationConfig | str = "paper", generator: to
         config = PRESETS[config]
     h, w = hr.shape[-2:]
     if h % config.scale or w % config.scale:
-        raise ValueError(f"image of {w}x{h} pixels does not divide by the scale {config.scale}: crop it first")
+        raise ValueError(
+            f"image of {w}x{h} pixels does not divide by the scale {config.scale}: crop it first"
+        )
     generator = generator if generator is not None else torch.Generator().manual_seed(0)
     draws = [draw((h, w), config, generator) for _ in range(hr.shape[0])]
     lr = apply(hr, draws)
-    return Degraded(lr, draws, [label(d, (h, w)) for d in draws])
+    return Degraded(lr, draws, [label(x, d) for x, d in zip(hr, draws, strict=True)])
 
 
 # ---------------------------------------------------------------- words
@@ -359,9 +511,7 @@ def degrade(hr: Tensor, config: DegradationConfig | str = "paper", generator: to
 
 def to_words(labels: dict[str, str]) -> str:
     """The paper's sentence, e.g. "medium blur, downsample, heavy noise, light compression, upsample"."""
-    return (
-        f"{labels['blur']} blur, {labels['resize']}, {labels['noise']} noise, {labels['compression']} compression, {labels['final_resize']}"
-    )
+    return f"{labels['blur']} blur, {labels['resize']}, {labels['noise']} noise, {labels['compression']} compression, {labels['final_resize']}"
 
 
 def from_words(text: str) -> dict[str, str]:

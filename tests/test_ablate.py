@@ -8,11 +8,14 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-from realsr_r1 import ablate, ablate_figure, ablate_sft, grpo, policy, rewards, scenes, sft, tokenizer, vlcot
 from realsr_r1.__main__ import main
-from realsr_r1.ablate import GRPO, HACK, Bench, Budget, Store
-from realsr_r1.policy import Sampled
-from realsr_r1.restore import Models
+from realsr_r1.ablations import figure as ablate_figure
+from realsr_r1.ablations import grpo as ablate
+from realsr_r1.ablations import sft as ablate_sft
+from realsr_r1.ablations.grpo import GRPO, HACK, Bench, Budget, Store
+from realsr_r1.first import grpo, policy, rewards, scenes, sft, tokenizer, vlcot
+from realsr_r1.first.policy import Sampled
+from realsr_r1.first.restore import Models
 
 TINY = Budget(steps=1, prompts=1, group=2)
 

@@ -9,8 +9,9 @@ import transformers
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from realsr_r1 import annotate, captioners, photos
+from realsr_r1 import images as photos
 from realsr_r1.__main__ import main
+from realsr_r1.corpus import annotate, captioners
 
 
 def words_tokenizer(words, **special):

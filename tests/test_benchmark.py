@@ -7,11 +7,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from realsr_r1 import benchmark, benchtable, metrics, policy, tokenizer, vlcot, weights
 from realsr_r1.__main__ import main
-from realsr_r1.benchsets import BenchSet, Item
-from realsr_r1.policy import Sampling
-from realsr_r1.restore import Models
+from realsr_r1.evaluation import benchmark, metrics
+from realsr_r1.evaluation import tables as benchtable
+from realsr_r1.evaluation.sets import BenchSet, Item
+from realsr_r1.first import policy, tokenizer, vlcot, weights
+from realsr_r1.first.policy import Sampling
+from realsr_r1.first.restore import Models
 
 CHEAP = ["psnr_rgb", "ssim_rgb"]
 
@@ -250,7 +252,7 @@ def test_a_photo_that_was_interrupted_is_not_kept(models, monkeypatch):
 
 def test_said_is_the_share_of_tiles_that_are_right(pairs):
     labels, scene = pairs.labels[0], pairs.scenes[0]
-    from realsr_r1 import degradation
+    from realsr_r1.first import degradation
 
     right = vlcot.Chain(degradation.to_words(labels), scene.captions[0], None, scene.captions[1])
     wrong = vlcot.Chain("nonsense", "a thing", None, "a thing")
@@ -356,7 +358,8 @@ def test_ctrl_c_is_one_sentence(monkeypatch, capsys, tmp_path):
 
 
 def test_the_command_without_data_makes_the_first_table(monkeypatch, tmp_path):
-    from realsr_r1 import evaluate, restore
+    from realsr_r1.evaluation import results as evaluate
+    from realsr_r1.first import restore
 
     seen = {}
     monkeypatch.setattr(restore, "load_models", lambda *a, **k: "models")
@@ -389,7 +392,11 @@ def test_the_command_without_data_makes_the_first_table(monkeypatch, tmp_path):
     ],
 )
 def test_what_cannot_be_meant_is_refused_in_a_sentence_before_any_work(monkeypatch, capsys, tmp_path, argv, said):
-    from realsr_r1 import ablate, calibration, compare, evaluate, restore
+    from realsr_r1.ablations import grpo as ablate
+    from realsr_r1.evaluation import calibration
+    from realsr_r1.evaluation import policies as compare
+    from realsr_r1.evaluation import results as evaluate
+    from realsr_r1.first import restore
 
     for module, name in ((restore, "load_models"), (evaluate, "first_results"), (calibration, "calibrate"), (compare, "compare"),
                          (ablate.Bench, "load"), (benchmark, "load_method")):  # fmt: skip

@@ -4,7 +4,9 @@ import pytest
 import torch
 from PIL import Image
 
-from realsr_r1 import benchsets, degradation, photos, scenes
+from realsr_r1 import images as photos
+from realsr_r1.evaluation import sets as benchsets
+from realsr_r1.first import degradation, scenes
 
 
 def picture(path, w, h, level=100):

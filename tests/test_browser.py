@@ -14,7 +14,7 @@ import urllib.request
 
 import pytest
 
-from realsr_r1 import course
+from realsr_r1.course import notebooks as course
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 if CHROMIUM is None:

@@ -3,8 +3,9 @@ import csv
 import pytest
 import torch
 
-from realsr_r1 import calibration, experts, policy, tokenizer
-from realsr_r1.restore import Models
+from realsr_r1.evaluation import calibration
+from realsr_r1.first import experts, policy, tokenizer
+from realsr_r1.first.restore import Models
 
 
 @pytest.fixture(scope="module")

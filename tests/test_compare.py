@@ -4,8 +4,9 @@ import json
 import pytest
 import torch
 
-from realsr_r1 import compare, experts, policy, scenes, tokenizer
-from realsr_r1.restore import Models
+from realsr_r1.evaluation import policies as compare
+from realsr_r1.first import experts, policy, scenes, tokenizer
+from realsr_r1.first.restore import Models
 
 
 @pytest.fixture(scope="module")

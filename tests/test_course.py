@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from realsr_r1 import course
+from realsr_r1.course import notebooks as course
 
 PATHS = course.notebooks()
 EXERCISES = [(p, e) for p in PATHS for e in course.exercises(course.read(p))]

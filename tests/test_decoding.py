@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from realsr_r1 import decoding, policy
+from realsr_r1.first import decoding, policy
 
 
 @pytest.fixture(scope="module", params=[(4, 4), (4, 2)], ids=["one key head a head", "grouped key heads"])

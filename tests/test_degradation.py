@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from realsr_r1 import degradation as D
+from realsr_r1.first import degradation as D
 
 
 def photo(n=2, size=64, seed=0):

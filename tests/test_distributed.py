@@ -12,8 +12,9 @@ from accelerate.commands.config.config_args import load_config_from_file
 from datasets import load_from_disk
 from torch.distributed.fsdp import FSDPModule
 
-from realsr_r1 import grpo, middle, policy, sft
-from realsr_r1.grpo import GrpoSettings
+from realsr_r1.first import grpo, policy, sft
+from realsr_r1.first.grpo import GrpoSettings
+from realsr_r1.reference import qwen as middle
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "realsr_r1" / "configs"

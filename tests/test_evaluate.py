@@ -2,8 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-import realsr_r1.restore as R
-from realsr_r1 import degradation, evaluate, perceptual, probe, scenes, tokenizer, viz, vlcot
+import realsr_r1.first.restore as R
+from realsr_r1 import images as viz
+from realsr_r1.evaluation import results as evaluate
+from realsr_r1.first import degradation, perceptual, probe, scenes, tokenizer, vlcot
 
 
 def test_bootstrap_of_a_constant_and_of_a_coin():
@@ -23,7 +25,7 @@ def test_psnr_by_hand():
 def test_text_scores_of_a_true_and_a_false_chain(pairs):
     scene, labels = pairs.scenes[0], pairs.labels[0]
     rough, middle, final = scene.captions
-    from realsr_r1 import degradation
+    from realsr_r1.first import degradation
 
     true = vlcot.Chain(degradation.to_words(labels), rough, None, middle, None, final, None)
     assert set(evaluate.text_scores(true, scene, labels).values()) == {1.0}

@@ -3,8 +3,8 @@ import pytest
 import scipy.io
 import torch
 
-from realsr_r1 import degradation, experts, perceptual, scenes, weights
-from realsr_r1.weights import WEIGHTS
+from realsr_r1.first import degradation, experts, perceptual, scenes, weights
+from realsr_r1.first.weights import WEIGHTS
 
 
 @pytest.fixture(scope="module")

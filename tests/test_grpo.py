@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 from transformers import TrainerCallback, TrainerState
 
-from realsr_r1 import grpo, policy, rewards, vlcot
 from realsr_r1.__main__ import main
-from realsr_r1.grpo import GrpoSettings
+from realsr_r1.first import grpo, policy, rewards, vlcot
+from realsr_r1.first.grpo import GrpoSettings
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"prompts": 2, "group": 4, "micro_batch": 4, "save_steps": 100}

@@ -4,8 +4,9 @@ import pytest
 import torch
 from scipy.stats import chi2
 
-from realsr_r1 import jacobi, policy, vlcot
-from realsr_r1.policy import Sampling
+from realsr_r1.first import policy, vlcot
+from realsr_r1.first.policy import Sampling
+from realsr_r1.reference import jacobi
 
 BARE = Sampling.rollout()
 

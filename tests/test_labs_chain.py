@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from realsr_r1 import policy, sft
-from realsr_r1.checks import chain as checks
+from realsr_r1.course.checks import chain as checks
+from realsr_r1.first import policy, sft
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "03_vlcot_sft.ipynb"
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from realsr_r1 import degradation as D
-from realsr_r1.checks import degradation as checks
+from realsr_r1.course.checks import degradation as checks
+from realsr_r1.first import degradation as D
 
 
 def kernel(size, sx, sy, theta, half=0.5, power=2, middle=None, normalise=True):

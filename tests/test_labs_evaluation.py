@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from scipy.linalg import sqrtm
 
-from realsr_r1 import course, metrics
-from realsr_r1.checks import evaluation as checks
+from realsr_r1.course import notebooks as course
+from realsr_r1.course.checks import evaluation as checks
+from realsr_r1.evaluation import metrics
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "06_evaluation.ipynb"
 right = checks.reference

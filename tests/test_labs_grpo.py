@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from realsr_r1 import course
-from realsr_r1.checks import grpo as checks
+from realsr_r1.course import notebooks as course
+from realsr_r1.course.checks import grpo as checks
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "05_vlcot_grpo.ipynb"
 right = checks.reference

@@ -5,8 +5,8 @@ import re
 import pytest
 import torch.nn.functional as F
 
-from realsr_r1 import experts, rewards
-from realsr_r1.checks import rewards as checks
+from realsr_r1.course.checks import rewards as checks
+from realsr_r1.first import experts, rewards
 
 
 def labels(places=None, divide=lambda k, said: k / 5, tidy=str.strip):

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from realsr_r1 import budget, chameleon, cost, jacobi, reference
-from realsr_r1.checks import scaling as checks
+from realsr_r1.course.checks import scaling as checks
+from realsr_r1.planning import budget, cost
+from realsr_r1.reference import chameleon, jacobi
+from realsr_r1.reference import restoring as reference
 
 right = checks.reference
 NAMES = ("chain_budget", "code_to_id", "cache_bytes", "zero_bytes", "accept_or_redraw", "grpo_cost")

@@ -3,9 +3,9 @@ import math
 import pytest
 import torch
 
-from realsr_r1 import vlcot
-from realsr_r1.checks import start as checks
-from realsr_r1.restore import tile_origins
+from realsr_r1.course.checks import start as checks
+from realsr_r1.first import vlcot
+from realsr_r1.first.restore import tile_origins
 
 
 def part_at(trace, x, y, tag):

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from realsr_r1.checks import tokens as checks
-from realsr_r1.tokenizer import Codebook
-from realsr_r1.vlcot import image_words
+from realsr_r1.course.checks import tokens as checks
+from realsr_r1.first.tokenizer import Codebook
+from realsr_r1.first.vlcot import image_words
 
 
 def entropy(codes, size, base=torch.e):

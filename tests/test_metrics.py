@@ -9,7 +9,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from scipy.ndimage import correlate1d
 
-from realsr_r1 import experts, metrics, perceptual, photos, scenes
+from realsr_r1 import images as photos
+from realsr_r1.evaluation import metrics
+from realsr_r1.first import experts, perceptual, scenes
 
 READY = ("psnr_y", "psnr_rgb", "ssim_y", "ssim_rgb", "lpips", "fsim", "niqe", "piqe")  # what a fresh clone can compute
 EVAL = scenes.ASSETS / "eval"
@@ -116,7 +118,7 @@ def test_niqe_ships_in_double_precision_and_gives_what_the_calibrated_one_gave(h
     # These parameters give the published values on pyiqa's calibration pictures (test below), and these on two shipped photos;
     # in half precision it would be 4.314 and 3.286.
     x = torch.cat([photo("scikit-image-astronaut", 288), photo("libjxl-testdata-flower", 288)])
-    assert metrics.load("niqe")(x).tolist() == pytest.approx([4.3008, 3.3006], rel=1e-3)
+    assert metrics.load("niqe")(x).tolist() == pytest.approx([4.3008, 3.3006], rel=2e-3)
     assert not list(hub.rglob("*"))  # neither downloaded nor left behind
 
 

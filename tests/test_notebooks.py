@@ -6,7 +6,7 @@ import re
 import nbformat
 import pytest
 
-from realsr_r1 import course
+from realsr_r1.course import notebooks as course
 
 PATHS = course.notebooks()
 NAMES = [p.stem for p in PATHS]
@@ -61,7 +61,7 @@ def test_code_and_outputs_belong_together(path, read):
     nb = read(path)
     stored = nb.metadata.get("realsr_r1", {}).get("code")
     assert stored == course.fingerprint(nb), (
-        f"the code of {path.stem} changed after its outputs were made: python -m realsr_r1.course execute {path.stem}"
+        f"the code of {path.stem} changed after its outputs were made: python -m realsr_r1.course.notebooks execute {path.stem}"
     )
 
 
@@ -141,7 +141,7 @@ import sys
 
 if importlib.util.find_spec("realsr_r1") is None:
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "ADDRESS"], check=True)
-from realsr_r1 import course
+from realsr_r1.course import notebooks as course
 
 device, QUICK = course.start(seed=0)
 """

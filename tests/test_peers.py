@@ -15,10 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from realsr_r1 import peers, perceptual, photos
+from realsr_r1 import images as photos
+from realsr_r1.evaluation import peers
+from realsr_r1.first import perceptual
 
 NETWORKS = [name for name, method in peers.METHODS.items() if method.weights]
-EVAL = Path(peers.__file__).parent / "assets" / "eval"
+EVAL = Path(peers.__file__).parents[1] / "assets" / "eval"
 
 
 def noise(*shape, seed=0):
@@ -156,7 +158,7 @@ def test_an_absent_package_is_named_with_the_line_that_installs_it(nothing, name
         peers.load(name)
     nothing.setattr(peers, "find_spec", lambda module: ModuleSpec(module, None) if module == "ncnn" else None)
     method = peers.METHODS[name]
-    with pytest.raises(RuntimeError, match=f"{method.package}.*python -m realsr_r1.peers") as error:
+    with pytest.raises(RuntimeError, match=f"{method.package}.*python -m realsr_r1.evaluation.peers") as error:
         peers.load(name)
     assert "\n" not in str(error.value)
     assert ("realsr_r1[peers]" in str(error.value)) == (name != "realsr-df2k-jpeg")

@@ -3,8 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from realsr_r1 import policy, vlcot
-from realsr_r1.policy import Sampling
+from realsr_r1.first import policy, vlcot
+from realsr_r1.first.policy import Sampling
 
 
 @pytest.fixture(scope="module")

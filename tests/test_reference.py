@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import ChameleonForConditionalGeneration, PreTrainedTokenizerFast
 
-from realsr_r1 import chameleon as C
-from realsr_r1 import reference as R
-from realsr_r1 import vlcot
 from realsr_r1.__main__ import main
-from realsr_r1.policy import Sampling
-from realsr_r1.tokenizer import TokenizerConfig, VQModel
+from realsr_r1.first import vlcot
+from realsr_r1.first.policy import Sampling
+from realsr_r1.first.tokenizer import TokenizerConfig, VQModel
+from realsr_r1.reference import chameleon as C
+from realsr_r1.reference import restoring as R
 
 VOCAB = 73_728
 VQ = {"base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1, "embed_dim": 8, "num_embeddings": 16, "latent_channels": 32}

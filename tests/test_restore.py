@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-import realsr_r1.restore as R
-from realsr_r1 import policy, scenes, tokenizer, vlcot
-from realsr_r1 import weights as weights_io
+import realsr_r1.first.restore as R
 from realsr_r1.__main__ import main
+from realsr_r1.first import policy, scenes, tokenizer, vlcot
+from realsr_r1.first import weights as weights_io
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def test_too_large_a_photo_is_refused_with_an_estimate(models):
 
 
 def test_package_name_can_be_called(models):
-    from realsr_r1 import restore
+    from realsr_r1.first import restore
 
     assert restore(noise_photo(8, 8), models, progress=False)[0].size == (32, 32)
 
@@ -188,7 +188,7 @@ def test_shipped_weights_think_and_beat_bicubic(shipped):
     hr, lr = data.hr.float() / 255, data.lr.float() / 255
     chains = R.think(shipped, lr, generator=torch.Generator().manual_seed(0))
     assert all(c.complete for c in chains)
-    from realsr_r1 import perceptual
+    from realsr_r1.first import perceptual
 
     with torch.no_grad():
         ours = R.decode_final(shipped, torch.stack([c.final_image for c in chains]), lr)

@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from realsr_r1 import photos, scenes
+from realsr_r1 import images as photos
+from realsr_r1.first import scenes
 
 
 def test_same_seed_same_scene_and_other_seed_another():

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from realsr_r1 import policy, sft, vlcot
+from realsr_r1.first import policy, sft, vlcot
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from realsr_r1 import photos, policy, sft, shards, sources, vlcot
+from realsr_r1 import images as photos
+from realsr_r1.corpus import shards, sources
+from realsr_r1.first import policy, sft, vlcot
 
 CAPTIONS = ["A bird on grass.", "a white seabird, on green grass", "a large white zebra at the lower left"]
 
@@ -66,7 +68,7 @@ def test_plain_words():
 
 
 def test_prompt_rows_have_the_columns_of_grpo(folder, tiny, words):
-    from realsr_r1 import grpo, rewards
+    from realsr_r1.first import grpo, rewards
 
     encode = shards.PromptRows(tiny[1], words, keep_hr=128)
     data, _ = sources.pairs(sources.open_source(folder).take(2), notes=photos.read_captions(folder))
@@ -182,7 +184,7 @@ def test_any_number_of_processes_and_files(folder, tiny, words, tmp_path, proces
 
 
 def test_grpo_takes_its_prompts_from_the_files(folder, tiny, words, tmp_path):
-    from realsr_r1 import grpo, rewards
+    from realsr_r1.first import grpo, rewards
 
     shards.write_shards(folder, tmp_path / "rows", shards.PromptRows(tiny[1], words), notes=photos.read_captions(folder))
     policy.save(tiny[2], tmp_path / "sft")

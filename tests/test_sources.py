@@ -8,7 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from realsr_r1 import degradation, photos, sources
+from realsr_r1 import images as photos
+from realsr_r1.corpus import sources
+from realsr_r1.first import degradation
 
 
 def draw(path, seed, size=(40, 36)):

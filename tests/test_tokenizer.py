@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from realsr_r1 import degradation, perceptual, pretrain, tokenizer, weights
-from realsr_r1 import reader as reader_module
+from realsr_r1.first import degradation, perceptual, pretrain, tokenizer, weights
+from realsr_r1.first import reader as reader_module
 
 
 def test_quantiser_by_hand():

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from realsr_r1 import vlcot
+from realsr_r1.first import vlcot
 
 
 def chain(seed=0, sizes=(4, 8, 16)):

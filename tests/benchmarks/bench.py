@@ -26,13 +26,16 @@ from PIL import Image
 from record import SERIES, Peak, Record, side_by_side
 from transformers import PreTrainedModel
 
-from realsr_r1 import degradation, evaluate, experts, grpo, peers, perceptual, photos, policy, restore, scenes, vlcot
-from realsr_r1.policy import Sampling
-from realsr_r1.tokenizer import guided_decode
-from realsr_r1.vlcot import TAGS, LayoutGrammar
-from realsr_r1.weights import WEIGHTS
+from realsr_r1 import images as photos
+from realsr_r1.evaluation import peers
+from realsr_r1.evaluation import results as evaluate
+from realsr_r1.first import degradation, experts, grpo, perceptual, policy, restore, scenes, vlcot
+from realsr_r1.first.policy import Sampling
+from realsr_r1.first.tokenizer import guided_decode
+from realsr_r1.first.vlcot import TAGS, LayoutGrammar
+from realsr_r1.first.weights import WEIGHTS
 
-PHOTO = Path(restore.__file__).parent / "assets" / "eval" / "scikit-image-astronaut.webp"
+PHOTO = Path(restore.__file__).parents[1] / "assets" / "eval" / "scikit-image-astronaut.webp"
 HOW = Sampling.rollout()  # text sampled, temperature 1, nothing else: what transformers' generate can do as well
 
 

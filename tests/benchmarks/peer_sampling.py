@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from realsr_r1.vlcot import END, EOS, PAD, ROW, START, Vocabulary
+from realsr_r1.first.vlcot import END, EOS, PAD, ROW, START, Vocabulary
 
 
 class PerRowLayout(LogitsProcessor):

@@ -10,9 +10,9 @@ from bench import main
 from PIL import Image
 from record import Peak, Record, exponent, side_by_side
 
-from realsr_r1 import policy
-from realsr_r1.policy import Sampling
-from realsr_r1.vlcot import END, ROW, START, LayoutGrammar
+from realsr_r1.first import policy
+from realsr_r1.first.policy import Sampling
+from realsr_r1.first.vlcot import END, ROW, START, LayoutGrammar
 
 
 def test_exponent_of_a_known_power():

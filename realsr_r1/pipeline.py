@@ -1,0 +1,330 @@
+"""A whole photo, ×4: read once, draw many.
+
+The photo scaled down to one tile gives the reading: what it shows, in three texts. Each tile then
+names its own degradation and draws its images under these texts. The codes of all tiles make one
+grid, from which the decoder, being convolutional, decodes the whole picture beside the LR photo: so
+no tile border can show.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import find_executable_batch_size
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from realsr_r1 import images, vlcot
+from realsr_r1.common import device_of
+from realsr_r1.policy import ChainPolicy
+from realsr_r1.sampling import Samples, Sampling, sample
+from realsr_r1.tokenizer import FACTOR, SCALE, VQModel
+from realsr_r1.vlcot import GRIDS, TEXT_TAGS, Chain
+
+WEIGHTS = Path(__file__).parent / "assets" / "weights"
+TILE = GRIDS[-1] * FACTOR // SCALE  # LR pixels
+STRIDE = 24  # LR pixels: a tile's outer two codes are drawn but not used, where it has neighbors
+CODE = FACTOR // SCALE  # LR pixels per code
+MAX_PIXELS = 1024 * 1024  # of the LR photo: the result has 16 times as many
+WINDOW, MARGIN = 64, 8  # codes: the decoder's window on large photos, and what it sees around it
+
+
+@dataclass
+class Tile:
+    """Where a tile lies, in LR pixels, and the chain that was written for it."""
+
+    x: int
+    y: int
+    chain: Chain
+
+
+@dataclass
+class Restoration:
+    """A restored photo and how it came about; shows itself in a notebook."""
+
+    image: Image.Image
+    reading: Chain  # of the whole photo, its three images included
+    tiles: list[Tile]
+    settings: dict = field(default_factory=dict)
+    complete: bool = True  # False after Ctrl-C: the rest is decoded from the LR photo alone
+
+    @property
+    def trace(self) -> dict:
+        """All that was thought, JSON-able."""
+
+        def plain(chain: Chain) -> dict:
+            parts = {t: getattr(chain, t) for t in vlcot.TAGS}
+            return {t: p.tolist() if isinstance(p, Tensor) else p for t, p in parts.items()}
+
+        tiles = [{"x": t.x, "y": t.y, **plain(t.chain)} for t in self.tiles]
+        settings = {"settings": self.settings, "complete": self.complete}
+        return settings | {"reading": plain(self.reading), "tiles": tiles}
+
+    def save(self, path: str | Path, trace: str | Path | None = None) -> None:
+        """Write the picture, and the trace as JSON. Raises ValueError, in one sentence, for a place
+        that cannot be written or a suffix that Pillow does not know."""
+        check_writable(path, trace)
+        self.image.save(path)
+        if trace:
+            Path(trace).write_text(json.dumps(self.trace))
+
+    def _repr_png_(self) -> bytes:
+        return self.image._repr_png_()
+
+
+def check_writable(path: str | Path, trace: str | Path | None = None) -> None:
+    """Raise ValueError unless a picture can be written to `path` (and a file to `trace`)."""
+    for place in filter(None, (path, trace)):
+        folder = Path(place).parent
+        if not folder.is_dir():
+            raise ValueError(f"output folder {folder} does not exist: create it first")
+        probe = folder / f".{Path(place).name}.write-test"
+        try:
+            probe.touch()
+            probe.unlink()
+        except OSError as e:
+            name = Path(place).name
+            raise ValueError(f"{folder} cannot be written: choose another place for {name}") from e
+    if Path(path).suffix.lower() not in Image.registered_extensions():
+        name = Path(path).name
+        raise ValueError(f"Pillow cannot write {name}: end the name in .png, .jpg or .webp")
+
+
+class RealSR:
+    """Tokenizer and policy together: the model that restores.
+
+    `model("photo.jpg", seed=0)` restores a photo; `sample` and `decode` are its two halves."""
+
+    def __init__(self, tokenizer: VQModel, policy: ChainPolicy, name: str = "nano"):
+        if tokenizer.config.codes != policy.config.codes:
+            raise ValueError(
+                f"tokenizer ({tokenizer.config.codes} codes) and policy ({policy.config.codes}) do "
+                "not belong together: use weights of one training"
+            )
+        self.tokenizer, self.policy, self.name = tokenizer.eval(), policy.eval(), name
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path = "nano", device: str | None = None, policy: str = "policy-sft"
+    ) -> "RealSR":
+        """Weights by the shipped name "nano", by folder, or by hub id.
+
+        Args:
+            device: cpu, cuda or mps; None takes the best there is.
+            policy: which of the folder's policies.
+        Raises ValueError or FileNotFoundError, in one sentence, where they cannot be had."""
+        dev = device_of(device)
+        folder = find_weights(name)
+        parts = folder / "tokenizer", folder / policy
+        for part in parts:
+            if not (part / "model.safetensors").exists():
+                raise FileNotFoundError(
+                    f"weights {part.name} are missing in {folder.name}/: train them "
+                    "(realsr train --help) or reinstall"
+                )
+        try:
+            tokenizer = VQModel.from_pretrained(parts[0])
+            model = ChainPolicy.from_pretrained(parts[1], dtype=torch.float32)
+        except Exception as e:  # safetensors, json, torch and hub each raise their own kinds
+            raise ValueError(
+                f"weights in {folder.name}/ are cut short, damaged or of another version: copy or "
+                "train them again"
+            ) from e
+        return cls(tokenizer.float().to(dev), model.to(dev), str(name))
+
+    def save_pretrained(self, folder: str | Path, policy: str = "policy-sft") -> None:
+        """Write both networks, in half precision, so that `from_pretrained(folder)` reads them."""
+        for part, name in ((self.tokenizer, "tokenizer"), (self.policy, policy)):
+            dtype = next(part.parameters()).dtype
+            part.half().save_pretrained(Path(folder) / name)
+            part.to(dtype)
+        (Path(folder) / "tokenizer" / "README.md").unlink(missing_ok=True)  # the hub's empty card
+
+    @property
+    def device(self) -> torch.device:
+        return self.policy.device
+
+    def sample(
+        self,
+        lr: Tensor,
+        sampling: Sampling = Sampling(),
+        generator: torch.Generator | None = None,
+        texts: dict[str, str] | None = None,
+    ) -> Samples:
+        """LR tiles (b, 3, 32, 32) in [0, 1] → chains; `texts`: parts whose words are given."""
+        return sample(self.policy, lr, sampling, generator, self.policy.grammar(texts=texts))
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor | None = None, lr: Tensor | None = None) -> Tensor:
+        """Codes (b, h, w), LR photos (b, 3, 2h, 2w), or both → (b, 3, 8h, 8w) in [0, 1]."""
+        parts = [None if x is None else x.to(self.device) for x in (codes, lr)]
+        return self.tokenizer.decode(*parts)
+
+    def read(self, lr: Tensor, sampling: Sampling, generator: torch.Generator) -> Chain:
+        """The reading of a whole LR photo (3, h, w), from its middle square at one tile's size."""
+        side = min(lr.shape[-2:])
+        y, x = ((n - side) // 2 for n in lr.shape[-2:])
+        square = lr[None, :, y : y + side, x : x + side]
+        small = F.interpolate(square, size=TILE, mode="area" if side > TILE else "nearest")
+        return self.sample(small, sampling, generator).chains[0]
+
+    def __call__(
+        self,
+        photo: Image.Image | str | Path,
+        seed: int = 0,
+        sampling: Sampling = Sampling(),
+        batch: int = 48,
+        progress: bool = True,
+        max_pixels: int = MAX_PIXELS,
+    ) -> Restoration:
+        """Restore a photo ×4.
+
+        Args:
+            photo: a path, or any PIL image.
+            seed: the same seed gives the same picture.
+            sampling: how tokens are chosen.
+            batch: tiles at a time; halved where memory runs out.
+            progress: show a bar.
+            max_pixels: refuse larger photos.
+        Raises ValueError, in one sentence, for unreadable or too large photos. On Ctrl-C what is
+        done so far is kept and the rest comes from the LR photo alone."""
+        image = images.to_rgb(photo) if isinstance(photo, Image.Image) else images.open_photo(photo)
+        w, h = image.size
+        if w * h > max_pixels:
+            raise ValueError(
+                f"a photo of {w}x{h} pixels is rarely in need of ×4: scale it down, or raise "
+                "max_pixels"
+            )
+        lr = pad(images.to_tensor(image))
+        reading = self.read(lr, sampling, torch.Generator().manual_seed(seed))
+        texts = {t: getattr(reading, t) for t in TEXT_TAGS[1:]}
+        grid, tiles, places = None, [], origins(lr)
+        try:
+            grid = torch.full([n // CODE for n in lr.shape[-2:]], -1)
+            for place, chain in self._draw(lr, places, texts, (sampling, seed, batch), progress):
+                tiles.append(Tile(*place, chain))
+                put(grid, chain.final_image, place)
+        except KeyboardInterrupt:
+            print(f"stopped after {len(tiles)} of {len(places)} tiles: the rest is without a chain")
+        out = decode_grid(self, grid, lr)[:, : h * SCALE, : w * SCALE]
+        settings = {"model": self.name, "seed": seed, "device": str(self.device), "lr_size": [w, h]}
+        settings |= {"tile": TILE, "stride": STRIDE, "scale": SCALE, **asdict(sampling)}
+        complete = len(tiles) == len(places)
+        return Restoration(images.to_image(out), reading, tiles, settings, complete)
+
+    def _draw(
+        self,
+        lr: Tensor,
+        places: list[tuple[int, int]],
+        texts: dict[str, str],
+        how: tuple[Sampling, int, int],
+        progress: bool,
+    ) -> Iterator[tuple[tuple[int, int], Chain]]:
+        """Place and chain of each tile, in batches that are halved where memory runs out. Each
+        batch has its own seed, so that it does not depend on what came before it."""
+        sampling, seed, batch = how
+        first = 0
+        with tqdm(total=len(places), desc="tiles", disable=not progress) as bar:
+            while first < len(places):
+
+                @find_executable_batch_size(starting_batch_size=batch)
+                def chains(size: int, first: int = first) -> list[Chain]:
+                    some = places[first : first + size]
+                    tiles = torch.stack([lr[:, y : y + TILE, x : x + TILE] for x, y in some])
+                    g = torch.Generator().manual_seed(seed * 1_000_003 + first)
+                    return self.sample(tiles, sampling, g, texts).chains
+
+                done = chains()
+                batch = min(batch, max(1, len(done)))
+                yield from zip(places[first : first + len(done)], done, strict=True)
+                first += len(done)
+                bar.update(len(done))
+
+
+def find_weights(name: str | Path) -> Path:
+    """The folder of weights: the shipped ones for "nano", a folder, or a hub id's download."""
+    if str(name) == "nano":
+        return WEIGHTS
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(str(name)))
+    except (HFValidationError, HfHubHTTPError, OSError) as e:
+        raise FileNotFoundError(
+            f"{name} is no folder and no hub repository that can be reached: check the name"
+        ) from e
+
+
+def pad(lr: Tensor) -> Tensor:
+    """(3, h, w) padded on the right and below to an even size of at least one tile."""
+    h, w = (max(TILE, math.ceil(n / CODE) * CODE) for n in lr.shape[-2:])
+    return F.pad(lr[None], (0, w - lr.shape[-1], 0, h - lr.shape[-2]), mode="replicate")[0]
+
+
+def origins(lr: Tensor) -> list[tuple[int, int]]:
+    """(x, y) of the tiles that cover a padded LR photo, multiples of a code."""
+
+    def along(length: int) -> list[int]:
+        n = 1 + math.ceil((length - TILE) / STRIDE)
+        return [round(i * (length - TILE) / max(1, n - 1) / CODE) * CODE for i in range(n)]
+
+    return [(x, y) for y in along(lr.shape[-2]) for x in along(lr.shape[-1])]
+
+
+def put(grid: Tensor, codes: Tensor, place: tuple[int, int], inner: int = 2) -> None:
+    """Write a tile's codes (16, 16) into the grid (h, w): its border of `inner` codes only where
+    nothing has been written yet, since it has seen less of what lies around."""
+    x, y = place[0] // CODE, place[1] // CODE
+    n = len(codes)
+    here = grid[y : y + n, x : x + n]
+    border = torch.ones_like(here, dtype=torch.bool)
+    border[inner:-inner, inner:-inner] = False
+    keep = border & (here >= 0)
+    here[:] = torch.where(keep, here, codes)
+
+
+def decode_grid(model: RealSR, grid: Tensor, lr: Tensor) -> Tensor:
+    """The whole picture (3, 4h, 4w) from the code grid (h/2, w/2) and the LR photo (3, h, w), in
+    windows where it is large. Where the grid holds -1 the decoder has the LR photo alone."""
+    known, codes = grid >= 0, grid.clamp(min=0)
+    out = torch.zeros(3, *(n * SCALE for n in lr.shape[-2:]))
+    for y in range(0, grid.shape[0], WINDOW):
+        for x in range(0, grid.shape[1], WINDOW):
+            top, left = max(0, y - MARGIN), max(0, x - MARGIN)
+            bottom, right = y + WINDOW + MARGIN, x + WINDOW + MARGIN
+            part = codes[None, top:bottom, left:right]
+            seen = lr[None, :, top * CODE : bottom * CODE, left * CODE : right * CODE]
+            whole = model.decode(part, seen)[0].cpu()
+            missing = ~known[top:bottom, left:right]
+            if missing.any():
+                alone = model.decode(None, seen)[0].cpu()
+                mask = missing.repeat_interleave(FACTOR, 0).repeat_interleave(FACTOR, 1)
+                whole = torch.where(mask, alone, whole)
+            cut = whole[:, (y - top) * FACTOR :, (x - left) * FACTOR :]
+            cut = cut[:, : WINDOW * FACTOR, : WINDOW * FACTOR]
+            at = slice(y * FACTOR, y * FACTOR + cut.shape[1])
+            out[:, at, x * FACTOR : x * FACTOR + cut.shape[2]] = cut
+    return out
+
+
+@lru_cache(maxsize=2)
+def _loaded(name: str, device: str | None) -> RealSR:
+    return RealSR.from_pretrained(name, device)
+
+
+def restore(
+    photo: Image.Image | str | Path, seed: int = 0, model: str | RealSR = "nano", **options
+) -> Restoration:
+    """Restore a photo ×4 with the shipped model: `RealSR.from_pretrained(model)(photo, seed)`."""
+    if not isinstance(model, RealSR):
+        model = _loaded(model, options.pop("device", None))
+    return model(photo, seed, **options)

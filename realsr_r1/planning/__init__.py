@@ -1,0 +1,1 @@
+"""What a training costs in time, memory and money."""

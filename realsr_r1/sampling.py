@@ -1,0 +1,181 @@
+"""Sampling chains: under the layout grammar, a batch at a time, replayable.
+
+The settings are PURE's (temperature, greedy text, entropy-dependent top-k and guidance inside
+images) or, for reinforcement learning, the policy's own distribution. What a chain is drawn from,
+the softmax over the tokens that the grammar allows, is also what a loss must see.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from realsr_r1 import vlcot
+from realsr_r1.decoding import Decoder
+from realsr_r1.grammar import LayoutGrammar
+from realsr_r1.policy import CELLS, FIRST_CELL, ChainPolicy
+from realsr_r1.vlcot import EOS, GRIDS, PAD
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. `rollout()` is what a loss sees: temperature 1, nothing else."""
+
+    temperature: float = 1.0  # of text
+    image_temperature: float = 0.8
+    greedy_text: bool = True
+    entropy_top_k: bool = True  # inside images; see the function of that name
+    guidance: float = 1.0  # 1: off; PURE uses 0.8. See `guided_logits`
+    num_generations: int = 1  # chains per LR photo
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0 or self.image_temperature <= 0:
+            raise ValueError("a temperature must be above 0: for greedy images take 0.01")
+
+    @staticmethod
+    def rollout(num_generations: int = 1) -> "Sampling":
+        return Sampling(1.0, 1.0, False, False, num_generations=num_generations)
+
+
+@dataclass
+class Samples:
+    """Completions (b, n), padded; their tokens' log-probabilities (b, n) at temperature 1 under the
+    grammar; chains; the final images' codes (b, 16, 16)."""
+
+    ids: Tensor
+    logprobs: Tensor
+    chains: list[vlcot.Chain]
+    codes: Tensor
+
+
+def entropy_top_k(logits: Tensor) -> Tensor:
+    """PURE's number of candidates from the entropy H of logits (b, v), in nats clamped to 0–10:
+    1 + 1999·sigmoid(H - 5), (b,) int64."""
+    logp = logits.log_softmax(-1)
+    entropy = -(logp.exp() * logp.nan_to_num(neginf=0.0)).sum(-1)
+    return (1 + 1999 * torch.sigmoid(entropy.clamp(0, 10) - 5)).round().long()
+
+
+def keep_top_k(logits: Tensor, k: Tensor) -> Tensor:
+    """Set all but each row's k (b,) largest logits (b, v) to minus infinity."""
+    ordered = logits.sort(-1, descending=True).values
+    threshold = ordered.gather(-1, (k.clamp(1, logits.shape[-1]) - 1)[:, None])
+    return logits.masked_fill(logits < threshold, float("-inf"))
+
+
+def guided_logits(logits: Tensor, blind: Tensor, guidance: float) -> Tensor:
+    """Classifier-free guidance (Ho and Salimans 2022): blind + guidance · (logits - blind), where
+    `blind` are the logits without the LR photo."""
+    return blind + guidance * (logits - blind)
+
+
+def choose(logits: Tensor, u: Tensor) -> Tensor:
+    """Tokens (b,) drawn from the softmax of logits (b, v) with uniform numbers u (b,) in [0, 1), by
+    inverting the distribution."""
+    mass = logits.softmax(-1).cumsum(-1)
+    # A token without probability has its predecessor's sum, so it is never the first to exceed u.
+    return (mass <= (u * mass[:, -1])[:, None]).sum(-1)
+
+
+class _Writer:
+    """A batch of chains being written: the decoder, and what the cells get to see."""
+
+    @torch.no_grad()
+    def __init__(self, policy: ChainPolicy, lr: Tensor, length: int, copies: int):
+        self.policy = policy
+        patches, seen = policy.look(lr)
+        task = torch.tensor(policy.vocabulary.prompt[-1:], device=lr.device)
+        task = policy.get_input_embeddings()(task).expand(len(lr), 1, -1)
+        self.decoder = Decoder(policy.model, torch.cat([patches, task], 1), length, copies)
+        self.seen = seen.repeat_interleave(copies, 0)
+        shape = (len(lr) * copies, CELLS)
+        self.codes = torch.full(shape, -1, device=lr.device)
+        self.rows = torch.arange(shape[0], device=lr.device)
+
+    def logits(self) -> Tensor:
+        return self.policy.head(self.decoder.last).float()
+
+    def write(self, token: Tensor, cell: Tensor, following: Tensor) -> None:
+        """Append tokens (b,); `cell` (b,) is the cell each one fills, `following` the cell that the
+        next one will fill (-1: none)."""
+        inside = cell >= 0
+        self.codes[self.rows[inside], cell[inside]] = token[inside]
+        x = self.policy.get_input_embeddings()(token)
+        if self.policy.config.aligned and bool((following >= 0).any()):
+            extra = self.seen[self.rows, following.clamp(min=0)]
+            extra = extra + self.policy.previous(self.codes, following[:, None])[:, 0]
+            x = x + torch.where((following >= 0)[:, None], extra, 0.0)
+        self.decoder.step(x)
+
+
+def _chosen(logits: Tensor, inside: Tensor, sampling: Sampling, first: int, u: Tensor) -> Tensor:
+    """Tokens (b,) from masked logits (b, v); `inside` (b,) marks rows that are in an image."""
+    heat = torch.where(inside, sampling.image_temperature, sampling.temperature)
+    scores = logits / heat[:, None]
+    if sampling.entropy_top_k and bool(inside.any()):
+        some = scores[inside, first:]
+        scores[inside, first:] = keep_top_k(some, entropy_top_k(some))
+    drawn = choose(scores, u)
+    return torch.where(~inside & sampling.greedy_text, scores.argmax(-1), drawn)
+
+
+@torch.no_grad()
+def sample(
+    policy: ChainPolicy,
+    lr: Tensor,
+    sampling: Sampling = Sampling(),
+    generator: torch.Generator | None = None,
+    grammar: LayoutGrammar | None = None,
+    prefix: Tensor | None = None,
+) -> Samples:
+    """Chains for LR photos (b, 3, 32, 32) in [0, 1], `num_generations` for each, those of a photo
+    adjacent. Same generator state, same chains, on every device up to rounding.
+
+    Args:
+        grammar: the layout; None is the whole chain. One with given texts writes those.
+        prefix: first tokens (b, n) that are not chosen, such as a true chain's.
+    """
+    grammar = (grammar or policy.grammar()).to(policy.device)
+    lr = lr.to(policy.device, policy.dtype)
+    copies, vocabulary = sampling.num_generations, policy.vocabulary
+    first, pad, eos = vocabulary.first_code, vocabulary.ids[PAD], vocabulary.ids[EOS]
+    writer = _Writer(policy, lr, grammar.max_length + 1, copies)
+    blind = None
+    if sampling.guidance != 1.0:
+        blind = _Writer(policy, torch.full_like(lr, 0.5), grammar.max_length + 1, copies)
+    state = grammar.start(len(lr) * copies)
+    tokens, logprobs = [], []
+    for i in range(grammar.max_length):
+        mask, cell = grammar.allowed(state), grammar.cell[state]
+        logits = writer.logits().masked_fill(~mask, float("-inf"))
+        chosen = logits
+        if blind is not None:
+            other = blind.logits().masked_fill(~mask, float("-inf"))
+            mixed = guided_logits(logits, other, sampling.guidance).masked_fill(~mask, -torch.inf)
+            chosen = torch.where((cell >= 0)[:, None], mixed, logits)
+        u = torch.rand(len(state), generator=generator).to(policy.device)
+        token = _chosen(chosen, cell >= 0, sampling, first, u)
+        if prefix is not None and i < prefix.shape[1]:
+            token = prefix[:, i].to(policy.device)
+        tokens.append(token)
+        logprobs.append(logits.log_softmax(-1).gather(-1, token[:, None])[:, 0])
+        state = grammar.step(state, token)
+        if bool((token == eos).all() | (state == grammar.max_length).all()):
+            break
+        for w in filter(None, (writer, blind)):
+            w.write(token, cell, grammar.cell[state])
+    ids, logprobs = torch.stack(tokens, 1), torch.stack(logprobs, 1)
+    chains = [vlcot.parse(vocabulary.decode(row)) for row in ids.cpu()]
+    codes = writer.codes[:, FIRST_CELL[-1] :] - first
+    grid = GRIDS[-1]
+    return Samples(ids, logprobs.masked_fill(ids == pad, 0.0), chains, codes.view(-1, grid, grid))
+
+
+def logprobs_of(policy: ChainPolicy, lr: Tensor, ids: Tensor, grammar: LayoutGrammar) -> Tensor:
+    """Log-probability (b, n) of given completions (b, n) in one forward pass, the softmax running
+    over the tokens that the grammar allows: what `sample` draws from and a loss must use."""
+    prompt = torch.tensor(policy.vocabulary.prompt, device=ids.device).expand(len(ids), -1)
+    whole = torch.cat([prompt, ids], 1)
+    logits = policy(whole, lr, logits_to_keep=ids.shape[1] + 1).logits[:, :-1].float()
+    logits = logits.masked_fill(~grammar.allowed(grammar.states(ids)), float("-inf"))
+    return logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]

@@ -1,0 +1,418 @@
+"""The second form's networks together: grammar, policy, sampling, fine-tuning, whole photos.
+
+Random weights are enough: everything here is about form, not about quality."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from realsr_r1 import sft, vlcot
+from realsr_r1.decoding import Decoder
+from realsr_r1.pipeline import CODE, STRIDE, TILE, RealSR, decode_grid, origins, pad, put
+from realsr_r1.policy import CELLS, PARENTS, ChainPolicy, PolicyConfig
+from realsr_r1.sampling import Sampling, choose, keep_top_k, logprobs_of, sample
+from realsr_r1.tokenizer import TokenizerConfig, VQModel
+from realsr_r1.vlcot import EOS, PAD, Chain
+
+LABELS = "medium blur, downsample, no noise, no compression, keep"
+
+
+def config(**changes) -> PolicyConfig:
+    return PolicyConfig(
+        codes=64, hidden_size=32, layers=2, heads=2, mlp=48, eye_width=16, **changes
+    )
+
+
+@pytest.fixture(scope="module")
+def model() -> RealSR:
+    torch.manual_seed(0)
+    shape = TokenizerConfig(
+        codes=64, encoder=(16, 16), decoder=(16, 16, 16, 16), lr_width=16, blocks=1
+    )
+    return RealSR(VQModel(shape), ChainPolicy(config(eye_blocks=1)))
+
+
+@pytest.fixture(scope="module")
+def lr() -> torch.Tensor:
+    return torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def true_chain(seed: int = 0) -> Chain:
+    g = torch.Generator().manual_seed(seed)
+    a, b, c = (torch.randint(0, 64, (n, n), generator=g) for n in vlcot.GRIDS)
+    texts = "a tulip on grass", "a red tulip on grass", "a near view of a red tulip at the top"
+    return Chain(LABELS, texts[0], a, texts[1], b, texts[2], c)
+
+
+def true_ids(policy: ChainPolicy, n: int = 2) -> torch.Tensor:
+    v = policy.vocabulary
+    rows = [[*v.encode(vlcot.render(true_chain(i))), v.ids[EOS]] for i in range(n)]
+    return torch.tensor(rows)
+
+
+def with_prompt(policy: ChainPolicy, ids: torch.Tensor) -> torch.Tensor:
+    return torch.cat([torch.tensor(policy.vocabulary.prompt).expand(len(ids), -1), ids], 1)
+
+
+def test_a_chain_survives_its_text():
+    chain = true_chain()
+    back = vlcot.parse(vlcot.render(chain))
+    for tag in vlcot.TAGS:
+        a, b = getattr(chain, tag), getattr(back, tag)
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    assert vlcot.well_formed(vlcot.render(chain))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda t: t.replace("</image>", "", 1),
+        lambda t: t.replace("<c", "<d", 1),
+        lambda t: t.replace("<rough_image>", "<middle_image>"),
+        lambda t: t + " more",
+        lambda t: t + " " + t,
+        lambda t: t[: len(t) // 2],
+        lambda t: "",
+    ],
+)
+def test_spoilt_chains_are_not_well_formed_and_never_raise(spoil):
+    text = spoil(vlcot.render(true_chain()))
+    assert not vlcot.well_formed(text)
+    vlcot.parse(text)
+
+
+def test_grammar_and_policy_agree_on_cells(model):
+    ids = true_ids(model.policy)
+    grammar = model.policy.grammar()
+    cells = model.policy.cells(with_prompt(model.policy, ids))
+    states = grammar.states(ids)
+    prompt = len(model.policy.vocabulary.prompt)
+    assert torch.equal(grammar.cell[states], cells[:, prompt - 1 : -1])
+    assert sorted(set(cells[cells >= 0].tolist())) == list(range(CELLS))
+
+
+def test_grammar_allows_true_chains_and_forces_layout_only(model):
+    grammar, ids = model.policy.grammar(), true_ids(model.policy)
+    states = grammar.states(ids)
+    allowed = grammar.allowed(states).gather(-1, ids[..., None])[..., 0]
+    assert allowed.all()
+    choices = grammar.allowed(states).sum(-1)
+    assert torch.equal(choices == 1, grammar.forced[states])
+    assert int((~grammar.forced[states][0]).sum()) > 300  # every code and word is a choice
+
+
+def test_parents_are_the_place_in_the_image_before():
+    first = torch.arange(16).view(4, 4)
+    middle = PARENTS[16:80].view(8, 8)
+    assert (PARENTS[:16] == -1).all()
+    assert torch.equal(middle, first.repeat_interleave(2, 0).repeat_interleave(2, 1))
+
+
+def test_aligned_inputs_make_a_cell_see_its_place(model, lr):
+    """Changing an LR pixel changes most the logits of the cells at its place."""
+    policy, ids = model.policy, with_prompt(model.policy, true_ids(model.policy, 1))
+    other = lr[:1].clone()
+    other[..., 24:28, 24:28] = 1 - other[..., 24:28, 24:28]
+    with torch.no_grad():
+        a, b = policy.embed(ids, lr[:1]), policy.embed(ids, other)
+    cells = policy.cells(ids)[0]
+    change = (a - b).abs().sum(-1)[0]
+    final = change[cells >= 80].view(16, 16)
+    assert final[12:14, 12:14].mean() > 5 * final[:6, :6].mean()
+
+
+def test_without_alignment_only_the_prompt_sees_the_photo(lr):
+    policy = ChainPolicy(config(aligned=False, eye_blocks=1)).eval()
+    ids = with_prompt(policy, true_ids(policy, 1))
+    with torch.no_grad():
+        change = (policy.embed(ids, lr[:1]) - policy.embed(ids, 1 - lr[:1])).abs().sum(-1)[0]
+    assert (change[:64] > 0).all() and (change[64:] == 0).all()
+
+
+def test_a_cell_sees_the_image_before(model, lr):
+    policy = model.policy
+    ids = with_prompt(policy, true_ids(policy, 1))
+    cells = policy.cells(ids)[0]
+    other = ids.clone()
+    place = int((cells == 5).nonzero()) + 1  # the token that fills cell 5 of the rough image
+    other[0, place] = policy.vocabulary.first_code + (int(ids[0, place]) + 1) % 64
+    with torch.no_grad():
+        change = (policy.embed(ids, lr[:1]) - policy.embed(other, lr[:1])).abs().sum(-1)[0] > 0
+    seen = set(cells[change].tolist()) - {-1}
+    children = set((PARENTS == 5).nonzero().flatten().tolist())
+    assert children <= seen and seen - children <= {6}  # 6 comes after the changed token
+
+
+def test_decoder_is_the_body_unrolled(model):
+    body = model.policy.model
+    x = torch.randn(4, 12, 32, generator=torch.Generator().manual_seed(0))
+    x[1], x[3] = torch.cat([x[0, :5], x[1, 5:]]), torch.cat([x[2, :5], x[3, 5:]])
+    with torch.no_grad():
+        want = body(inputs_embeds=x).last_hidden_state
+    decoder = Decoder(body, x[[0, 2], :5], 8, copies=2)
+    got = [decoder.last, *(decoder.step(x[:, i]) for i in range(5, 12))]
+    torch.testing.assert_close(torch.stack(got, 1), want[:, 4:], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_sampling_is_the_policy(lr, aligned):
+    """The log-probabilities of sampling are those of one forward pass under the grammar: a group's
+    first ratio is 1."""
+    torch.manual_seed(0)
+    policy = ChainPolicy(config(aligned=aligned, eye_blocks=1)).eval()
+    g = torch.Generator().manual_seed(0)
+    s = sample(policy, lr, Sampling.rollout(num_generations=2), g)
+    with torch.no_grad():
+        again = logprobs_of(policy, lr.repeat_interleave(2, 0), s.ids, policy.grammar())
+    keep = s.ids != policy.vocabulary.ids[PAD]
+    torch.testing.assert_close(s.logprobs[keep], again[keep], atol=2e-5, rtol=1e-4)
+    assert all(vlcot.well_formed(policy.vocabulary.decode(row)) for row in s.ids)
+    for chain, codes in zip(s.chains, s.codes, strict=True):
+        assert torch.equal(chain.final_image, codes)
+
+
+def test_sampling_is_replayable_and_batches_do_not_matter_for_greedy(model, lr):
+    one = model.sample(lr, Sampling(), torch.Generator().manual_seed(4))
+    two = model.sample(lr, Sampling(), torch.Generator().manual_seed(4))
+    other = model.sample(lr, Sampling(), torch.Generator().manual_seed(5))
+    assert torch.equal(one.ids, two.ids) and not torch.equal(one.codes, other.codes)
+
+
+def test_given_texts_are_written(model, lr):
+    texts = {"rough_understand": "a tulip on grass", "final_understand": "a near view of a rose"}
+    chains = model.sample(lr, Sampling(), torch.Generator().manual_seed(0), texts).chains
+    for chain in chains:
+        assert chain.complete
+        assert {k: getattr(chain, k) for k in texts} == texts
+
+
+def test_prefix_is_kept(model, lr):
+    ids = true_ids(model.policy)[:, :30]
+    s = sample(model.policy, lr, Sampling(), torch.Generator().manual_seed(0), prefix=ids)
+    assert torch.equal(s.ids[:, :30], ids)
+
+
+def test_guidance_of_one_is_off_and_others_change_images(model, lr):
+    def draw(w):
+        return model.sample(lr, Sampling(guidance=w), torch.Generator().manual_seed(0)).codes
+
+    assert torch.equal(draw(1.0), draw(1.0)) and not torch.equal(draw(1.0), draw(3.0))
+
+
+def test_top_k_and_choice():
+    logits = torch.tensor([[0.0, 2.0, 1.0, -1.0]])
+    assert keep_top_k(logits, torch.tensor([2])).isfinite().tolist() == [[False, True, True, False]]
+    p = logits.softmax(-1).cumsum(-1)[0]
+    us = [0.0, float(p[0]) + 1e-4, float(p[2]) - 1e-4, 0.9999]
+    drawn = [int(choose(logits, torch.tensor([u]))) for u in us]
+    assert drawn == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="above 0"):
+        Sampling(image_temperature=0)
+
+
+def test_direct_layout_sees_the_final_grid(model, lr):
+    grammar = model.policy.grammar(tags=("final_image",))
+    s = sample(model.policy, lr, Sampling(), torch.Generator().manual_seed(0), grammar)
+    assert s.chains[0].final_image.shape == (16, 16) and s.chains[0].rough_understand is None
+
+
+# ---------------------------------------------------------------- fine-tuning
+
+
+def item(seed: int = 0) -> dict:
+    chain = true_chain(seed)
+    captions = chain.rough_understand, chain.middle_understand, chain.final_understand
+    g = torch.Generator().manual_seed(seed)
+    hr = torch.randint(0, 256, (3, 128, 128), generator=g, dtype=torch.uint8)
+    lr = torch.randint(0, 256, (3, 32, 32), generator=g, dtype=torch.uint8)
+    return {"hr": hr, "lr": lr, "degradation": LABELS, "captions": captions, "index": seed}
+
+
+def test_filled_chains_hold_the_tokenizers_codes(model):
+    batch = sft.collate(model.policy.vocabulary)([item(0), item(1)])
+    steps = model.tokenizer.encode_steps(batch["hr"].float() / 255)
+    ids = sft.fill(model.policy, batch["ids"], steps)
+    prompt = len(model.policy.vocabulary.prompt)
+    for i, row in enumerate(ids):
+        chain = vlcot.parse(model.policy.vocabulary.decode(row[prompt:]))
+        assert chain.complete and chain.degradation == LABELS
+        for tag, codes in zip(vlcot.IMAGE_TAGS, steps, strict=True):
+            assert torch.equal(getattr(chain, tag), codes[i])
+
+
+def test_chain_loss_is_the_weighted_mean(model, lr):
+    policy, ids = model.policy, with_prompt(model.policy, true_ids(model.policy))
+    weights = sft.token_weights(policy.vocabulary, 5.0)
+    with torch.no_grad():
+        loss = sft.chain_loss(policy, ids, lr, weights)
+        logp = policy(ids, lr).logits[:, 64:-1].log_softmax(-1)
+    target = ids[:, 65:]
+    each = -logp.gather(-1, target[..., None])[..., 0]
+    want = (each * weights[target]).sum() / weights[target].sum()
+    torch.testing.assert_close(loss, want)
+    assert weights[policy.vocabulary.ids["tulip"]] == 5 and weights[policy.vocabulary.ids[PAD]] == 0
+
+
+def test_a_few_steps_learn_a_chain(lr):
+    torch.manual_seed(0)
+    policy = ChainPolicy(config(eye_blocks=1))
+    ids, weights = with_prompt(policy, true_ids(policy)), sft.token_weights(policy.vocabulary)
+    step = torch.optim.AdamW(policy.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(12):
+        loss = sft.chain_loss(policy, ids, lr, weights)
+        step.zero_grad()
+        loss.backward()
+        step.step()
+        losses.append(float(loss))
+    assert losses[-1] < 0.8 * losses[0]
+    metrics = sft.chain_metrics(policy.eval(), ids, lr)
+    assert set(metrics) == set(vlcot.TAGS) and all(v.shape == (2,) for v in metrics.values())
+
+
+# ---------------------------------------------------------------- tokenizer
+
+
+def test_one_decoder_three_uses(model, lr):
+    codes = torch.randint(0, 64, (2, 16, 16), generator=torch.Generator().manual_seed(2))
+    plain, both, alone = model.decode(codes), model.decode(codes, lr), model.decode(lr=lr)
+    assert plain.shape == both.shape == alone.shape == (2, 3, 128, 128)
+    assert not torch.equal(plain, both) and not torch.equal(both, alone)
+    with pytest.raises(ValueError, match="codes, an LR photo, or both"):
+        model.decode()
+    with pytest.raises(ValueError, match="does not divide by 8"):
+        model.tokenizer.encode(torch.rand(1, 3, 20, 16))
+
+
+def test_masked_inputs_are_the_absent_ones(model, lr):
+    """In training a batch mixes the three uses; each sample gets what it would get alone."""
+    decoder, q = model.tokenizer.decoder, torch.randn(2, 8, 16, 16)
+    mixed = decoder(q, lr, torch.tensor([True, False]), torch.tensor([False, True]))
+    torch.testing.assert_close(mixed[:1], decoder(q[:1]), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(mixed[1:], decoder(None, lr[1:]), atol=1e-5, rtol=1e-4)
+
+
+# ---------------------------------------------------------------- whole photos
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 50), (20, 61), (90, 57)])
+def test_tiles_cover_every_code(size):
+    lr = pad(torch.rand(3, *size))
+    h, w = lr.shape[-2:]
+    assert h >= max(TILE, size[0]) and h % CODE == 0 and w % CODE == 0
+    grid = torch.full((h // CODE, w // CODE), -1)
+    places = origins(lr)
+    for i, (x, y) in enumerate(places):
+        assert x % CODE == y % CODE == 0 and x + TILE <= w and y + TILE <= h
+        put(grid, torch.full((16, 16), i), (x, y))
+    assert (grid >= 0).all()
+    assert all(b - a <= STRIDE for a, b in itertools.pairwise(sorted({x for x, _ in places})))
+
+
+def test_windows_decode_as_the_whole(model, monkeypatch):
+    """A large photo is decoded in windows; no seam may show where they meet."""
+    lr = torch.rand(3, 96, 80, generator=torch.Generator().manual_seed(0))
+    grid = torch.randint(0, 64, (48, 40), generator=torch.Generator().manual_seed(1))
+    whole = decode_grid(model, grid, lr)
+    monkeypatch.setattr("realsr_r1.pipeline.WINDOW", 16)
+    torch.testing.assert_close(decode_grid(model, grid, lr), whole, atol=1e-4, rtol=1e-3)
+
+
+def test_missing_codes_are_decoded_from_the_photo_alone(model):
+    lr = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
+    out = decode_grid(model, torch.full((16, 16), -1), lr)
+    torch.testing.assert_close(out, model.decode(lr=lr[None])[0])
+
+
+def test_a_whole_photo(model, tmp_path):
+    photo = Image.effect_noise((50, 41), 60).convert("RGB")
+    a, b = model(photo, seed=1, progress=False), model(photo, seed=1, progress=False)
+    assert a.image.size == (200, 164) and a.complete and a.reading.complete
+    assert a.image.tobytes() == b.image.tobytes()
+    assert a.image.tobytes() != model(photo, seed=2, progress=False).image.tobytes()
+    for tile in a.tiles:  # read once: every tile draws under the same texts
+        assert tile.chain.final_understand == a.reading.final_understand
+    a.save(tmp_path / "out.png", trace=tmp_path / "trace.json")
+    trace = json.loads((tmp_path / "trace.json").read_text())
+    assert trace["complete"] and len(trace["tiles"]) == len(a.tiles)
+    assert trace["settings"]["seed"] == 1 and len(trace["tiles"][0]["final_image"]) == 16
+    assert Image.open(tmp_path / "out.png").size == (200, 164)
+
+
+def test_stopping_keeps_what_is_done(model, monkeypatch, capsys):
+    photo = Image.effect_noise((80, 32), 60).convert("RGB")
+    real, calls = RealSR.sample, []
+
+    def stop(self, *args, **options):
+        calls.append(1)
+        if len(calls) == 3:  # the reading, one batch, then Ctrl-C
+            raise KeyboardInterrupt
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(RealSR, "sample", stop)
+    out = model(photo, batch=1, progress=False)
+    assert (
+        not out.complete and len(out.tiles) == 1 and "stopped after 1 of" in capsys.readouterr().out
+    )
+
+
+def test_memory_running_out_halves_the_batch(model, monkeypatch):
+    photo = Image.effect_noise((80, 32), 60).convert("RGB")
+    real, sizes = RealSR.sample, []
+
+    def tight(self, lr, *args, **options):
+        sizes.append(len(lr))
+        if len(lr) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(self, lr, *args, **options)
+
+    monkeypatch.setattr(RealSR, "sample", tight)
+    out = model(photo, batch=4, progress=False)
+    assert out.complete and max(sizes) > 1 and sizes[-1] == 1
+
+
+@pytest.mark.parametrize(
+    ("photo", "options", "message"),
+    [
+        ("no/such.jpg", {}, "does not exist"),
+        (Image.new("RGB", (64, 64)), {"max_pixels": 100}, "scale it down"),
+    ],
+)
+def test_bad_photos_get_one_sentence(model, photo, options, message):
+    with pytest.raises(ValueError, match=message):
+        model(photo, progress=False, **options)
+
+
+def test_save_checks_the_place_first(model, tmp_path):
+    out = model(Image.new("RGB", (32, 32)), progress=False)
+    with pytest.raises(ValueError, match="does not exist: create it"):
+        out.save(tmp_path / "no" / "out.png")
+    with pytest.raises(ValueError, match=r"end the name in \.png"):
+        out.save(tmp_path / "out.xyz")
+
+
+def test_weights_go_to_a_folder_and_back(model, tmp_path, lr):
+    model.save_pretrained(tmp_path)
+    back = RealSR.from_pretrained(tmp_path, device="cpu")
+
+    def draw(m):
+        return m.sample(lr, Sampling(image_temperature=0.01), torch.Generator().manual_seed(0))
+
+    assert back.policy.config.codes == 64 and back.tokenizer.config.codes == 64
+    assert draw(back).codes.shape == draw(model).codes.shape
+    weights = (tmp_path / "policy-sft" / "model.safetensors").stat().st_size
+    assert weights < 2.2 * sum(p.numel() for p in model.policy.parameters())  # half precision
+    (tmp_path / "policy-sft" / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="cut short, damaged"):
+        RealSR.from_pretrained(tmp_path, device="cpu")
+    with pytest.raises(FileNotFoundError, match="weights policy-grpo are missing"):
+        RealSR.from_pretrained(tmp_path, device="cpu", policy="policy-grpo")
+
+
+def test_parts_of_different_trainings_are_refused(model):
+    other = VQModel(TokenizerConfig(codes=32, encoder=(16, 16), decoder=(16, 16, 16, 16)))
+    with pytest.raises(ValueError, match="do not belong together"):
+        RealSR(other, model.policy)
