@@ -35,7 +35,7 @@ address: install
 	$(RUN) -m realsr_r1.course.notebooks address $(REPO)
 
 demo: install
-	$(RUN) -m realsr_r1 demo
+	$(RUN) -m realsr_r1.first demo
 
 test: install
 	$(RUN) -m ruff check .
@@ -45,7 +45,7 @@ lint: install
 	$(RUN) -m ruff check --fix . && $(RUN) -m ruff format .
 
 evaluate: install
-	$(RUN) -m realsr_r1 evaluate
+	$(RUN) -m realsr_r1.first evaluate
 
 bench: install
 	$(RUN) tests/benchmarks/bench.py

@@ -1,18 +1,38 @@
 """RealSR-R1, the course: VLCoT and GRPO for real-world super-resolution, small enough to read.
 
-Modules, each importing only earlier ones: degradation, photos, scenes, perceptual, tokenizer, reader, weights, pretrain,
-probe → vlcot → decoding, policy → sft → experts, rewards → grpo → cost, middle, budget → restore → chameleon, jacobi,
-reference → viz, evaluate, compare → metrics, benchsets, peers, benchtable, benchmark → ablate, ablate_sft, ablate_figure →
-sources, captioners, annotate, shards → course. `from realsr_r1 import restore` gives the module, which can be called like its function.
+    from realsr_r1 import RealSR
+    result = RealSR.from_pretrained("nano")("photo.jpg", seed=0)
+
+The core is read in this order: degradation, photographs, perceptual, tokenizer, eye, vlcot,
+grammar, policy, decoding, sampling, sft, pipeline. The subpackages are the apparatus around it.
 """
 
+import importlib
 import logging
 import os
 
-# Before torch loads: waiting threads sleep. Two that spin on a busy machine slow each other down a hundredfold.
+# Before torch loads: waiting threads sleep. Two that spin on a busy machine slow each other down a
+# hundredfold.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from realsr_r1 import _torchvision  # noqa: F401  must run before anything imports torchvision
-from realsr_r1.version import __version__  # noqa: F401
+from realsr_r1.version import __version__
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # comes with pyiqa, is not used on a CPU, and says so at every import
+# Comes with pyiqa, is not used on a CPU, and says so at every import.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+_FACE = {
+    "RealSR": "pipeline",
+    "Restoration": "pipeline",
+    "restore": "pipeline",
+    "Chain": "vlcot",
+    "Sampling": "sampling",
+}
+__all__ = ["Chain", "RealSR", "Restoration", "Sampling", "__version__", "restore"]
+
+
+def __getattr__(name: str):
+    """Load torch and the networks when they are first asked for."""
+    if name not in _FACE:
+        raise AttributeError(f"module 'realsr_r1' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"realsr_r1.{_FACE[name]}"), name)

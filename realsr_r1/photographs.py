@@ -327,26 +327,38 @@ def read_parquet(
     return [r for r in rows if split in (r.get("split") or split)]
 
 
-def load(split: str, where: str | Path) -> list[Photograph]:
-    """The photographs of a split: from parquet files, or a folder of pictures with annotations.csv
-    (its own, or the package's). Those whose picture is missing are left out.
+def load(split: str, where: str | Path | None = None) -> list[Photograph]:
+    """The annotated photographs of a split.
 
-    Raises ValueError for an unknown split and FileNotFoundError where no picture is found."""
+    Args:
+        where: a folder with parquet files, or one of pictures, with an annotations.csv of its own
+            or named as in the package's; None: the photographs that ship with the package.
+    Photographs whose picture is missing are left out. Raises ValueError for an unknown split and
+    FileNotFoundError where no picture is found."""
     if split not in SPLITS:
         raise ValueError(f"no split {split!r}; choose one of {', '.join(SPLITS)}")
-    where = Path(where)
+    where = Path(where or ASSETS)
     if sorted(where.glob("annotated-*.parquet")):
-        rows = read_parquet(where, split)
-        return [from_row(r, Stored(r["image"])) for r in rows]
+        return [from_row(r, Stored(r["image"])) for r in read_parquet(where, split)]
     table = where / "annotations.csv"
     with (table if table.exists() else ASSETS / "annotations.csv").open(newline="") as f:
         rows = [r for r in csv.DictReader(f) if r["split"] == split]
-    found = [
-        from_row(r, (where / r["file"]).read_bytes) for r in rows if (where / r["file"]).exists()
-    ]
+    found = []
+    for row in rows:
+        places = (where / row["source"] / row["file"], where / row["file"])
+        path = next((p for p in places if p.exists()), None)
+        found += [from_row(row, path.read_bytes)] if path else []
     if not found:
         raise FileNotFoundError(f"{where} holds none of the annotated photographs of {split}")
     return found
+
+
+def pictures(where: str | Path, name: str) -> list["Picture"]:
+    """Pictures without annotation, from `name`-*.parquet of a folder; [] where there are none."""
+    if not sorted(Path(where).glob(f"{name}-*.parquet")):
+        return []
+    rows = read_parquet(where, "train", f"{name}-*.parquet")
+    return [Picture(Stored(r["image"])) for r in rows]
 
 
 def crop(

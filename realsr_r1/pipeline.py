@@ -27,7 +27,7 @@ from realsr_r1.sampling import Samples, Sampling, sample
 from realsr_r1.tokenizer import FACTOR, SCALE, VQModel
 from realsr_r1.vlcot import GRIDS, TEXT_TAGS, Chain
 
-WEIGHTS = Path(__file__).parent / "assets" / "weights"
+WEIGHTS = Path(__file__).parent / "assets" / "nano"
 TILE = GRIDS[-1] * FACTOR // SCALE  # LR pixels
 STRIDE = 24  # LR pixels: a tile's outer two codes are drawn but not used, where it has neighbors
 CODE = FACTOR // SCALE  # LR pixels per code

@@ -8,12 +8,12 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-from realsr_r1.__main__ import main
 from realsr_r1.ablations import figure as ablate_figure
 from realsr_r1.ablations import grpo as ablate
 from realsr_r1.ablations import sft as ablate_sft
 from realsr_r1.ablations.grpo import GRPO, HACK, Bench, Budget, Store
 from realsr_r1.first import grpo, policy, rewards, scenes, sft, tokenizer, vlcot
+from realsr_r1.first.__main__ import main
 from realsr_r1.first.policy import Sampled
 from realsr_r1.first.restore import Models
 

@@ -10,8 +10,8 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from realsr_r1 import images as photos
-from realsr_r1.__main__ import main
 from realsr_r1.corpus import annotate, captioners
+from realsr_r1.first.__main__ import main
 
 
 def words_tokenizer(words, **special):

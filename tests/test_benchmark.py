@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from realsr_r1.__main__ import main
 from realsr_r1.evaluation import benchmark, metrics
 from realsr_r1.evaluation import tables as benchtable
 from realsr_r1.evaluation.sets import BenchSet, Item
 from realsr_r1.first import policy, tokenizer, vlcot, weights
+from realsr_r1.first.__main__ import main
 from realsr_r1.first.policy import Sampling
 from realsr_r1.first.restore import Models
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, ChameleonConfig, ChameleonForConditionalGeneration, GPT2Config, LlamaConfig, Qwen3Config
 
-from realsr_r1 import __main__
-from realsr_r1.first import grpo, policy, vlcot
+from realsr_r1.first import __main__, grpo, policy, vlcot
 from realsr_r1.planning import budget, cost
 from realsr_r1.planning.cost import GB, Run, Shape, memory
 

@@ -161,7 +161,7 @@ def test_the_slurm_example_is_a_script_that_starts_every_machine():
         ["bash", "-c", fakes + f". {script} train grpo --size middle"], capture_output=True, text=True, env=env, check=True
     ).stdout
     assert "--num_machines 2 --num_processes 8 --machine_rank 1 --main_process_ip node1 --main_process_port 20007" in said
-    assert said.strip().endswith("-m realsr_r1 train grpo --size middle")
+    assert said.strip().endswith("-m realsr_r1.first train grpo --size middle")
     config = re.search(r"--config_file (\S+)", said)[1]
     assert (ROOT / config).is_file()
 

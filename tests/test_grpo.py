@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 from transformers import TrainerCallback, TrainerState
 
-from realsr_r1.__main__ import main
 from realsr_r1.first import grpo, policy, rewards, vlcot
+from realsr_r1.first.__main__ import main
 from realsr_r1.first.grpo import GrpoSettings
 
 ROOT = Path(__file__).parents[1]

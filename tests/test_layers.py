@@ -7,10 +7,10 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "realsr_r1"
 ORDER = (
-    "version _torchvision common images degradation photographs perceptual tokenizer eye vlcot "
+    "version _torchvision common images stats degradation photographs perceptual tokenizer eye vlcot "
     "grammar policy decoding sampling sft pipeline"
 ).split()
-TOP = {"__init__", "__main__", "arguments"}  # the face and the command line may import anything
+TOP = {"__init__", "__main__", "cli"}  # the face and the command line may import anything
 
 
 def imported(path: Path) -> set[str]:

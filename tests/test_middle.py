@@ -8,8 +8,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from realsr_r1 import __main__
-from realsr_r1.first import grpo, policy, sft, vlcot
+from realsr_r1.first import __main__, grpo, policy, sft, vlcot
 from realsr_r1.first.grpo import GrpoSettings
 from realsr_r1.planning import cost
 from realsr_r1.reference import qwen as middle

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import ChameleonForConditionalGeneration, PreTrainedTokenizerFast
 
-from realsr_r1.__main__ import main
 from realsr_r1.first import vlcot
+from realsr_r1.first.__main__ import main
 from realsr_r1.first.policy import Sampling
 from realsr_r1.first.tokenizer import TokenizerConfig, VQModel
 from realsr_r1.reference import chameleon as C

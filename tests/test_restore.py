@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 import realsr_r1.first.restore as R
-from realsr_r1.__main__ import main
 from realsr_r1.first import policy, scenes, tokenizer, vlcot
 from realsr_r1.first import weights as weights_io
+from realsr_r1.first.__main__ import main
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ def test_tokenizer_and_policy_must_belong_together(weights, tiny):
 
 @pytest.mark.parametrize("command", [[], ["restore"], ["demo"], ["train"], ["evaluate"]])
 def test_help(command):
-    done = subprocess.run([sys.executable, "-m", "realsr_r1", *command, "--help"], capture_output=True, text=True, env=os.environ)
+    done = subprocess.run([sys.executable, "-m", "realsr_r1.first", *command, "--help"], capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0 and "usage:" in done.stdout
 
 

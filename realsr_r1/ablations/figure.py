@@ -1,6 +1,6 @@
 """What the ablations found: one figure a question and one Markdown table, from the runs that are there.
 
-    python -m realsr_r1 ablate figure
+    python -m realsr_r1.first ablate figure
 
 Differences are paired by scene (and by seed where the baseline has seeds); their 95% intervals come from a bootstrap that
 resamples seeds and scenes alike. With three seeds that says little about other seeds: read an interval as the least doubt there is.
@@ -297,7 +297,7 @@ def draw(out: Path, figures: Path = Path("figures")) -> list[str]:
         if name == "text_in_rollouts" and (dead := dead_rewards(out)):
             lines += [*dead, ""]
     if not lines:
-        raise FileNotFoundError(f"no finished runs in {out}: run python -m realsr_r1 ablate grpo (or another question) first")
+        raise FileNotFoundError(f"no finished runs in {out}: run python -m realsr_r1.first ablate grpo (or another question) first")
     for name in {q.runs for q in QUESTIONS.values()}:
         if (out / f"{name}.csv").exists():
             shutil.copyfile(out / f"{name}.csv", figures / f"ablation_{name}.csv")

@@ -1,7 +1,7 @@
 """Ablations of the reinforcement learning: what each reward, the KL, the group's size and sampled text are worth, and how rewards are gamed.
 
-    python -m realsr_r1 ablate grpo     each variant trained from policy-sft with an equal budget, a run for each seed
-    python -m realsr_r1 ablate hack     rewards trained until they are gamed, the remedies, and what held-out measures do meanwhile
+    python -m realsr_r1.first ablate grpo     each variant trained from policy-sft with an equal budget, a run for each seed
+    python -m realsr_r1.first ablate hack     rewards trained until they are gamed, the remedies, and what held-out measures do meanwhile
 
 A run is a folder entry `QUESTION/VARIANT_SEED`: its settings, its log, the policy, and the scores of every held-out scene. All
 runs are scored on the same scenes with the same noise, so every difference is paired. A finished run is skipped, a killed

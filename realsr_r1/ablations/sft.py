@@ -1,8 +1,8 @@
 """Ablations of the chain itself: its layout, its text, and how it is sampled.
 
-    python -m realsr_r1 ablate sft        layouts that lack parts, each fine-tuned from policy-sft for the same number of steps
-    python -m realsr_r1 ablate text       what the text is worth: the policy's own, the true one, another scene's
-    python -m realsr_r1 ablate sampling   temperature, top-k, guidance, greedy or sampled
+    python -m realsr_r1.first ablate sft        layouts that lack parts, each fine-tuned from policy-sft for the same number of steps
+    python -m realsr_r1.first ablate text       what the text is worth: the policy's own, the true one, another scene's
+    python -m realsr_r1.first ablate sampling   temperature, top-k, guidance, greedy or sampled
 
 The last two train nothing. All measure the guided restoration of the same held-out scenes; runs of one seed share their noise.
 """

@@ -1,6 +1,6 @@
 """Methods side by side on one set: the same inputs, the same metrics, time and memory each, paired intervals to a baseline.
 
-    python -m realsr_r1 evaluate --data eval --methods bicubic chain-sft --metrics psnr_y lpips niqe --baseline bicubic
+    python -m realsr_r1.first evaluate --data eval --methods bicubic chain-sft --metrics psnr_y lpips niqe --baseline bicubic
 
 Methods are those of `peers.METHODS` and our own (OWN): chain-sft and chain-grpo, the chain with the guided decoder; direct, without
 the steps between; regression, the guided decoder's control without codes. Every output is kept as an 8-bit PNG, and scores are

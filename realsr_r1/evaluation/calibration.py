@@ -1,6 +1,6 @@
 """Experts side by side: how far each can be trusted as a reward, on held-out scenes.
 
-    python -m realsr_r1 evaluate --experts nano niqe piqe
+    python -m realsr_r1.first evaluate --experts nano niqe piqe
 
 An expert has to put pictures of rising severity in order, and to agree with LPIPS, which sees the original: over spoilt
 codes, where differences are large, and over what policies really draw, where they are small. Writes experts.md, .csv, .webp.

@@ -1,6 +1,6 @@
 """The first results table: what the shipped weights do on held-out scenes, with bootstrap intervals, by one command.
 
-    python -m realsr_r1 evaluate
+    python -m realsr_r1.first evaluate
 
 Held-out means: cut-outs, background photographs and compositions of the `test` split, which no training has seen.
 """

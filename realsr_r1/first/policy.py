@@ -106,7 +106,7 @@ def load(
     folder = Path(folder)
     if not (folder / "model.safetensors").exists() or not (folder / "nano.json").exists():
         raise FileNotFoundError(
-            f"policy weights are missing in {folder.name}/: train them (python -m realsr_r1 train sft --help) or reinstall"
+            f"policy weights are missing in {folder.name}/: train them (python -m realsr_r1.first train sft --help) or reinstall"
         )
     try:
         fields = json.loads((folder / "nano.json").read_text())

@@ -45,7 +45,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> VQModel | LRRe
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(
-            f"weights {path.name} are missing in {path.parent.name}/: train them (python -m realsr_r1 train --help) or reinstall"
+            f"weights {path.name} are missing in {path.parent.name}/: train them (python -m realsr_r1.first train --help) or reinstall"
         )
     try:
         with safe_open(path, "pt") as f:

@@ -1,6 +1,6 @@
 """What fits where, what the paper's recipe costs, and measured peaks beside the counted ones.
 
-`python -m realsr_r1 cost` prints one run's memory; with --table all tables, with --measure the comparison. Tables are
+`python -m realsr_r1.first cost` prints one run's memory; with --table all tables, with --measure the comparison. Tables are
 counts (`cost`), except the measured column: there the real trainers ran in a process of their own.
 """
 
@@ -354,7 +354,7 @@ def report(photos: int = 95_000, rl_photos: int = 500, price: float = 3.0, measu
 
 
 def command(a: argparse.Namespace) -> None:
-    """What `python -m realsr_r1 cost` prints, or writes to --out."""
+    """What `python -m realsr_r1.first cost` prints, or writes to --out."""
     if a.table or a.measure:
         text = report(a.photos, a.rl_photos, a.price or 3.0, measured_table() if a.measure else "")
     else:

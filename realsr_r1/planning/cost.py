@@ -334,5 +334,5 @@ def require(need: float, device, what: str) -> None:
     if need > free:
         raise RuntimeError(
             f"{what} needs about {need / GB:.1f} GB and {device} has {free / GB:.1f} GB free: "
-            "lower batch or length, use LoRA, shard, or take a larger device (python -m realsr_r1 cost --help)"
+            "lower batch or length, use LoRA, shard, or take a larger device (python -m realsr_r1.first cost --help)"
         )

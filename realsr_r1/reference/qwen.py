@@ -165,7 +165,7 @@ def config_of(folder: str | Path) -> PolicyConfig:
         fields = json.loads((Path(folder) / "nano.json").read_text())
     except OSError as e:
         raise FileNotFoundError(
-            f"no policy in {Path(folder).name}/: train it first (python -m realsr_r1 train sft --size middle --help)"
+            f"no policy in {Path(folder).name}/: train it first (python -m realsr_r1.first train sft --size middle --help)"
         ) from e
     return PolicyConfig(**{**fields, "sizes": tuple(fields["sizes"])})
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-ABOUT = "Command line: python -m realsr_r1 {restore,demo,train,evaluate,ablate,annotate,cost} …"
+ABOUT = "Command line: python -m realsr_r1.first {restore,demo,train,evaluate,ablate,annotate,cost} …"
 METHODS = ("bicubic", "lanczos", "regression", "chain-sft", "chain-grpo")  # of a benchmark, where none are named
 FOLDERS = {"train": ("out", "data"), "evaluate": ("out", "cache"), "ablate": ("out", "figures", "data")}
 

@@ -1,0 +1,165 @@
+"""The nano model on held-out photographs: the chain beside its controls, by severity.
+
+Controls: the LR photo alone through the same decoder (what the chain must beat), random codes
+(confetti scores well on LPIPS), the true codes (the ceiling of the tokenizer), plain codes without
+the LR photo (the paper's way), bicubic.
+"""
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from realsr_r1 import perceptual, vlcot
+from realsr_r1.degradation import LABELS, from_words
+from realsr_r1.photographs import Pairs, Photograph
+from realsr_r1.pipeline import RealSR
+from realsr_r1.sampling import Sampling
+from realsr_r1.stats import Interval, clustered
+
+SEVERITIES = ("light", "medium", "heavy")
+METHODS = (
+    "bicubic",
+    "LR alone",
+    "chain",
+    "chain, plain decode",
+    "random codes",
+    "true codes",
+    "true codes, plain decode",
+)
+
+
+def bicubic(lr: Tensor) -> Tensor:
+    """(b, 3, h, w) → (b, 3, 4h, 4w)."""
+    return F.interpolate(lr, scale_factor=4, mode="bicubic", align_corners=False).clamp(0, 1)
+
+
+def pictures(model: RealSR, lr: Tensor, hr: Tensor, drawn: Tensor) -> dict[str, Tensor]:
+    """The picture (b, 3, 4h, 4w) of each method; `drawn` are the chain's codes (b, 16, 16)."""
+    g = torch.Generator().manual_seed(0)
+    confetti = torch.randint(0, model.tokenizer.config.codes, drawn.shape, generator=g)
+    with torch.no_grad():
+        true = model.tokenizer.encode(hr.to(model.device))
+    return {
+        "bicubic": bicubic(lr),
+        "LR alone": model.decode(lr=lr).cpu(),
+        "chain": model.decode(drawn, lr).cpu(),
+        "chain, plain decode": model.decode(drawn).cpu(),
+        "random codes": model.decode(confetti, lr).cpu(),
+        "true codes": model.decode(true, lr).cpu(),
+        "true codes, plain decode": model.decode(true).cpu(),
+    }
+
+
+def words_right(chain: vlcot.Chain, photo: Photograph, degradation: str) -> dict[str, float]:
+    """1 or 0 for subject, background, color and each degradation label of one chain."""
+    true, said = from_words(degradation), chain.labels
+    rough, middle, final = (
+        f" {x or ''} "
+        for x in (chain.rough_understand, chain.middle_understand, chain.final_understand)
+    )
+    want = photo.captions[0]
+    cut = max(want.find(f" {w} ") for w in ("in", "on", "at", "under", "by", "among"))
+    noun = want[:cut].removeprefix("a ").removeprefix("an ") if cut > 0 else want
+    out = {
+        "subject": f" {noun} " in rough,
+        "background": want[cut:].strip() in rough,
+        "color": any(f" {c} " in middle for c in photo.colors),
+        "view": f" {photo.view} view" in final,
+    }
+    out |= {k: said.get(k) == true[k] for k in LABELS}
+    return {k: float(v) for k, v in out.items()}
+
+
+def measure(
+    model: RealSR,
+    photos: list[Photograph],
+    severities: tuple[str, ...] = SEVERITIES,
+    sampling: Sampling = Sampling(),
+    seed: int = 0,
+    batch: int = 48,
+    others: dict[str, Callable[[Tensor], Tensor]] | None = None,
+) -> list[dict]:
+    """One row per photograph, severity and method: lpips, psnr, and for the chain its words.
+
+    `others`: more methods by name, LR (b, 3, h, w) → (b, 3, 4h, 4w)."""
+    rows = []
+    for severity in severities:
+        data = Pairs(photos, f"nano-{severity}", seed=seed, training=False)
+        for first in tqdm(range(0, len(data), batch), desc=severity):
+            items = [data[i] for i in range(first, min(first + batch, len(data)))]
+            lr, hr = (torch.stack([x[k] for x in items]).float() / 255 for k in ("lr", "hr"))
+            g = torch.Generator().manual_seed(seed * 1_000_003 + first)
+            samples = model.sample(lr, sampling, g)
+            made = pictures(model, lr, hr, samples.codes)
+            made |= {name: f(lr) for name, f in (others or {}).items()}
+            for name, y in made.items():
+                d, p = perceptual.distance(y, hr).tolist(), perceptual.psnr(y, hr).tolist()
+                for i, item in enumerate(items):
+                    photo = photos[item["index"]]
+                    row = {"source": photo.source, "file": photo.file, "author": photo.author}
+                    row |= {"severity": severity, "method": name, "lpips": d[i], "psnr": p[i]}
+                    if name == "chain":
+                        row |= words_right(samples.chains[i], photo, item["degradation"])
+                    rows.append(row)
+    return rows
+
+
+def cluster_of(row: dict) -> str:
+    """The photographer of a flower; of the others, whose author is the data set, the photograph."""
+    return row["author"] if row["source"] == "flower_photos" else row["file"]
+
+
+def interval(rows: list[dict], key: str, minus: list[dict] | None = None) -> Interval:
+    """Mean of a column, or of its paired difference to other rows of the same order."""
+    values = np.array([r[key] for r in rows])
+    if minus is not None:
+        values = values - np.array([r[key] for r in minus])
+    return clustered(values, [cluster_of(r) for r in rows])
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown: every method by severity and pooled, and the chain's differences and words."""
+    severities = list(dict.fromkeys(r["severity"] for r in rows))
+    methods = list(dict.fromkeys(r["method"] for r in rows))
+
+    def of(method: str, severity: str | None) -> list[dict]:
+        return [r for r in rows if r["method"] == method and severity in (None, r["severity"])]
+
+    groups = [*severities, None]
+    head = " | ".join(g or "pooled" for g in groups)
+    out = [f"| LPIPS ↓ / PSNR ↑ | {head} |", "|---|" + "---|" * len(groups)]
+    for m in methods:
+        cells = [of(m, g) for g in groups]
+        text = [f"{interval(c, 'lpips').mean:.3f} / {interval(c, 'psnr').mean:.2f}" for c in cells]
+        out.append(f"| {m} | {' | '.join(text)} |")
+    out += ["", f"| chain minus …, LPIPS | {head} |", "|---|" + "---|" * len(groups)]
+    for m in methods:
+        if m != "chain":
+            cells = [interval(of("chain", g), "lpips", of(m, g)) for g in groups]
+            out.append(f"| {m} | {' | '.join(map(str, cells))} |")
+    names = [
+        k for k in of("chain", None)[0] if k in (*LABELS, "subject", "background", "color", "view")
+    ]
+    out += ["", f"| words right | {head} |", "|---|" + "---|" * len(groups)]
+    for name in names:
+        cells = [interval(of("chain", g), name) for g in groups]
+        out.append(f"| {name} | {' | '.join(map(str, cells))} |")
+    return "\n".join(out) + "\n"
+
+
+def write(rows: list[dict], out: Path, note: str) -> None:
+    """`out`.csv with every row and `out`.md with the table under a line that says how it came."""
+    names = list(dict.fromkeys(k for r in rows for k in r))
+    with out.with_suffix(".csv").open("w", newline="") as f:
+        w = csv.DictWriter(f, names)
+        w.writeheader()
+        w.writerows(
+            {k: round(v, 4) if isinstance(v, float) else v for k, v in r.items()} for r in rows
+        )
+    out.with_suffix(".md").write_text(f"{note}\n\n{table(rows)}", encoding="utf-8")

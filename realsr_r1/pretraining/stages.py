@@ -1,0 +1,189 @@
+"""The three trainings from one set of settings, each with a preview while it runs."""
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from realsr_r1 import images, perceptual, photographs, sft
+from realsr_r1.common import device_of
+from realsr_r1.photographs import Pairs
+from realsr_r1.pipeline import RealSR
+from realsr_r1.policy import ChainPolicy, PolicyConfig
+from realsr_r1.pretraining import recipes
+from realsr_r1.pretraining.loop import FitConfig
+from realsr_r1.pretraining.recipes import Machine, TokenizerLoss
+from realsr_r1.tokenizer import TokenizerConfig, VQModel
+
+SHARES = {"tokenizer": 0.4, "policy": 0.5, "decoder": 0.1}  # of the minutes of "all"
+RATES = {"tokenizer": 1.5e-3, "policy": 4e-3, "decoder": 4e-4}
+BATCHES = {"tokenizer": (8, 64), "policy": (12, 128), "decoder": (8, 64)}  # CPU, GPU
+SEEDS = {"tokenizer": 0, "policy": 1, "decoder": 2}  # hundreds of millions of items apart
+PREVIEW = 24  # validation photographs
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `realsr train` takes; see its help."""
+
+    photographs: Path | None = None
+    out: Path = Path("runs/nano")
+    minutes: float = 60.0
+    steps: int = 10**9
+    init: Path | None = None
+    batch: int | None = None
+    lr: float | None = None
+    workers: int | None = None
+    device: str | None = None
+    seed: int = 0
+    vgg: str = ""
+
+    @classmethod
+    def of(cls, a: argparse.Namespace) -> "Settings":
+        return cls(**{k: v for k, v in vars(a).items() if k in cls.__dataclass_fields__})
+
+    def machine(self, stage: str) -> Machine:
+        device = device_of(self.device).type
+        workers = self.workers
+        if workers is None:
+            workers = 0 if device == "cpu" else max(1, (os.cpu_count() or 2) - 1)
+        return Machine(device, self.batch or BATCHES[stage][device != "cpu"], workers)
+
+    def fit(self, stage: str) -> FitConfig:
+        return FitConfig(
+            self.minutes, self.steps, self.lr or RATES[stage], seed=10 * self.seed + SEEDS[stage]
+        )
+
+
+class Preview:
+    """Figures and a sheet on fixed validation photographs while a training runs."""
+
+    def __init__(self, settings: Settings, stage: str):
+        photos = photographs.load("val", settings.photographs)[:: max(1, PREVIEW // 8)][:PREVIEW]
+        data = Pairs(photos, training=False)
+        self.items = [data[i] for i in range(len(data))]
+        machine = settings.machine(stage)
+        self.machine, self.path = machine, settings.out / stage / "preview.png"
+        stack = {k: torch.stack([x[k] for x in self.items]) for k in ("lr", "hr")}
+        self.lr, self.hr = (stack[k].to(machine.device).float() / 255 for k in ("lr", "hr"))
+
+    def lpips(self, y: Tensor) -> float:
+        return round(float(perceptual.distance(y, self.hr).mean()), 4)
+
+    def sheet(self, columns: dict[str, Tensor]) -> None:
+        rows = [[c[i].cpu() for c in columns.values()] for i in range(min(6, len(self.hr)))]
+        images.grid(rows, list(columns)).save(self.path)
+
+    @torch.no_grad()
+    def tokenizer(self, model: VQModel) -> dict[str, float]:
+        codes = model.encode(self.hr)
+        made = {"codes": model.decode(codes), "LR": model.decode(lr=self.lr)}
+        made["both"] = model.decode(codes, self.lr)
+        self.sheet({"HR": self.hr, **made})
+        return {f"lpips, {k}": self.lpips(y) for k, y in made.items()}
+
+    @torch.no_grad()
+    def policy(self, tokenizer: VQModel) -> Callable[[ChainPolicy], dict[str, float]]:
+        steps = tokenizer.encode_steps(self.hr)
+        alone = tokenizer.decode(lr=self.lr)
+
+        @torch.no_grad()
+        def preview(policy: ChainPolicy) -> dict[str, float]:
+            batch = sft.collate(policy.vocabulary)(self.items)
+            ids = sft.fill(policy, batch["ids"].to(self.machine.device), steps)
+            out = {k: float(v.mean()) for k, v in sft.chain_metrics(policy, ids, self.lr).items()}
+            drawn = tokenizer.decode(sft.drawn_codes(policy, ids, self.lr, 0.8), self.lr)
+            self.sheet({"HR": self.hr, "LR alone": alone, "drawn": drawn})
+            out |= {"lpips, LR": self.lpips(alone), "lpips, drawn": self.lpips(drawn)}
+            return {k: round(v, 4) for k, v in out.items()}
+
+        return preview
+
+
+def _tokenizer(s: Settings, start: RealSR | None) -> VQModel:
+    torch.manual_seed(s.seed)
+    model = start.tokenizer if start else VQModel(TokenizerConfig())
+    photos = photographs.load("train", s.photographs)
+    others = [
+        photographs.pictures(s.photographs, n) if s.photographs else []
+        for n in ("general", "large")
+    ]
+    data = recipes.crops(photos, *others, seed=s.seed)
+    loss = TokenizerLoss(vgg_file=s.vgg)
+    preview = Preview(s, "tokenizer").tokenizer
+    machine, fit = s.machine("tokenizer"), s.fit("tokenizer")
+    return recipes.train_tokenizer(model, data, s.out / "tokenizer", machine, fit, loss, preview)
+
+
+def _policy(s: Settings, tokenizer: VQModel, start: ChainPolicy | None) -> ChainPolicy:
+    torch.manual_seed(s.seed)
+    policy = start or ChainPolicy(PolicyConfig(codes=tokenizer.config.codes, dropout=0.05))
+    if start is None:
+        policy.start_from(tokenizer, s.seed)
+    machine, fit = s.machine("policy"), s.fit("policy")
+    data = Pairs(photographs.load("train", s.photographs), seed=s.seed)
+    tokenizer = tokenizer.to(machine.device).eval()
+    preview = Preview(s, "policy").policy(tokenizer)
+    return recipes.train_policy(
+        policy, tokenizer, data, s.out / "policy", machine, fit, preview=preview
+    )
+
+
+def _decoder(s: Settings, model: RealSR) -> VQModel:
+    data = Pairs(photographs.load("train", s.photographs), seed=s.seed)
+    loss = TokenizerLoss(vgg_file=s.vgg)
+    preview, machine = Preview(s, "decoder").tokenizer, s.machine("decoder")
+    return recipes.train_decoder(
+        model.tokenizer,
+        model.policy,
+        data,
+        s.out / "decoder",
+        machine,
+        s.fit("decoder"),
+        loss,
+        preview,
+    )
+
+
+def finish(run: Path, part: nn.Module, weights: Path, settings: Settings) -> None:
+    """Write the trained weights in half precision, and drop the checkpoint they came from."""
+    part.half().save_pretrained(weights)
+    part.float()
+    (weights / "README.md").unlink(missing_ok=True)  # the hub's empty card
+    (run / "settings.json").write_text(json.dumps(asdict(settings), default=str, indent=1))
+    (run / "checkpoint.pt").unlink(missing_ok=True)
+
+
+def run(what: str, settings: Settings) -> None:
+    """Train `what`: a stage of SHARES or "all", which shares the minutes. Weights go to `out`,
+    where `RealSR.from_pretrained(out)` finds them; the log and a preview to `out`/<stage>.
+
+    Raises ValueError where a stage lacks what it builds on."""
+    if what == "all":
+        for stage, share in SHARES.items():
+            part = replace(settings, minutes=settings.minutes * share)
+            run(stage, part if stage == "tokenizer" else replace(part, init=part.init or part.out))
+        return
+    s, out, machine = settings, settings.out, settings.machine(what)
+    home = s.init or out
+    start = RealSR.from_pretrained(home, machine.device) if (home / "policy-sft").exists() else None
+    tokenizer = start.tokenizer if start else None
+    if what == "tokenizer":
+        finish(out / what, _tokenizer(s, start if s.init else None), out / "tokenizer", s)
+        return
+    if tokenizer is None:
+        if not (home / "tokenizer" / "model.safetensors").exists():
+            raise ValueError(f"{home} holds no tokenizer: train one first (realsr train tokenizer)")
+        tokenizer = VQModel.from_pretrained(home / "tokenizer").float()
+    if what == "policy":
+        policy = _policy(s, tokenizer, start.policy if start and s.init else None)
+        finish(out / what, policy, out / "policy-sft", s)
+        return
+    if start is None:
+        raise ValueError(f"{home} holds no policy: train one first (realsr train policy)")
+    finish(out / what, _decoder(s, start), out / "tokenizer", s)

@@ -1,0 +1,93 @@
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from realsr_r1 import __version__
+from realsr_r1.cli import main, parser
+
+
+def leaves(p=None, path=()) -> list[tuple[str, ...]]:
+    """Every command of the tree."""
+    p = p or parser()
+    groups = [a for a in p._actions if hasattr(a, "choices") and isinstance(a.choices, dict)]
+    if not groups:
+        return [path]
+    return [x for name, q in groups[0].choices.items() for x in leaves(q, (*path, name))]
+
+
+@pytest.mark.parametrize("path", leaves(), ids=" ".join)
+def test_every_option_says_what_it_is(path, capsys):
+    with pytest.raises(SystemExit) as e:
+        main([*path, "--help"])
+    assert e.value.code == 0
+    p = parser()
+    for name in path:
+        p = next(a for a in p._actions if isinstance(a.choices, dict)).choices[name]
+    assert all(a.help for a in p._actions)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out.strip() == f"realsr {__version__}"
+
+
+@pytest.mark.parametrize(
+    "command", ["restore a.png --steps 3", "train policy --vgg x", "eval table --trace x", "train"]
+)
+def test_an_option_of_another_leaf_is_refused(command, capsys):
+    with pytest.raises(SystemExit) as e:
+        main(command.split())
+    assert e.value.code == 2 and "usage: realsr" in capsys.readouterr().err
+
+
+def test_help_loads_no_torch():
+    code = "import sys; from realsr_r1.cli import parser; parser(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
+
+
+def test_the_pipeline_loads_no_trainer():
+    code = (
+        "import sys, realsr_r1.pipeline, realsr_r1.evaluation.nano; "
+        "print([m for m in ('trl', 'peft', 'datasets') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("restore no.png -o {tmp}/out.png", "does not exist"),
+        ("restore no.png -o {tmp}/no/out.png", "does not exist: create it first"),
+        ("restore no.png -o {tmp}/out.xyz", "Pillow cannot write out.xyz"),
+        ("restore {photo} -o {tmp}/out.png --model {tmp}", "weights tokenizer are missing"),
+        ("restore {photo} -o {tmp}/out.png --temperature 0", "above 0"),
+        ("eval table --photographs {tmp}", "none of the annotated photographs"),
+        ("train decoder --out {tmp}/none --device cpu", "holds no tokenizer"),
+    ],
+)
+def test_errors_are_one_sentence(command, message, tmp_path, capsys):
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (32, 32)).save(photo)
+    assert main(command.format(tmp=tmp_path, photo=photo).split()) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+def test_a_training_leaves_weights_that_restore(tmp_path, capsys):
+    """The three stages in their order, a step each, on the photographs that ship."""
+    out = tmp_path / "nano"
+    assert main(f"train all --steps 1 --batch 2 --out {out} --device cpu".split()) == 0
+    for part in ("tokenizer", "policy-sft"):
+        assert (out / part / "model.safetensors").exists()
+    assert (out / "policy" / "preview.png").exists() and not list(out.rglob("checkpoint.pt"))
+    photo = tmp_path / "photo.png"
+    Image.effect_noise((40, 32), 50).convert("RGB").save(photo)
+    made, trace = tmp_path / "out.png", tmp_path / "trace.json"
+    command = f"restore {photo} -o {made} --trace {trace} --model {out} --device cpu"
+    assert main(command.split()) == 0
+    assert Image.open(made).size == (160, 128) and trace.exists()
