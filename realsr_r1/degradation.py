@@ -26,7 +26,8 @@ RESIZES = ("downsample", "keep", "upsample")
 LABELS = ("blur", "resize", "noise", "compression", "final_resize")
 MODES = ("area", "bilinear", "bicubic")
 KERNELS = ("iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso", "plateau_aniso")
-# Upper bounds of no, light and medium, on what the replay measures (see `visible`). They are quantiles
+# Upper bounds of no, light and medium, on what the replay measures (see `visible`). They are
+# quantiles
 # of the nano preset over training photographs, so that every level of every label is frequent.
 BLUR_BOUNDS = (0.05, 0.45, 0.65)  # share of the photo's fine detail that blur took
 NOISE_BOUNDS = (1.0, 5.8, 9.4)  # root mean square of what noise changed, of 255
@@ -35,7 +36,8 @@ JPEG_BOUNDS = (1.0, 8.8, 12.5)  # root mean square of what compression changed, 
 
 @dataclass(frozen=True)
 class Levels:
-    """Ranges by level (no, light, medium, heavy) instead of one range: what a network can learn apart.
+    """Ranges by level (no, light, medium, heavy) instead of one range: what a network can learn
+    apart.
 
     Values are those seen at LR scale; `None` leaves the operation out. `shares` holds one row of
     probabilities of the four levels for each severity of a photo, all severities equally frequent.
@@ -96,7 +98,8 @@ class DegradationConfig:
 
 
 # Soft enough that a person still sees what most photos show (DESIGN.md asks for it); a third of the
-# photos light, medium and heavy over all. Both resizes vary, so that their labels carry information.
+# photos light, medium and heavy over all. Both resizes vary, so that their labels carry
+# information.
 NANO_LEVELS = Levels(
     blur=(None, (0.35, 0.55), (0.65, 0.9), (1.0, 1.3)),
     noise=(None, (3, 6), (9, 15), (19, 28)),
@@ -183,9 +186,11 @@ class Degraded:
 def gaussian_kernel(
     size: int, sigma_x: float, sigma_y: float, theta: float, kind: str = "aniso", beta: float = 1.0
 ) -> Tensor:
-    """(size, size) kernel that sums to 1; `kind` is one of KERNELS, `theta` radians, sigmas in pixels.
+    """(size, size) kernel that sums to 1; `kind` is one of KERNELS, `theta` radians, sigmas in
+    pixels.
 
-    Generalised: exp(-r^(2β)/2); plateau: 1/(1 + r^(2β)), with r the Mahalanobis radius (Real-ESRGAN, section 3.1).
+    Generalised: exp(-r^(2β)/2); plateau: 1/(1 + r^(2β)), with r the Mahalanobis radius
+    (Real-ESRGAN, section 3.1).
     """
     axis = torch.arange(size, dtype=torch.float64) - size // 2
     y, x = torch.meshgrid(axis, axis, indexing="ij")
@@ -201,7 +206,8 @@ def gaussian_kernel(
 
 
 def sinc_kernel(size: int, omega: float) -> Tensor:
-    """(size, size) ideal circular low-pass with cut-off `omega` in radians a pixel: it rings, as over-sharpening does."""
+    """(size, size) ideal circular low-pass with cut-off `omega` in radians a pixel: it rings, as
+    over-sharpening does."""
     axis = torch.arange(size, dtype=torch.float64) - size // 2
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     r = torch.sqrt(x**2 + y**2)
@@ -223,8 +229,9 @@ def kernel_of(op: dict) -> Tensor:
 
 
 def kernel_radius(op: dict) -> float:
-    """Blur radius in pixels: the kernel's standard deviation along an axis; for sinc that of the Gaussian which
-    halves the amplitude at the same frequency (1.18 / omega), since a kernel with negative lobes has no variance."""
+    """Blur radius in pixels: the kernel's standard deviation along an axis; for sinc that of the
+    Gaussian which halves the amplitude at the same frequency (1.18 / omega), since a kernel with
+    negative lobes has no variance."""
     if op.get("kernel") == "sinc" or op["op"] == "sinc":
         return 1.1774 / op["omega"]
     k = kernel_of(op).double()
@@ -350,7 +357,8 @@ def draw(
 
 
 def blur(x: Tensor, kernels: Tensor) -> Tensor:
-    """Convolve each image of (b, c, h, w) with its own (b, k, k) kernel, edges replicated, by FFT."""
+    """Convolve each image of (b, c, h, w) with its own (b, k, k) kernel, edges
+    replicated, by FFT."""
     k, (h, w) = kernels.shape[-1], x.shape[-2:]
     r = k // 2
     x = F.pad(x, (r, r, r, r), mode="replicate")
@@ -363,7 +371,8 @@ def blur(x: Tensor, kernels: Tensor) -> Tensor:
 
 
 def jpeg(x: Tensor, quality: int) -> Tensor:
-    """Compress and decode one (3, h, w) image in [0, 1] with the real codec (4:2:0, as cameras and the web do)."""
+    """Compress and decode one (3, h, w) image in [0, 1] with the real codec (4:2:0, as cameras and
+    the web do)."""
     array = (x.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, "JPEG", quality=int(quality))
@@ -373,7 +382,8 @@ def jpeg(x: Tensor, quality: int) -> Tensor:
 
 
 def noise_for(x: Tensor, op: dict) -> Tensor:
-    """The noise that a recorded operation adds to one (3, h, w) image; made on the CPU so that every device agrees."""
+    """The noise that a recorded operation adds to one (3, h, w) image; made on the CPU so that
+    every device agrees."""
     g = torch.Generator().manual_seed(op["seed"])
     if op["kind"] == "gaussian":
         shape = x.shape[-2:] if op["gray"] else x.shape
@@ -382,7 +392,8 @@ def noise_for(x: Tensor, op: dict) -> Tensor:
     if op["gray"]:
         weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
         source = ((source * weights).sum(0, keepdim=True) * 255).round() / 255
-    # Real-ESRGAN: the photon count at white is the number of distinct values, rounded up to a power of two.
+    # Real-ESRGAN: the photon count at white is the number of distinct values, rounded up to a power
+    # of two.
     counts = 2.0 ** math.ceil(math.log2(max(2, len(torch.unique(source)))))
     n = torch.poisson(source * counts, generator=g) / counts - source
     return (n * op["scale"]).to(x.device).expand_as(x)
@@ -419,7 +430,8 @@ def apply(hr: Tensor, draws: list[list[dict]]) -> Tensor:
     """Run recorded draws: (b, 3, h, w) in [0, 1] → LR (b, 3, h', w') in [0, 1], in 255ths."""
     if hr.ndim != 4 or hr.shape[1] != 3 or len(draws) != hr.shape[0]:
         raise ValueError(
-            f"expected (b, 3, h, w) images and b draws, got {tuple(hr.shape)} and {len(draws)} draws"
+            f"expected (b, 3, h, w) images and b draws, got {tuple(hr.shape)} and {len(draws)} "
+            f"draws"
         )
     images = [functools.reduce(_run, ops, x) for x, ops in zip(hr.float(), draws, strict=True)]
     return (torch.stack(images) * 255).round() / 255
@@ -490,7 +502,8 @@ def label(hr: Tensor, ops: list[dict]) -> dict[str, str]:
 def degrade(
     hr: Tensor, config: DegradationConfig | str = "paper", generator: torch.Generator | None = None
 ) -> Degraded:
-    """Degrade a batch (b, 3, h, w) in [0, 1]: LR images, draws and labels. `config` is a config or a preset's name."""
+    """Degrade a batch (b, 3, h, w) in [0, 1]: LR images, draws and labels. `config` is a config or
+    a preset's name."""
     if isinstance(config, str):
         if config not in PRESETS:
             raise ValueError(f"no preset {config!r}; choose one of {', '.join(PRESETS)}")
@@ -510,12 +523,17 @@ def degrade(
 
 
 def to_words(labels: dict[str, str]) -> str:
-    """The paper's sentence, e.g. "medium blur, downsample, heavy noise, light compression, upsample"."""
-    return f"{labels['blur']} blur, {labels['resize']}, {labels['noise']} noise, {labels['compression']} compression, {labels['final_resize']}"
+    """The paper's sentence, e.g. "medium blur, downsample, heavy noise, light compression,
+    upsample"."""
+    return (
+        f"{labels['blur']} blur, {labels['resize']}, {labels['noise']} noise, "
+        f"{labels['compression']} compression, {labels['final_resize']}"
+    )
 
 
 def from_words(text: str) -> dict[str, str]:
-    """Read the sentence back. Parts that are missing or malformed are left out, so a reward can count what is right."""
+    """Read the sentence back. Parts that are missing or malformed are left out, so a reward can
+    count what is right."""
     parts = [" ".join(p.split()) for p in text.lower().split(",")]
     out = {}
     for name, part in zip(LABELS, parts, strict=False):

@@ -1,6 +1,8 @@
-"""PSNR, and LPIPS-alex that works offline, as a training loss and as a metric (Zhang et al. 2018, arXiv 1801.03924).
+"""PSNR, and LPIPS-alex that works offline, as a training loss and as a metric (Zhang et al. 2018,
+arXiv 1801.03924).
 
-The `lpips` wheel ships its linear heads only; AlexNet's convolution weights (torchvision, BSD-3) ship with our assets.
+The `lpips` wheel ships its linear heads only; AlexNet's convolution weights (torchvision, BSD-3)
+ship with our assets.
 """
 
 import warnings
@@ -18,10 +20,12 @@ ALEX = Path(__file__).parent / "assets" / "weights" / "alexnet_conv.safetensors"
 
 @lru_cache(maxsize=2)
 def lpips_alex(device: str = "cpu") -> nn.Module:
-    """The `lpips` module with its published AlexNet weights, frozen; call `distance` instead of it directly."""
+    """The `lpips` module with its published AlexNet weights, frozen; call `distance` instead of it
+    directly."""
     if not ALEX.exists():
         raise FileNotFoundError(
-            f"{ALEX.name} is missing from the package's assets: reinstall realsr_r1 from a complete checkout"
+            f"{ALEX.name} is missing from the package's assets: reinstall realsr_r1 from a "
+            f"complete checkout"
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchvision's notice about its own old argument names
@@ -37,7 +41,8 @@ def lpips_alex(device: str = "cpu") -> nn.Module:
 
 
 def alex_layers(x: Tensor) -> list[Tensor]:
-    """Images (b, 3, h, w) in [0, 1] → AlexNet's five ReLU layers, as LPIPS sees them: 64, 192, 384, 256, 256 channels."""
+    """Images (b, 3, h, w) in [0, 1] → AlexNet's five ReLU layers, as LPIPS sees them: 64, 192, 384,
+    256, 256 channels."""
     net = lpips_alex(str(x.device))
     return list(net.net(net.scaling_layer(x * 2 - 1)))
 
@@ -54,7 +59,8 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1)
 def lpips_vgg() -> nn.Module | None:
-    """LPIPS-vgg, if torchvision's VGG16 weights (528 MB, not shipped) lie in torch's hub folder; otherwise None."""
+    """LPIPS-vgg, if torchvision's VGG16 weights (528 MB, not shipped) lie in torch's hub folder;
+    otherwise None."""
     if not (Path(torch.hub.get_dir()) / "checkpoints" / "vgg16-397923af.pth").exists():
         return None
     with warnings.catch_warnings():
@@ -65,8 +71,9 @@ def lpips_vgg() -> nn.Module | None:
 def robust_distance(x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
     """LPIPS under one random shift, flip, channel order and scale, drawn anew at each call → (b,).
 
-    A network trained on plain LPIPS learns specks that hide in AlexNet's stride of four. A loss that moves the grid
-    under it takes that away (the idea of E-LPIPS, Kettunen et al. 2019, arXiv 1906.03973).
+    A network trained on plain LPIPS learns specks that hide in AlexNet's stride of four. A loss
+    that moves the grid under it takes that away (the idea of E-LPIPS, Kettunen et al. 2019, arXiv
+    1906.03973).
     """
 
     def r(n: int) -> int:

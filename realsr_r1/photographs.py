@@ -26,7 +26,8 @@ ASSETS = Path(__file__).parent / "assets"
 SPLITS = ("train", "val", "test")
 SHORT_SIDE = 160  # pixels: at this size the sources' own JPEG traces are gone
 COUNTS = {"one": "", "two": "two", "few": "a few", "many": "many"}
-# How a background is put into words; without an entry it is a color or a light: "on a … background".
+# How a background is put into words; without an entry it is a color or a light: "on a …
+# background".
 BACKGROUNDS = {
     "grass": "on grass",
     "leaves": "among leaves",
@@ -393,7 +394,8 @@ def to_bytes(image: Image.Image) -> Tensor:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture without annotation, for the tokenizer; at its own size, for crops of fine texture."""
+    """A picture without annotation, for the tokenizer; at its own size, for crops
+    of fine texture."""
 
     read: Callable[[], bytes]
 

@@ -1,12 +1,13 @@
 """The four rewards of VLCoT-GRPO, and the variants that the lessons compare.
 
-Every reward is called as TRL's GRPOTrainer calls it: keywords `completions`, the dataset's columns, and things it ignores;
-lists in, a list of floats in [0, 1] out, no state. A completion is a string (words separated by spaces) or a conversation
-[{"role": …, "content": …}], whose content is read. What a policy writes never raises: an empty, cut, repeated or reordered
-chain just scores low. Data do raise: a missing or malformed column gives a ValueError that names it.
+Every reward is called as TRL's GRPOTrainer calls it: keywords `completions`, the dataset's columns,
+and things it ignores; lists in, a list of floats in [0, 1] out, no state. A completion is a string
+(words separated by spaces) or a conversation [{"role": …, "content": …}], whose content is read.
+What a policy writes never raises: an empty, cut, repeated or reordered chain just scores low. Data
+do raise: a missing or malformed column gives a ValueError that names it.
 
-The paper (arXiv 2506.16796, Fig. 2) has four: format, degradation, understanding, generation. Its released code adds them
-without weights, and has no degradation reward.
+The paper (arXiv 2506.16796, Fig. 2) has four: format, degradation, understanding, generation. Its
+released code adds them without weights, and has no degradation reward.
 """
 
 import re
@@ -25,7 +26,8 @@ from realsr_r1.tokenizer import FACTOR, VQModel
 
 Reward = Callable[..., list[float]]
 
-# Other words for the same thing: each word on the right is read as the one on the left, in texts and
+# Other words for the same thing: each word on the right is read as the one on the left, in texts
+# and
 # in tags. Plurals of the captions' nouns are read as their singular.
 SAME = {
     "grass": "lawn meadow turf",
@@ -48,7 +50,8 @@ SYNONYMS |= {
 
 
 def text_of(completion: str | Mapping | Sequence) -> str:
-    """The text of a completion: a string, a message, or a conversation (contents joined by spaces). ValueError for anything else."""
+    """The text of a completion: a string, a message, or a conversation (contents joined by spaces).
+    ValueError for anything else."""
     if isinstance(
         completion, str
     ):  # a number of nine digits is no code or size, and might not fit an int64
@@ -58,12 +61,14 @@ def text_of(completion: str | Mapping | Sequence) -> str:
     if isinstance(completion, Sequence):
         return " ".join(map(text_of, completion))
     raise ValueError(
-        f"a completion must be a string or a list of messages with a 'content', got {type(completion).__name__}"
+        f"a completion must be a string or a list of messages with a 'content', got "
+        f"{type(completion).__name__}"
     )
 
 
 def _column(name: str, values: Any, n: int) -> list:
-    """A dataset column as a list of n entries; ValueError naming the column if it is absent or of another length."""
+    """A dataset column as a list of n entries; ValueError naming the column if it is absent or of
+    another length."""
     if values is None:
         raise ValueError(f"this reward needs the dataset column '{name}', which is missing")
     if isinstance(values, str | Mapping) or not hasattr(values, "__len__") or len(values) != n:
@@ -72,7 +77,8 @@ def _column(name: str, values: Any, n: int) -> list:
 
 
 def _labels(completions: Sequence, degradation: Any) -> list[tuple[dict, dict]]:
-    """For each completion the labels that its chain names and the true ones, from the column `degradation`."""
+    """For each completion the labels that its chain names and the true ones, from the column
+    `degradation`."""
     true = []
     for i, value in enumerate(_column("degradation", degradation, len(completions))):
         try:
@@ -83,24 +89,28 @@ def _labels(completions: Sequence, degradation: Any) -> list[tuple[dict, dict]]:
             true.append({})
         if len(true[-1]) != 5:
             raise ValueError(
-                f"column 'degradation', sample {i}: expected five labels ('medium blur, downsample, …'), got {_short(value)}"
+                f"column 'degradation', sample {i}: expected five labels ('medium blur, "
+                f"downsample, …'), got {_short(value)}"
             )
     return [(vlcot.parse(text_of(c)).labels, t) for c, t in zip(completions, true, strict=True)]
 
 
 def _words(text: str) -> str:
-    """Lower-case words of letters and digits, synonyms replaced, with a space on each side, so that `in` finds whole words."""
+    """Lower-case words of letters and digits, synonyms replaced, with a space on each side, so that
+    `in` finds whole words."""
     return " " + "".join(SYNONYMS.get(w, w) + " " for w in re.findall(r"[^\W_]+", text.lower()))
 
 
 def _rough(completions: Sequence, tags: Any) -> list[tuple[str, list[str]]]:
-    """The rough understanding text of each completion ("" where there is none), with its entry of the column `tags`."""
+    """The rough understanding text of each completion ("" where there is none), with its entry of
+    the column `tags`."""
     columns = _column("tags", tags, len(completions))
     for i, names in enumerate(columns):
         listed = hasattr(names, "__iter__") and not isinstance(names, str | Mapping)
         if not listed or not all(isinstance(t, str) and _words(t).strip() for t in names):
             raise ValueError(
-                f"column 'tags', sample {i}: expected a list of words, such as ['bird', 'grass'], got {_short(names)}"
+                f"column 'tags', sample {i}: expected a list of words, such as ['bird', "
+                f"'grass'], got {_short(names)}"
             )
     return [
         (vlcot.parse(text_of(c)).rough_understand or "", list(names))
@@ -109,7 +119,8 @@ def _rough(completions: Sequence, tags: Any) -> list[tuple[str, list[str]]]:
 
 
 def needs(*columns: str) -> Callable[[Reward], Reward]:
-    """Mark a reward with the dataset columns that it cannot do without, for a trainer to check before it samples anything."""
+    """Mark a reward with the dataset columns that it cannot do without, for a trainer to check
+    before it samples anything."""
 
     def mark(reward: Reward) -> Reward:
         reward.columns = columns
@@ -128,9 +139,11 @@ def _short(value: Any, length: int = 160) -> str:
 
 
 def format_reward(completions: Sequence, **_) -> list[float]:
-    """1 if the whole completion is the seven parts in order, each once, with nothing around them; otherwise 0.
+    """1 if the whole completion is the seven parts in order, each once, with nothing around them;
+    otherwise 0.
 
-    Paper: the same. Released code: a regular expression. Here the images' layout (size, rows, ends) must be right, too.
+    Paper: the same. Released code: a regular expression. Here the images' layout (size, rows, ends)
+    must be right, too.
     """
     return [float(vlcot.well_formed(text_of(c))) for c in completions]
 
@@ -139,11 +152,13 @@ def format_reward(completions: Sequence, **_) -> list[float]:
 def degradation_reward(
     completions: Sequence, degradation: Sequence[str | Mapping] | None = None, **_
 ) -> list[float]:
-    """Share of the five degradation labels (blur, resize, noise, compression, resize) that the chain names exactly: k/5.
+    """Share of the five degradation labels (blur, resize, noise, compression, resize) that the
+    chain names exactly: k/5.
 
-    Paper: the same; its example is 3/5 = 0.6. Released code: absent. Order counts, because the two resizes are told apart
-    by their place alone; further words after the fifth label are ignored. `degradation` holds the true labels of each sample,
-    as the sentence or as the dict. Raises ValueError if the column is missing or an entry is not five labels.
+    Paper: the same; its example is 3/5 = 0.6. Released code: absent. Order counts, because the two
+    resizes are told apart by their place alone; further words after the fifth label are ignored.
+    `degradation` holds the true labels of each sample, as the sentence or as the dict. Raises
+    ValueError if the column is missing or an entry is not five labels.
     """
     return [
         sum(said.get(k) == true[k] for k in labels_of.LABELS) / 5
@@ -155,11 +170,13 @@ def degradation_reward(
 def understanding_reward(
     completions: Sequence, tags: Sequence[Sequence[str]] | None = None, **_
 ) -> list[float]:
-    """Share of the sample's tags that the rough understanding text names, as whole words, upper and lower case alike.
+    """Share of the sample's tags that the rough understanding text names, as whole words, upper and
+    lower case alike.
 
-    Paper: the same, with tags from Grounded-SAM; its example is 3/4 = 0.75. Released code: `substring_understanding_reward`.
-    Words pass through SYNONYMS; a tag of several words must stand as a whole; repeated tags count once; a sample without tags
-    scores 0. It is recall alone, so naming everything scores 1: `understanding_f1_reward` mends that. Raises ValueError if the
+    Paper: the same, with tags from Grounded-SAM; its example is 3/4 = 0.75. Released code:
+    `substring_understanding_reward`. Words pass through SYNONYMS; a tag of several words must stand
+    as a whole; repeated tags count once; a sample without tags scores 0. It is recall alone, so
+    naming everything scores 1: `understanding_f1_reward` mends that. Raises ValueError if the
     column is missing or an entry is not a list of words.
     """
     pairs = [
@@ -171,7 +188,8 @@ def understanding_reward(
 def _final_images(
     completions: Sequence, tokenizer: VQModel, batch: int
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Decoded final images (b, 3, h, w) in [0, 1] of equal size, with the indices of their completions; unreadable ones are left out."""
+    """Decoded final images (b, 3, h, w) in [0, 1] of equal size, with the indices of their
+    completions; unreadable ones are left out."""
     book, groups = tokenizer.codebook.weight, defaultdict(list)
     for i, completion in enumerate(completions):
         codes = vlcot.parse(text_of(completion)).final_image
@@ -184,15 +202,18 @@ def _final_images(
 
 
 class GenerationReward:
-    """A visual expert's score of the final image, in [0, 1]; 0 where there is no readable final image.
+    """A visual expert's score of the final image, in [0, 1]; 0 where there is no readable final
+    image.
 
-    Paper: a visual expert scores the final image. Released code: the mean of TOPIQ-NR, MUSIQ/100, MANIQA-pipal and CLIPIQA;
-    where the final image is cut off it scores the step before instead, and without any image it crashes. Here a missing,
-    cut, repeated or malformed final image, or one with a code that the tokenizer does not have, scores 0.
+    Paper: a visual expert scores the final image. Released code: the mean of TOPIQ-NR, MUSIQ/100,
+    MANIQA-pipal and CLIPIQA; where the final image is cut off it scores the step before instead,
+    and without any image it crashes. Here a missing, cut, repeated or malformed final image, or one
+    with a code that the tokenizer does not have, scores 0.
 
-    `expert`: images (b, 3, h, w) in [0, 1] → (b,) in [0, 1], higher is better. `size`: codes a side that the final image must
-    have, else it scores 0 (None: any). `batch`: images decoded and scored at a time. Raises ValueError if the expert does
-    not return one score an image; that scores are numbers in [0, 1] is for `guarded` to check.
+    `expert`: images (b, 3, h, w) in [0, 1] → (b,) in [0, 1], higher is better. `size`: codes a side
+    that the final image must have, else it scores 0 (None: any). `batch`: images decoded and scored
+    at a time. Raises ValueError if the expert does not return one score an image; that scores are
+    numbers in [0, 1] is for `guarded` to check.
     """
 
     def __init__(
@@ -214,7 +235,8 @@ class GenerationReward:
             scores = self.expert(images)
             if not isinstance(scores, Tensor) or scores.shape != (len(index),):
                 raise ValueError(
-                    f"the expert must return a tensor of one score for each of {len(index)} images, got {_short(scores)}"
+                    f"the expert must return a tensor of one score for each of {len(index)} "
+                    f"images, got {_short(scores)}"
                 )
             for i, score in zip(index, scores.tolist(), strict=True):
                 out[i] = score
@@ -222,9 +244,11 @@ class GenerationReward:
 
 
 def partial_format_reward(completions: Sequence, **_) -> list[float]:
-    """Partial credit for form: (parts that are whole and there just once + 1 if the whole is in form) / 8.
+    """Partial credit for form: (parts that are whole and there just once + 1 if the whole is in
+    form) / 8.
 
-    1 only where `format_reward` is 1. A cut chain keeps its whole parts; out of order or with words around it, it has 7/8.
+    1 only where `format_reward` is 1. A cut chain keeps its whole parts; out of order or with words
+    around it, it has 7/8.
     """
     parses = [(text_of(c), vlcot.parse(text_of(c))) for c in completions]
     return [
@@ -237,11 +261,13 @@ def partial_format_reward(completions: Sequence, **_) -> list[float]:
 def degradation_distance_reward(
     completions: Sequence, degradation: Sequence[str | Mapping] | None = None, **_
 ) -> list[float]:
-    """Degradation labels with credit for being near: the mean over five labels of 1 - steps / most steps possible.
+    """Degradation labels with credit for being near: the mean over five labels of 1 - steps / most
+    steps possible.
 
-    On no < light < medium < heavy, "medium" for "heavy" earns 2/3 and "no" 0; on downsample < keep < upsample, "keep" earns
-    1/2 beside either end. A label that is missing earns 0. Column and errors as in `degradation_reward`. Mind the hedge:
-    a middle answer is never far off, so a policy that always says "medium" does well.
+    On no < light < medium < heavy, "medium" for "heavy" earns 2/3 and "no" 0; on downsample < keep
+    < upsample, "keep" earns 1/2 beside either end. A label that is missing earns 0. Column and
+    errors as in `degradation_reward`. Mind the hedge: a middle answer is never far off, so a policy
+    that always says "medium" does well.
     """
 
     scales = {k: labels_of.RESIZES if "resize" in k else labels_of.LEVELS for k in labels_of.LABELS}
@@ -258,7 +284,8 @@ def degradation_distance_reward(
 
 # Words that name nothing, whatever the vocabulary.
 FUNCTION_WORDS = frozenset(
-    "a an the this that these those some of on in at by with and or to from near under over beside behind against between into is are it its there".split()
+    "a an the this that these those some of on in at by with and or to from near under over "
+    "beside behind against between into is are it its there".split()
 )
 
 
@@ -273,11 +300,13 @@ def tag_nouns() -> frozenset[str]:
 def understanding_f1_reward(
     completions: Sequence, tags: Sequence[Sequence[str]] | None = None, **_
 ) -> list[float]:
-    """F1 of the things named in the rough text against the tags: 2 · hits / (things named + tags); listing all does not pay.
+    """F1 of the things named in the rough text against the tags: 2 · hits / (things named + tags);
+    listing all does not pay.
 
-    Named are the tags that are hit, and every other word of the text, each once, but for FUNCTION_WORDS and what only
-    describes in our captions (kinds, details, colours, sizes: free of charge). In free text an adjective that our captions do
-    not know is charged as a thing. Where nothing is hit, or there are no tags, 0. Column and errors as in `understanding_reward`.
+    Named are the tags that are hit, and every other word of the text, each once, but for
+    FUNCTION_WORDS and what only describes in our captions (kinds, details, colours, sizes: free of
+    charge). In free text an adjective that our captions do not know is charged as a thing. Where
+    nothing is hit, or there are no tags, 0. Column and errors as in `understanding_reward`.
     """
     out, free = [], FUNCTION_WORDS | (frozenset(photographs.vocabulary()) - tag_nouns())
     for text, names in _rough(completions, tags):
@@ -292,10 +321,11 @@ def understanding_f1_reward(
 def substring_understanding_reward(
     completions: Sequence, tags: Sequence[Sequence[str]] | None = None, **_
 ) -> list[float]:
-    """Share of tags found anywhere in the rough text, even inside a word, as the released code matches: "car" in "scarf".
+    """Share of tags found anywhere in the rough text, even inside a word, as the released code
+    matches: "car" in "scarf".
 
-    For the lesson only; no synonyms; 0 where the list of tags is empty (the released code divides by zero there). Column and
-    errors as in `understanding_reward`.
+    For the lesson only; no synonyms; 0 where the list of tags is empty (the released code divides
+    by zero there). Column and errors as in `understanding_reward`.
     """
     pairs = [
         (text.lower(), {t.lower() for t in names}) for text, names in _rough(completions, tags)
@@ -304,11 +334,11 @@ def substring_understanding_reward(
 
 
 class ReferenceReward:
-    """Likeness of the decoded final image to the true HR photo, 1 - LPIPS clipped to [0, 1]; 0 without
-    a readable final image of its size.
+    """Likeness of the decoded final image to the true HR photo, 1 - LPIPS clipped to [0, 1]; 0
+    without a readable final image of its size.
 
-    The column `hr` holds pixels (3, h, w): integers 0-255 or floats 0-1. A no-reference expert can be
-    pleased by a pretty picture of something else; this reward cannot, but it needs the truth."""
+    The column `hr` holds pixels (3, h, w): integers 0-255 or floats 0-1. A no-reference expert can
+    be pleased by a pretty picture of something else; this reward cannot, but it needs the truth."""
 
     columns = ("hr",)
 
@@ -328,7 +358,8 @@ class ReferenceReward:
 
 
 def pixels(value: Any, sample: int = 0) -> Tensor:
-    """An entry of the column `hr` → (3, h, w) in [0, 1]; ValueError naming the sample if malformed."""
+    """An entry of the column `hr` → (3, h, w) in [0, 1]; ValueError naming the
+    sample if malformed."""
     try:
         x = torch.as_tensor(np.asarray(value))
         top = 1 if x.is_floating_point() else 255
@@ -344,10 +375,11 @@ def pixels(value: Any, sample: int = 0) -> Tensor:
 def weighted_sum(
     rewards: Sequence[Reward], weights: Sequence[float] | None = None, name: str = "weighted_sum"
 ) -> Reward:
-    """One reward from several: Σ wᵢ·rᵢ with weights divided by their sum, so that the result stays in [0, 1] (None: equal).
+    """One reward from several: Σ wᵢ·rᵢ with weights divided by their sum, so that the result stays
+    in [0, 1] (None: equal).
 
-    ValueError if weights do not fit the rewards, are negative or not finite, or are all 0. (GRPO divides by the group's
-    spread, so a common factor hardly matters to it.)
+    ValueError if weights do not fit the rewards, are negative or not finite, or are all 0. (GRPO
+    divides by the group's spread, so a common factor hardly matters to it.)
     """
     weights = [1.0] * len(rewards) if weights is None else [float(w) for w in weights]
     if (
@@ -356,7 +388,8 @@ def weighted_sum(
         or not sum(weights)
     ):
         raise ValueError(
-            f"weighted_sum needs for each of {len(rewards)} rewards a finite weight of at least 0, not all 0; got {weights}"
+            f"weighted_sum needs for each of {len(rewards)} rewards a finite weight of at least "
+            f"0, not all 0; got {weights}"
         )
     total = sum(weights)
 
@@ -372,7 +405,8 @@ def weighted_sum(
 
 
 def gated(reward: Reward, gate: Reward = format_reward) -> Reward:
-    """The reward where the gate gives 1, and 0 elsewhere: with the default gate, a chain out of form earns nothing."""
+    """The reward where the gate gives 1, and 0 elsewhere: with the default gate, a chain out of
+    form earns nothing."""
 
     def closed_unless_open(completions: Sequence, **columns) -> list[float]:
         scores, opened = (r(completions=completions, **columns) for r in (reward, gate))
@@ -386,16 +420,19 @@ def gated(reward: Reward, gate: Reward = format_reward) -> Reward:
 
 
 def guarded(reward: Reward) -> Reward:
-    """The same reward for a trainer, which would pass over NaN in silence: it must give one float in [0, 1] a completion.
+    """The same reward for a trainer, which would pass over NaN in silence: it must give one float
+    in [0, 1] a completion.
 
-    Raises ValueError with one sentence that names the reward and keeps the sample (shortened) if the reward raises, returns
-    None, NaN, infinity or a value outside [0, 1], or a wrong number of values. Out-of-memory errors pass unchanged.
+    Raises ValueError with one sentence that names the reward and keeps the sample (shortened) if
+    the reward raises, returns None, NaN, infinity or a value outside [0, 1], or a wrong number of
+    values. Out-of-memory errors pass unchanged.
     """
     name = getattr(reward, "__name__", type(reward).__name__)
 
     def error(what: str, completions: Sequence, i: int = 0) -> ValueError:
         return ValueError(
-            f"reward {name} {what}, on sample {i}: {_short(completions[i] if len(completions) else '')}"
+            f"reward {name} {what}, on sample {i}: "
+            f"{_short(completions[i] if len(completions) else '')}"
         )
 
     def checked(completions: Sequence, **columns) -> list[float]:

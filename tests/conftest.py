@@ -22,7 +22,9 @@ def pairs():
 def tiny():
     """Random tiny tokenizer, reader and policy of the shipped layout: (vq, reader, policy)."""
     torch.manual_seed(0)
-    vq = tokenizer.VQModel(tokenizer.TokenizerConfig(codes=64, base=32, multiplier=(1, 1), latent=32)).eval()
+    vq = tokenizer.VQModel(
+        tokenizer.TokenizerConfig(codes=64, base=32, multiplier=(1, 1), latent=32)
+    ).eval()
     reader = LRReader(ReaderConfig(codes=24, summary_codes=8, width=8, heads={"noise": 4})).eval()
     config = policy.PolicyConfig(hidden=32, layers=2, heads=2, mlp=64, codes=64, lr_codes=32)
     return vq, reader, policy.build(config).eval()

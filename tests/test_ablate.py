@@ -28,7 +28,14 @@ def bench(tiny, pairs, tmp_path_factory):
     policy.save(model, folder / "policy-sft")
     guided = tokenizer.GuidedDecoder(width=16, blocks=1).eval()
     few = scenes.Pairs(pairs.hr[:2], pairs.lr[:2], pairs.labels[:2], pairs.scenes[:2])
-    return Bench(Models(vq, reader, guided, policy.load(folder / "policy-sft")), few, lambda x: x.mean((1, 2, 3)), folder, "val", "cpu")
+    return Bench(
+        Models(vq, reader, guided, policy.load(folder / "policy-sft")),
+        few,
+        lambda x: x.mean((1, 2, 3)),
+        folder,
+        "val",
+        "cpu",
+    )
 
 
 def table(path):
@@ -38,13 +45,21 @@ def table(path):
 
 def test_each_variant_changes_what_it_says_and_nothing_else():
     base = ablate.settings_of(GRPO["all"], ablate.BUDGETS["grpo"], 1)
-    assert (base.steps, base.prompts, base.group, base.beta, base.seed) == (5, 4, 8, 0.02, 1) and GRPO["all"].rewards == grpo.PAPER_REWARDS
+    assert (base.steps, base.prompts, base.group, base.beta, base.seed) == (
+        5,
+        4,
+        8,
+        0.02,
+        1,
+    ) and GRPO["all"].rewards == grpo.PAPER_REWARDS
     for name, variant in GRPO.items():
         s = ablate.settings_of(variant, ablate.BUDGETS["grpo"], 1)
         assert s.prompts * s.group == 32 and (s.steps, s.lr) == (base.steps, base.lr)
         different = {k for k in vars(s) if getattr(s, k) != getattr(base, k)}
         left_out = set(grpo.PAPER_REWARDS) - set(variant.rewards)
-        expected = {"no-kl": {"beta"}, "greedy-text": {"greedy_text"}}.get(name, {"group", "prompts"} if "group" in name else set())
+        expected = {"no-kl": {"beta"}, "greedy-text": {"greedy_text"}}.get(
+            name, {"group", "prompts"} if "group" in name else set()
+        )
         assert different == expected
         assert left_out == ({name.removeprefix("no-")} & set(grpo.PAPER_REWARDS))
     assert ablate.settings_of(GRPO["group-16"], ablate.BUDGETS["grpo"], 0).group == 16
@@ -55,18 +70,30 @@ def test_each_variant_changes_what_it_says_and_nothing_else():
 def test_hacks_are_without_kl_and_each_remedy_is_one_change():
     budget = ablate.BUDGETS["hack"]
     settings = {name: ablate.settings_of(v, budget, 0) for name, v in HACK.items()}
-    assert settings["generation"].beta == settings["recall"].beta == 0 and HACK["recall"].rewards == ("understanding",)
+    assert settings["generation"].beta == settings["recall"].beta == 0 and HACK[
+        "recall"
+    ].rewards == ("understanding",)
     assert settings["generation-kl"].beta == settings["recall-kl"].beta == budget.beta > 0
     assert settings["recall"].words == 40 and settings["generation"].words is None
     assert settings["f1"] == settings["recall"] and HACK["f1"].rewards == ("understanding_f1",)
     assert settings["mix"] == settings["generation"] and HACK["mix"].rewards == grpo.PAPER_REWARDS
-    assert HACK["recall-gate"].gate is ablate.caption_gate and HACK["generation-gate"].gate is ablate.reading_gate
-    assert {name for name, v in HACK.items() if v.lists} == {"recall", "recall-kl", "recall-gate", "f1"}
+    assert (
+        HACK["recall-gate"].gate is ablate.caption_gate
+        and HACK["generation-gate"].gate is ablate.reading_gate
+    )
+    assert {name for name, v in HACK.items() if v.lists} == {
+        "recall",
+        "recall-kl",
+        "recall-gate",
+        "f1",
+    }
 
 
 def test_the_caption_gate_closes_on_a_list_of_words():
     say = "<rough_understand> {} </rough_understand>".format
-    assert ablate.caption_gate([say("a bird on grass"), say("a bird grass sand road wall"), say(""), ""]) == [1.0, 0.0, 0.0, 0.0]
+    assert ablate.caption_gate(
+        [say("a bird on grass"), say("a bird grass sand road wall"), say(""), ""]
+    ) == [1.0, 0.0, 0.0, 0.0]
 
 
 def test_the_reading_gate_closes_on_two_wrong_labels():
@@ -97,7 +124,9 @@ def test_layouts_keep_the_sizes_of_their_images(words, name, tags):
             assert tag not in tags or tag not in sides or part.shape == (sides[tag],) * 2
 
 
-def test_tokens_of_a_layout_are_the_whole_chain_without_the_other_parts(pairs, tiny, words, tmp_path):
+def test_tokens_of_a_layout_are_the_whole_chain_without_the_other_parts(
+    pairs, tiny, words, tmp_path
+):
     data = scenes.Pairs(pairs.hr[:2], pairs.lr[:2], pairs.labels[:2], pairs.scenes[:2])
 
     def text(**options):
@@ -118,7 +147,11 @@ def test_tokens_of_a_layout_are_the_whole_chain_without_the_other_parts(pairs, t
 
 def test_told_text_is_forced_row_by_row_and_the_rest_stays_free(words):
     base = vlcot.LayoutGrammar(words, (2, 3, 4))
-    told = [{"rough_understand": "a bird on grass", "final_understand": "a"}, {}, {"rough_understand": "a fish in water"}]
+    told = [
+        {"rough_understand": "a bird on grass", "final_understand": "a"},
+        {},
+        {"rough_understand": "a fish in water"},
+    ]
     grammar = ablate_sft.ToldGrammar(base, told)
     ids, state = walk(grammar, 3)
     chains = [vlcot.parse(words.decode(row)) for row in ids]
@@ -149,17 +182,25 @@ def test_told_texts_are_the_scenes_own_or_the_next_ones(pairs):
     assert set(ablate_sft.told_texts("wrong-captions", pairs)[0]) == set(vlcot.TEXT_TAGS[1:])
 
 
-def test_runs_train_what_is_left_and_are_scored_on_the_same_scenes(bench, tmp_path, monkeypatch, capsys):
+def test_runs_train_what_is_left_and_are_scored_on_the_same_scenes(
+    bench, tmp_path, monkeypatch, capsys
+):
     go = {"bench": bench, "out": tmp_path, "seeds": [0], "budget": TINY}
     ablate.run_grpo("grpo", what=["no-generation", "greedy-text"], **go)
     found = {r["variant"]: r for r in table(tmp_path / "grpo.csv")}
-    assert set(found) == {"policy-sft", "no-generation", "greedy-text"} and found["policy-sft"]["scenes"] == "2"
+    assert (
+        set(found) == {"policy-sft", "no-generation", "greedy-text"}
+        and found["policy-sft"]["scenes"] == "2"
+    )
     record = Store(tmp_path, "grpo").scores("greedy-text", 0)["scores"]
     assert float(found["greedy-text"]["LPIPS"]) == pytest.approx(sum(record["LPIPS"]) / 2, abs=1e-6)
     log = table(tmp_path / "grpo" / "no-generation_0.csv")[0]
     assert "rewards/generation_reward/mean" not in log and "rewards/format_reward/mean" in log
     dead = table(tmp_path / "grpo" / "greedy-text_0.csv")[0]
-    assert float(dead["zero_spread/degradation_reward"]) == 1 and float(dead["zero_spread/generation_reward"]) == 0
+    assert (
+        float(dead["zero_spread/degradation_reward"]) == 1
+        and float(dead["zero_spread/generation_reward"]) == 0
+    )
     assert not list((tmp_path / "grpo").glob("*checkpoints"))
 
     def forbidden(*_a, **_k):
@@ -172,10 +213,15 @@ def test_runs_train_what_is_left_and_are_scored_on_the_same_scenes(bench, tmp_pa
     assert capsys.readouterr().out.count("done before") == 3
     # other scenes: scored anew, not trained anew
     monkeypatch.setattr(ablate, "score", lambda models, b: {"LPIPS": [1.0] * len(b.data)})
-    one = scenes.Pairs(bench.data.hr[:1], bench.data.lr[:1], bench.data.labels[:1], bench.data.scenes[:1])
+    one = scenes.Pairs(
+        bench.data.hr[:1], bench.data.lr[:1], bench.data.labels[:1], bench.data.scenes[:1]
+    )
     ablate.run_grpo("grpo", what=["greedy-text"], **go | {"bench": replace(bench, data=one)})
     assert Store(tmp_path, "grpo").scores("greedy-text", 0)["scores"] == {"LPIPS": [1.0]}
-    with pytest.raises(ValueError, match=r"greedy-text_0 was begun with other settings \(lr 0.0002 there, 0.01 here\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"greedy-text_0 was begun with other settings \(lr 0.0002 there, 0.01 here\)",
+    ):
         ablate.run_grpo("grpo", what=["greedy-text"], **go | {"budget": replace(TINY, lr=1e-2)})
     with pytest.raises(ValueError, match="no variant 'beauty'; choose from all"):
         ablate.run_grpo("grpo", what=["beauty"], **go)
@@ -189,7 +235,10 @@ def test_a_run_that_another_process_does_is_left_to_it(tmp_path, capsys):
     assert "a_0: another process is at it" in capsys.readouterr().out
     assert store.scores("a", 0) is None and store.scores("b", 0)["scores"] == {"LPIPS": [0.5]}
     ablate.each(store, ["a"], [0], {"n": 1}, lambda *_: {"LPIPS": [0.25]})
-    assert [(r["variant"], r["LPIPS"]) for r in table(tmp_path / "grpo.csv")] == [("a", "0.25"), ("b", "0.5")]
+    assert [(r["variant"], r["LPIPS"]) for r in table(tmp_path / "grpo.csv")] == [
+        ("a", "0.25"),
+        ("b", "0.5"),
+    ]
 
 
 def test_signs_of_gaming_by_hand_and_a_curve_that_goes_on(bench, monkeypatch, tmp_path):
@@ -199,15 +248,35 @@ def test_signs_of_gaming_by_hand_and_a_curve_that_goes_on(bench, monkeypatch, tm
     lists = ["a bird on grass", f"{category} {background} {category} the sand road"]
 
     def fake(model, prompts, *_):
-        chains = [vlcot.Chain("no blur, keep, no noise, no compression, keep", t, images[0], "a", images[1], "a", images[2]) for t in lists]
+        chains = [
+            vlcot.Chain(
+                "no blur, keep, no noise, no compression, keep",
+                t,
+                images[0],
+                "a",
+                images[1],
+                "a",
+                images[2],
+            )
+            for t in lists
+        ]
         rows = [v.encode(vlcot.render(c)) for c in chains]
         n = max(map(len, rows))
         ids = torch.tensor([r + [0] * (n - len(r)) for r in rows])
         return Sampled(ids, None, None)
 
     monkeypatch.setattr(policy, "sample", fake)
-    same = scenes.Pairs(bench.data.hr[:1].repeat(2, 1, 1, 1), bench.data.lr[:1].repeat(2, 1, 1, 1), [bench.data.labels[0]] * 2, [bench.data.scenes[0]] * 2)  # fmt: skip
-    found = ablate.gaming(bench.models, same, {"nano": lambda x: x.mean((1, 2, 3)), "piqe": lambda x: torch.full((len(x),), 0.25)})
+    same = scenes.Pairs(
+        bench.data.hr[:1].repeat(2, 1, 1, 1),
+        bench.data.lr[:1].repeat(2, 1, 1, 1),
+        [bench.data.labels[0]] * 2,
+        [bench.data.scenes[0]] * 2,
+    )
+    found = ablate.gaming(
+        bench.models,
+        same,
+        {"nano": lambda x: x.mean((1, 2, 3)), "piqe": lambda x: torch.full((len(x),), 0.25)},
+    )
     assert found["words"] == 5 and found["piqe"] == 0.25
     hit = sum(t in lists[0].split() for t in (category, background)) / 2
     assert found["recall"] == pytest.approx((hit + 1) / 2)
@@ -228,18 +297,29 @@ def test_signs_of_gaming_by_hand_and_a_curve_that_goes_on(bench, monkeypatch, tm
     again.on_step_begin(None, state, None, bench.models.policy)
     state.global_step = 3
     again.on_train_end(None, state, None, bench.models.policy)
-    assert [r["step"] for r in table(path)] == ["0", "2", "3"] and float(table(path)[2]["words"]) == 5
+    assert [r["step"] for r in table(path)] == ["0", "2", "3"] and float(
+        table(path)[2]["words"]
+    ) == 5
 
 
 def test_a_hacking_run_keeps_its_curve_and_pictures(bench, tmp_path):
     ablate.run_grpo("hack", bench, tmp_path, ["generation"], [0], replace(TINY, prompts=2), probe=1)
     made = {p.name for p in (tmp_path / "hack").glob("generation_0*")}
-    assert {"generation_0.curve.csv", "generation_0_0000.png", "generation_0_0001.png", "generation_0.scores.json"} <= made
+    assert {
+        "generation_0.curve.csv",
+        "generation_0_0000.png",
+        "generation_0_0001.png",
+        "generation_0.scores.json",
+    } <= made
     assert [r["step"] for r in table(tmp_path / "hack" / "generation_0.curve.csv")] == ["0", "1"]
     assert "kl" not in {k for k, v in table(tmp_path / "hack" / "generation_0.csv")[0].items() if v}
     ablate.run_grpo("hack", bench, tmp_path, ["recall"], [0], replace(TINY, prompts=2), probe=1)
     kept = json.loads((tmp_path / "hack" / "recall_0.settings.json").read_text())
-    assert kept["lists"] and kept["gate"] is None and (tmp_path / "hack" / "talkative" / "nano.json").exists()
+    assert (
+        kept["lists"]
+        and kept["gate"] is None
+        and (tmp_path / "hack" / "talkative" / "nano.json").exists()
+    )
 
 
 def test_a_listed_scene_names_its_tags_among_other_things():
@@ -247,21 +327,38 @@ def test_a_listed_scene_names_its_tags_among_other_things():
     listed = ablate.Listed(**vars(plain))
     said = listed.captions[0].split()
     assert len(said) == len(set(said)) == 8 and set(plain.tags) < set(said) <= rewards.tag_nouns()
-    assert listed.captions == ablate.Listed(**vars(plain)).captions and listed.captions[1:] == plain.captions[1:]
+    assert (
+        listed.captions == ablate.Listed(**vars(plain)).captions
+        and listed.captions[1:] == plain.captions[1:]
+    )
 
 
 def test_layouts_are_fine_tuned_once_and_measured(bench, tmp_path, monkeypatch):
-    go = {"bench": bench, "out": tmp_path, "what": ["no-text", "direct"], "seeds": [0], "budget": ablate_sft.SftBudget(steps=1, batch=2)}
+    go = {
+        "bench": bench,
+        "out": tmp_path,
+        "what": ["no-text", "direct"],
+        "seeds": [0],
+        "budget": ablate_sft.SftBudget(steps=1, batch=2),
+    }
     ablate_sft.run_sft(**go)
     found = {r["variant"]: r for r in table(tmp_path / "sft.csv")}
     assert set(found) == {"no-text", "direct"} and float(found["direct"]["PSNR"]) > 0
     for name in found:
-        assert not Store(tmp_path, "sft").scores(name, 0)["scores"].keys() & {"degradation", "understanding"}
+        assert not Store(tmp_path, "sft").scores(name, 0)["scores"].keys() & {
+            "degradation",
+            "understanding",
+        }
     before = policy.load(bench.weights / "policy-sft").state_dict()
-    assert any(not torch.equal(v, before[k]) for k, v in policy.load(tmp_path / "sft" / "direct_0").state_dict().items())
+    assert any(
+        not torch.equal(v, before[k])
+        for k, v in policy.load(tmp_path / "sft" / "direct_0").state_dict().items()
+    )
     monkeypatch.setattr(sft, "train_sft", lambda *_a, **_k: pytest.fail("trained again"))
     ablate_sft.run_sft(**go)
-    (tmp_path / "sft" / "direct_0.scores.json").unlink()  # killed while it was measured: the policy is kept
+    (
+        tmp_path / "sft" / "direct_0.scores.json"
+    ).unlink()  # killed while it was measured: the policy is kept
     monkeypatch.setattr(ablate_sft, "measure", lambda *_a: {"LPIPS": [0.0]})
     ablate_sft.run_sft(**go)
     assert Store(tmp_path, "sft").scores("direct", 0)["scores"] == {"LPIPS": [0.0]}
@@ -273,15 +370,21 @@ def test_told_and_sampled_differently(bench, tmp_path):
     assert record["degradation"] == [1.0, 1.0] and record["understanding"] == [1.0, 1.0]
     ablate_sft.run_inference("sampling", bench, tmp_path, ["default", "greedy-images"], [0, 1])
     rows = {(r["variant"], r["seed"]): r["LPIPS"] for r in table(tmp_path / "sampling.csv")}
-    assert rows["default", "0"] != rows["default", "1"] and rows["greedy-images", "0"] == rows["greedy-images", "1"]
+    assert (
+        rows["default", "0"] != rows["default", "1"]
+        and rows["greedy-images", "0"] == rows["greedy-images", "1"]
+    )
     assert len(set(ablate_sft.SAMPLINGS.values())) == len(ablate_sft.SAMPLINGS)
 
 
 def test_crossed_bootstrap_by_hand():
     same = np.full((3, 5), 0.25)
     assert ablate_figure.crossed_bootstrap(same) == pytest.approx((0.25, 0.25, 0.25))
-    # scenes alike, seeds 0, 1, 2: the mean of three draws is 0 or 2 with chance 1/27 each, inside 2.5% at either end
-    mean, low, high = ablate_figure.crossed_bootstrap(np.array([[0.0] * 4, [1.0] * 4, [2.0] * 4]), 4000)
+    # scenes alike, seeds 0, 1, 2: the mean of three draws is 0 or 2 with chance 1/27 each, inside
+    # 2.5% at either end
+    mean, low, high = ablate_figure.crossed_bootstrap(
+        np.array([[0.0] * 4, [1.0] * 4, [2.0] * 4]), 4000
+    )
     assert (mean, low, high) == (1.0, 0.0, 2.0)
     # one seed: only scenes are resampled, and the interval narrows with their number
     few, many = (ablate_figure.crossed_bootstrap(np.tile([0.0, 1.0], (1, n))) for n in (5, 200))
@@ -292,10 +395,18 @@ def test_crossed_bootstrap_by_hand():
 
 def test_differences_pair_seeds_or_take_the_only_baseline():
     runs = {0: {"LPIPS": [0.3, 0.5]}, 1: {"LPIPS": [0.1, 0.1]}}
-    assert np.allclose(ablate_figure.difference(runs, {0: {"LPIPS": [0.2, 0.2]}}, "LPIPS"), [[0.1, 0.3], [-0.1, -0.1]])
-    paired = ablate_figure.difference(runs, {1: {"LPIPS": [0.0, 0.3]}, 2: {"LPIPS": [9.0, 9.0]}}, "LPIPS")
+    assert np.allclose(
+        ablate_figure.difference(runs, {0: {"LPIPS": [0.2, 0.2]}}, "LPIPS"),
+        [[0.1, 0.3], [-0.1, -0.1]],
+    )
+    paired = ablate_figure.difference(
+        runs, {1: {"LPIPS": [0.0, 0.3]}, 2: {"LPIPS": [9.0, 9.0]}}, "LPIPS"
+    )
     assert np.allclose(paired, [[0.1, -0.2]])
-    assert ablate_figure.difference(runs, {}, "LPIPS") is None and ablate_figure.difference(runs, runs, "PSNR") is None
+    assert (
+        ablate_figure.difference(runs, {}, "LPIPS") is None
+        and ablate_figure.difference(runs, runs, "PSNR") is None
+    )
     with pytest.raises(ValueError, match="scored on 2 and 3 scenes"):
         ablate_figure.difference(runs, {0: {"LPIPS": [0.0] * 3}}, "LPIPS")
 
@@ -305,12 +416,17 @@ def test_figures_and_table_from_runs(tmp_path, monkeypatch):
         ablate_figure.draw(tmp_path / "empty", tmp_path)
     for variant, lpips in (("own", 0.5), ("true", 0.25), ("wrong", 0.5)):
         for seed in (0, 1):
-            Store(tmp_path, "text").finish(variant, seed, {}, {"LPIPS": [lpips, lpips + 0.1], "PSNR": [20.0, 21.0]})
+            Store(tmp_path, "text").finish(
+                variant, seed, {}, {"LPIPS": [lpips, lpips + 0.1], "PSNR": [20.0, 21.0]}
+            )
     for variant, dead in (("all", (0.0, 0.5)), ("greedy-text", (1.0, 1.0))):
         store = Store(tmp_path, "grpo")
         store.finish(variant, 0, {}, {"LPIPS": [0.5]})
         rows = "".join(f"{d},{d},0.0\n" for d in dead)
-        store.path(variant, 0, ".csv").write_text("reward,kl,zero_spread/degradation_reward,zero_spread/understanding_reward,zero_spread/generation_reward\n" + "".join(f"1.0,0.1,{r}\n" for r in rows.split()))  # fmt: skip
+        store.path(variant, 0, ".csv").write_text(
+            "reward,kl,zero_spread/degradation_reward,zero_spread/understanding_reward,zero_spread/generation_reward\n"
+            + "".join(f"1.0,0.1,{r}\n" for r in rows.split())
+        )
     for seed, last in ((0, 6.0), (1, 8.0)):
         curve = Store(tmp_path, "hack").path("recall", seed, ".curve.csv")
         curve.parent.mkdir(exist_ok=True)
@@ -324,10 +440,18 @@ def test_figures_and_table_from_runs(tmp_path, monkeypatch):
     assert "| all | 25% | 25% | 0% |" in lines and "| greedy-text | 100% | 100% | 0% |" in lines
     assert (figures / "ablations.md").read_text().splitlines() == lines
     made = {p.name for p in figures.glob("*.webp")}
-    assert made == {f"ablation_{n}.webp" for n in ("told_text", "text_in_rollouts", "training", "hack_curves", "hack_pictures")}
+    assert made == {
+        f"ablation_{n}.webp"
+        for n in ("told_text", "text_in_rollouts", "training", "hack_curves", "hack_pictures")
+    }
     assert Image.open(figures / "ablation_hack_pictures.webp").size == (40, 16)
-    assert [(r["variant"], r["step"], r["words"]) for r in table(figures / "ablation_hack_curves.csv")] == [("recall", "0", "4.0"), ("recall", "5", "7.0")]  # fmt: skip
-    logged = {(r["variant"], r["step"]): r["zero_spread/degradation_reward"] for r in table(figures / "ablation_training.csv")}
+    assert [
+        (r["variant"], r["step"], r["words"]) for r in table(figures / "ablation_hack_curves.csv")
+    ] == [("recall", "0", "4.0"), ("recall", "5", "7.0")]
+    logged = {
+        (r["variant"], r["step"]): r["zero_spread/degradation_reward"]
+        for r in table(figures / "ablation_training.csv")
+    }
     assert logged["greedy-text", "1"] == "1.0" and len(logged) == 4
     assert (figures / "ablation_text.csv").read_bytes() == (tmp_path / "text.csv").read_bytes()
     assert ablate_figure.curves_of(tmp_path)["recall"][5]["words"] == [6.0, 8.0]
@@ -343,5 +467,7 @@ def test_a_file_is_written_at_once(tmp_path):
 def test_bad_options_get_one_sentence(capsys, tmp_path):
     assert main(["ablate", "text", "--steps", "3"]) == 2
     assert "error: ablate text has no --steps: leave it out" in capsys.readouterr().err
-    assert main(["ablate", "figure", "--out", str(tmp_path / "none"), "--figures", str(tmp_path)]) == 2
+    assert (
+        main(["ablate", "figure", "--out", str(tmp_path / "none"), "--figures", str(tmp_path)]) == 2
+    )
     assert "no finished runs" in capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""Annotation with tiny random models of the real classes and real processors; what they would say is written by hand."""
+"""Annotation with tiny random models of the real classes and real processors; what they would say
+is written by hand."""
 
 import json
 
@@ -18,21 +19,64 @@ def words_tokenizer(words, **special):
     words = list(dict.fromkeys(words))
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>", **special), len(words)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>", **special
+    ), len(words)
 
 
 def make_florence(folder):
-    words = ["<s>", "<pad>", "</s>", "<unk>", "<image>", *(f"<loc_{i}>" for i in range(1000)), "bird", "grass", "What", "the", "image"]
-    tokenizer, n = words_tokenizer(words, bos_token="<s>", eos_token="</s>", extra_special_tokens={"image_token": "<image>"})
-    images = transformers.CLIPImageProcessor(size={"height": 32, "width": 32}, crop_size={"height": 32, "width": 32})
+    words = [
+        "<s>",
+        "<pad>",
+        "</s>",
+        "<unk>",
+        "<image>",
+        *(f"<loc_{i}>" for i in range(1000)),
+        "bird",
+        "grass",
+        "What",
+        "the",
+        "image",
+    ]
+    tokenizer, n = words_tokenizer(
+        words, bos_token="<s>", eos_token="</s>", extra_special_tokens={"image_token": "<image>"}
+    )
+    images = transformers.CLIPImageProcessor(
+        size={"height": 32, "width": 32}, crop_size={"height": 32, "width": 32}
+    )
     images.image_seq_length = 17  # 4 x 4 places and their mean
-    layers = {f"{p}_{k}": v for p in ("encoder", "decoder") for k, v in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 32))}
+    layers = {
+        f"{p}_{k}": v
+        for p in ("encoder", "decoder")
+        for k, v in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 32))
+    }
     config = transformers.Florence2Config(
-        vision_config={"depths": (1, 1), "patch_size": (7, 3), "patch_stride": (4, 2), "patch_padding": (3, 1), "patch_prenorm": (False, True),
-                       "embed_dim": (16, 32), "num_heads": (2, 2), "num_groups": (2, 2), "window_size": 4, "projection_dim": 32},
-        text_config={"model_type": "bart", "vocab_size": n, "d_model": 32, **layers, "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2,
-                     "decoder_start_token_id": 2, "forced_eos_token_id": 2, "max_position_embeddings": 512}, image_token_id=4,
-    )  # fmt: skip
+        vision_config={
+            "depths": (1, 1),
+            "patch_size": (7, 3),
+            "patch_stride": (4, 2),
+            "patch_padding": (3, 1),
+            "patch_prenorm": (False, True),
+            "embed_dim": (16, 32),
+            "num_heads": (2, 2),
+            "num_groups": (2, 2),
+            "window_size": 4,
+            "projection_dim": 32,
+        },
+        text_config={
+            "model_type": "bart",
+            "vocab_size": n,
+            "d_model": 32,
+            **layers,
+            "bos_token_id": 0,
+            "pad_token_id": 1,
+            "eos_token_id": 2,
+            "decoder_start_token_id": 2,
+            "forced_eos_token_id": 2,
+            "max_position_embeddings": 512,
+        },
+        image_token_id=4,
+    )
     transformers.Florence2ForConditionalGeneration(config).save_pretrained(folder)
     transformers.Florence2Processor(images, tokenizer).save_pretrained(folder)
 
@@ -40,12 +84,22 @@ def make_florence(folder):
 def make_qwen(folder):
     from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
-    special = ["<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+    special = [
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|image_pad|>",
+        "<|video_pad|>",
+        "<|vision_start|>",
+        "<|vision_end|>",
+    ]
     tokenizer, n = words_tokenizer(
-        ["<pad>", "<unk>", *special, "bird", "on", "grass"], eos_token="<|im_end|>", additional_special_tokens=special
+        ["<pad>", "<unk>", *special, "bird", "on", "grass"],
+        eos_token="<|im_end|>",
+        additional_special_tokens=special,
     )
     template = (
-        "{% for m in messages %}{% for c in m.content %}{% if c.type == 'image' %}<|vision_start|> <|image_pad|> <|vision_end|> "
+        "{% for m in messages %}{% for c in m.content %}{% if c.type == 'image' "
+        "%}<|vision_start|> <|image_pad|> <|vision_end|> "
         "{% else %}{{c.text}} {% endif %}{% endfor %}{% endfor %}<|im_start|>"
     )
     processor = transformers.Qwen2_5_VLProcessor(
@@ -54,13 +108,38 @@ def make_qwen(folder):
         Qwen2VLVideoProcessor(),
         chat_template=template,
     )
-    rope = {"rope_type": "default", "type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
+    rope = {
+        "rope_type": "default",
+        "type": "default",
+        "mrope_section": [2, 3, 3],
+        "rope_theta": 1e4,
+    }
     config = transformers.Qwen2_5_VLConfig(
-        text_config={"vocab_size": n, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-                     "num_key_value_heads": 1, "max_position_embeddings": 256, "rope_parameters": rope, "eos_token_id": 3, "pad_token_id": 0},
-        vision_config={"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32, "fullatt_block_indexes": [0]},
-        image_token_id=4, video_token_id=5, vision_start_token_id=6, vision_end_token_id=7,
-    )  # fmt: skip
+        text_config={
+            "vocab_size": n,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 256,
+            "rope_parameters": rope,
+            "eos_token_id": 3,
+            "pad_token_id": 0,
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "fullatt_block_indexes": [0],
+        },
+        image_token_id=4,
+        video_token_id=5,
+        vision_start_token_id=6,
+        vision_end_token_id=7,
+    )
     transformers.Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
     processor.save_pretrained(folder)
 
@@ -68,32 +147,77 @@ def make_qwen(folder):
 def make_dino(folder):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", "white", "bird", "grass"]
     tokenizer = transformers.BertTokenizerFast(vocab={w: i for i, w in enumerate(words)})
-    images = transformers.GroundingDinoImageProcessor(size={"shortest_edge": 64, "longest_edge": 96})
-    swin = transformers.SwinConfig(
-        image_size=64, embed_dim=16, depths=[1] * 4, num_heads=[1] * 4, window_size=2, out_features=["stage2", "stage3", "stage4"]
+    images = transformers.GroundingDinoImageProcessor(
+        size={"shortest_edge": 64, "longest_edge": 96}
     )
-    bert = transformers.BertConfig(vocab_size=len(words), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    swin = transformers.SwinConfig(
+        image_size=64,
+        embed_dim=16,
+        depths=[1] * 4,
+        num_heads=[1] * 4,
+        window_size=2,
+        out_features=["stage2", "stage3", "stage4"],
+    )
+    bert = transformers.BertConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
     small = {
-        f"{p}_{k}": v for p in ("encoder", "decoder") for k, v in (("layers", 2), ("attention_heads", 2), ("ffn_dim", 32), ("n_points", 2))
+        f"{p}_{k}": v
+        for p in ("encoder", "decoder")
+        for k, v in (("layers", 2), ("attention_heads", 2), ("ffn_dim", 32), ("n_points", 2))
     }
-    config = transformers.GroundingDinoConfig(backbone_config=swin, text_config=bert, d_model=32, num_queries=6, **small)
+    config = transformers.GroundingDinoConfig(
+        backbone_config=swin, text_config=bert, d_model=32, num_queries=6, **small
+    )
     transformers.GroundingDinoForObjectDetection(config).save_pretrained(folder)
     transformers.GroundingDinoProcessor(images, tokenizer).save_pretrained(folder)
 
 
 def make_sam(folder):
     config = transformers.SamConfig(
-        vision_config={"hidden_size": 16, "output_channels": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 64, "patch_size": 8,
-                       "mlp_dim": 16, "window_size": 2, "global_attn_indexes": [0], "num_pos_feats": 8},
-        prompt_encoder_config={"hidden_size": 16, "image_size": 64, "patch_size": 8, "mask_input_channels": 8},
-        mask_decoder_config={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_dim": 16, "iou_head_hidden_dim": 16},
-    )  # fmt: skip
+        vision_config={
+            "hidden_size": 16,
+            "output_channels": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 64,
+            "patch_size": 8,
+            "mlp_dim": 16,
+            "window_size": 2,
+            "global_attn_indexes": [0],
+            "num_pos_feats": 8,
+        },
+        prompt_encoder_config={
+            "hidden_size": 16,
+            "image_size": 64,
+            "patch_size": 8,
+            "mask_input_channels": 8,
+        },
+        mask_decoder_config={
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "mlp_dim": 16,
+            "iou_head_hidden_dim": 16,
+        },
+    )
     transformers.SamModel(config).save_pretrained(folder)
-    images = transformers.SamImageProcessor(size={"longest_edge": 64}, pad_size={"height": 64, "width": 64})
+    images = transformers.SamImageProcessor(
+        size={"longest_edge": 64}, pad_size={"height": 64, "width": 64}
+    )
     transformers.SamProcessor(images).save_pretrained(folder)
 
 
-MAKERS = {"florence-2": make_florence, "qwen2.5-vl": make_qwen, "grounding-dino": make_dino, "sam": make_sam}
+MAKERS = {
+    "florence-2": make_florence,
+    "qwen2.5-vl": make_qwen,
+    "grounding-dino": make_dino,
+    "sam": make_sam,
+}
 
 
 @pytest.fixture(scope="session")
@@ -127,7 +251,11 @@ ALL = ["0.png", "1.png", "2.png", "sub/3.png", "sub/4.png"]
 class Scripted:
     """A captioner that says what it is told, and remembers how many photos it saw at a time."""
 
-    def __init__(self, captions=("A bird.", "A white bird on grass.", "The image shows a white bird on grass."), room=100):
+    def __init__(
+        self,
+        captions=("A bird.", "A white bird on grass.", "The image shows a white bird on grass."),
+        room=100,
+    ):
         self.said, self.room, self.batches = captions, room, []
 
     def captions(self, images):
@@ -137,7 +265,10 @@ class Scripted:
         return [list(self.said) for _ in images]
 
     def objects(self, images, captions):
-        return [[{"tag": "Bird", "box": [0.1, 0.2, 1 / 3, 0.9]}, {"tag": "the grass"}, {"tag": "bird"}] for _ in images]
+        return [
+            [{"tag": "Bird", "box": [0.1, 0.2, 1 / 3, 0.9]}, {"tag": "the grass"}, {"tag": "bird"}]
+            for _ in images
+        ]
 
 
 # ---------------------------------------------------------------- words
@@ -151,9 +282,15 @@ class Scripted:
         ("The image shows a white bird.", "A white bird."),
         ("The image is a photograph of a bird.", "A bird."),
         ("In this picture, I can see  two\nbirds.", "Two birds."),
-        ("A bird on grass. Behind it there is a tr", "A bird on grass."),  # cut off by the length limit
+        (
+            "A bird on grass. Behind it there is a tr",
+            "A bird on grass.",
+        ),  # cut off by the length limit
         ("a bird on gra", "A bird on gra"),  # the only sentence stays
-        ("A 2.5 m wall behind a bi", "A 2.5 m wall behind a bi"),  # a point inside a number ends no sentence
+        (
+            "A 2.5 m wall behind a bi",
+            "A 2.5 m wall behind a bi",
+        ),  # a point inside a number ends no sentence
         ("Imagery of birds", "Imagery of birds"),
         ("The image shows", "The image shows"),  # nothing would be left
         ("", ""),
@@ -165,9 +302,18 @@ def test_caption_clean_up(said, kept):
 
 @pytest.mark.parametrize(
     ("label", "tag"),
-    [("A Bird", "bird"), ("sea ##gull [SEP]", "seagull"), ("the top of the tree", "tree"), ("T-shirt.", "t-shirt"), ("the", ""), ("</s>", ""), ("", ""),
-     ("man's hat", "man's hat"), ("bird on grass", "bird on grass")],
-)  # fmt: skip
+    [
+        ("A Bird", "bird"),
+        ("sea ##gull [SEP]", "seagull"),
+        ("the top of the tree", "tree"),
+        ("T-shirt.", "t-shirt"),
+        ("the", ""),
+        ("</s>", ""),
+        ("", ""),
+        ("man's hat", "man's hat"),
+        ("bird on grass", "bird on grass"),
+    ],
+)
 def test_tag_cleaning(label, tag):
     assert captioners.clean_tag(label) == tag
 
@@ -178,7 +324,9 @@ def test_tags_are_unique_in_order_and_few():
 
 
 def test_things_that_captions_name():
-    assert captioners.phrases_of(["A white bird on grass.", "a small white sea bird is standing, on the grass"]) == [
+    assert captioners.phrases_of(
+        ["A white bird on grass.", "a small white sea bird is standing, on the grass"]
+    ) == [
         "white bird",
         "grass",
         "white sea bird",
@@ -187,11 +335,25 @@ def test_things_that_captions_name():
 
 
 def test_florence_boxes_by_hand_and_like_the_librarys():
-    text = "</s><s>bird<loc_10><loc_20><loc_500><loc_999>green grass<loc_0><loc_0><loc_999><loc_999><loc_1><loc_2><loc_3><loc_4></s><pad>"
+    text = (
+        "</s><s>bird<loc_10><loc_20><loc_500><loc_999>green "
+        "grass<loc_0><loc_0><loc_999><loc_999><loc_1><loc_2><loc_3><loc_4></s><pad>"
+    )
     found = captioners.parse_od(text)
     assert [f["tag"] for f in found] == ["bird", "green grass", "green grass"]
-    assert found[0]["box"] == [0.0105, 0.0205, 0.5005, 0.9995] and found[2]["box"] == [0.0015, 0.0025, 0.0035, 0.0045]
-    for broken in ("bird", "<loc_1><loc_2><loc_3><loc_4>", "bird<loc_1><loc_2><loc_3>", "the<loc_1><loc_2><loc_3><loc_4>", ""):
+    assert found[0]["box"] == [0.0105, 0.0205, 0.5005, 0.9995] and found[2]["box"] == [
+        0.0015,
+        0.0025,
+        0.0035,
+        0.0045,
+    ]
+    for broken in (
+        "bird",
+        "<loc_1><loc_2><loc_3><loc_4>",
+        "bird<loc_1><loc_2><loc_3>",
+        "the<loc_1><loc_2><loc_3><loc_4>",
+        "",
+    ):
         assert captioners.parse_od(broken) == []
 
     from transformers.models.florence2.processing_florence2 import Florence2PostProcessor
@@ -201,7 +363,10 @@ def test_florence_boxes_by_hand_and_like_the_librarys():
         text=text, image_size=(1000, 2000), parse_tasks="description_with_bboxes"
     )
     for a, b in zip(found, theirs["description_with_bboxes"], strict=True):
-        assert a["tag"] == b["cat_name"] and [int(x * s) for x, s in zip(a["box"], (1000, 2000) * 2, strict=True)] == b["bbox"]
+        assert (
+            a["tag"] == b["cat_name"]
+            and [int(x * s) for x, s in zip(a["box"], (1000, 2000) * 2, strict=True)] == b["bbox"]
+        )
 
 
 # ---------------------------------------------------------------- models
@@ -224,24 +389,39 @@ def test_captioners_answer_for_each_image_what_they_answer_alone(weights, images
 
 def test_florence_asks_for_three_levels_and_for_objects(weights, images, monkeypatch):
     model, asked = captioners.load("florence-2", weights("florence-2")), []
-    monkeypatch.setattr(model.model, "generate", lambda **inputs: torch.zeros(2, 1, dtype=torch.long))
     monkeypatch.setattr(
-        model.processor, "batch_decode", lambda out, skip_special_tokens: ["</s><s>bird<loc_0><loc_0><loc_9><loc_9></s>", "</s>"]
+        model.model, "generate", lambda **inputs: torch.zeros(2, 1, dtype=torch.long)
+    )
+    monkeypatch.setattr(
+        model.processor,
+        "batch_decode",
+        lambda out, skip_special_tokens: ["</s><s>bird<loc_0><loc_0><loc_9><loc_9></s>", "</s>"],
     )
     call = type(model.processor).__call__
-    monkeypatch.setattr(type(model.processor), "__call__", lambda self, text, **more: asked.append(text) or call(self, text=text, **more))
+    monkeypatch.setattr(
+        type(model.processor),
+        "__call__",
+        lambda self, text, **more: asked.append(text) or call(self, text=text, **more),
+    )
     model.captions(images)
     found = model.objects(images, [])
-    assert [a[0] for a in asked] == ["<CAPTION>", "<DETAILED_CAPTION>", "<MORE_DETAILED_CAPTION>", "<OD>"] and [len(a) for a in asked] == [
-        2
-    ] * 4
+    assert [a[0] for a in asked] == [
+        "<CAPTION>",
+        "<DETAILED_CAPTION>",
+        "<MORE_DETAILED_CAPTION>",
+        "<OD>",
+    ] and [len(a) for a in asked] == [2] * 4
     assert found == [[{"tag": "bird", "box": [0.0005, 0.0005, 0.0095, 0.0095]}], []]
 
 
 def test_qwen_reads_its_list_of_things(weights, images, monkeypatch):
     model = captioners.load("qwen2.5-vl", weights("qwen2.5-vl"))
     monkeypatch.setattr(
-        model, "ask", lambda images, prompt: ["A bird, green grass,\nbird.", ""] if prompt == model.THINGS else [prompt] * 2
+        model,
+        "ask",
+        lambda images, prompt: (
+            ["A bird, green grass,\nbird.", ""] if prompt == model.THINGS else [prompt] * 2
+        ),
     )
     assert model.objects(images, []) == [[{"tag": "bird"}, {"tag": "green grass"}], []]
     assert model.captions(images) == [list(model.PROMPTS)] * 2
@@ -252,7 +432,11 @@ def test_grounding_dino_finds_the_captions_things(weights, images):
     model.thresholds = {"threshold": 0.0, "text_threshold": 0.0}
     captions = [["a white bird on grass"] * 3, ["grass"] * 3]
     found = model.objects(images, captions)
-    assert len(found) == 2 and {o["tag"] for o in found[0]} == {"white bird", "grass"} and {o["tag"] for o in found[1]} == {"grass"}
+    assert (
+        len(found) == 2
+        and {o["tag"] for o in found[0]} == {"white bird", "grass"}
+        and {o["tag"] for o in found[1]} == {"grass"}
+    )
     assert all(0 <= x <= 1 for f in found for o in f for x in o["box"])
     scores = [o["score"] for o in found[0]]
     assert scores == sorted(scores, reverse=True)
@@ -263,9 +447,17 @@ def test_grounding_dino_finds_the_captions_things(weights, images):
 
 def test_masks_hold_the_index_of_the_smallest_object(weights, images, monkeypatch):
     sam = captioners.load("sam", weights("sam"))
-    objects = [{"tag": "bird", "box": [0.1, 0.1, 0.5, 0.5]}, {"tag": "no box"}, {"tag": "grass", "box": [0.0, 0.5, 1.0, 1.0]}]
+    objects = [
+        {"tag": "bird", "box": [0.1, 0.1, 0.5, 0.5]},
+        {"tag": "no box"},
+        {"tag": "grass", "box": [0.0, 0.5, 1.0, 1.0]},
+    ]
     mask = sam.masks(images[0], objects)
-    assert mask.shape == (40, 60) and mask.dtype == torch.uint8 and set(mask.unique().tolist()) <= {0, 1, 3}
+    assert (
+        mask.shape == (40, 60)
+        and mask.dtype == torch.uint8
+        and set(mask.unique().tolist()) <= {0, 1, 3}
+    )
 
     drawn = torch.zeros(1, 2, 1, 40, 60, dtype=torch.bool)
     drawn[0, 0, 0, 10:20, 10:20] = True  # the bird, inside
@@ -281,12 +473,17 @@ def test_masks_hold_the_index_of_the_smallest_object(weights, images, monkeypatc
 
 def test_absent_wrong_and_incomplete_weights_say_what_to_do(weights, tmp_path):
     with pytest.raises(
-        FileNotFoundError, match=r"weights of sam are not complete .* run `hf download facebook/sam-vit-base --local-dir DIR`"
+        FileNotFoundError,
+        match=r"weights of sam are not complete .* run `hf download facebook/sam-vit-base "
+        r"--local-dir DIR`",
     ):
         captioners.load("sam")
     with pytest.raises(FileNotFoundError, match=r"not complete in .*nowhere"):
         captioners.load("florence-2", tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"holds a model of type sam, florence-2 needs florence2: .*Florence-2-base"):
+    with pytest.raises(
+        ValueError,
+        match=r"holds a model of type sam, florence-2 needs florence2: .*Florence-2-base",
+    ):
         captioners.load("florence-2", weights("sam"))
     model = transformers.SamModel.from_pretrained(weights("sam"))
     state = {k: v for k, v in model.state_dict().items() if "vision_encoder.layers" not in k}
@@ -304,7 +501,11 @@ def test_lines_are_what_photo_folders_read(folder):
     assert count == {"new": 5, "known": 0, "left out": 0}
     lines = [json.loads(x) for x in (folder / "captions.jsonl").read_text().splitlines()]
     assert [x["file"] for x in lines] == ALL
-    assert lines[0]["captions"] == ["A bird.", "A white bird on grass.", "A white bird on grass."] and lines[0]["tags"] == ["bird", "grass"]
+    assert lines[0]["captions"] == [
+        "A bird.",
+        "A white bird on grass.",
+        "A white bird on grass.",
+    ] and lines[0]["tags"] == ["bird", "grass"]
     assert lines[0]["objects"][0] == {"tag": "Bird", "box": [0.1, 0.2, 0.3333, 0.9]}
     _, captions, tags = photos.PhotoFolder(folder)[4]
     assert captions == lines[4]["captions"] and tags == ["bird", "grass"]
@@ -319,7 +520,11 @@ def test_detail_grows_whatever_the_order():
 
 def test_a_killed_run_goes_on_and_mends_the_torn_line(folder):
     model = Scripted()
-    assert annotate.annotate(folder, model, batch=2, limit=3) == {"new": 3, "known": 0, "left out": 0}
+    assert annotate.annotate(folder, model, batch=2, limit=3) == {
+        "new": 3,
+        "known": 0,
+        "left out": 0,
+    }
     path = folder / "captions.jsonl"
     done = path.read_bytes()
     path.write_bytes(done + b'{"file": "sub/3.png", "capt')  # killed in the middle of a write
@@ -334,9 +539,16 @@ def test_a_killed_run_goes_on_and_mends_the_torn_line(folder):
 def test_processes_share_the_photos_and_know_each_others_work(folder):
     counts = [annotate.annotate(folder, Scripted(), shard=(i, 2)) for i in range(2)]
     assert [c["new"] for c in counts] == [3, 2]
-    assert sorted(p.name for p in folder.glob("captions*")) == ["captions.0-of-2.jsonl", "captions.1-of-2.jsonl"]
+    assert sorted(p.name for p in folder.glob("captions*")) == [
+        "captions.0-of-2.jsonl",
+        "captions.1-of-2.jsonl",
+    ]
     assert sorted(photos.read_captions(folder)) == ALL
-    assert annotate.annotate(folder, Scripted()) == {"new": 0, "known": 5, "left out": 0}  # another number of processes
+    assert annotate.annotate(folder, Scripted()) == {
+        "new": 0,
+        "known": 5,
+        "left out": 0,
+    }  # another number of processes
 
 
 def test_photos_that_cannot_be_read_or_captioned_are_left_out_and_tried_again(folder, caplog):
@@ -345,7 +557,11 @@ def test_photos_that_cannot_be_read_or_captioned_are_left_out_and_tried_again(fo
     assert annotate.annotate(folder, Scripted()) == {"new": 4, "known": 0, "left out": 1}
     assert "left out 1.png" in caplog.text
     (folder / "1.png").write_bytes(whole)
-    assert annotate.annotate(folder, Scripted(captions=("", "", ""))) == {"new": 0, "known": 4, "left out": 1}
+    assert annotate.annotate(folder, Scripted(captions=("", "", ""))) == {
+        "new": 0,
+        "known": 4,
+        "left out": 1,
+    }
     assert "1.png: the model gave an empty caption" in caplog.text
     assert annotate.annotate(folder, Scripted())["new"] == 1
 
@@ -370,7 +586,9 @@ def test_large_photos_are_shrunk_and_another_folder_takes_the_captions(tmp_path,
     Image.new("RGB", (2000, 500)).save(tmp_path / "wide" / "a.png")
     annotate.annotate(tmp_path / "wide", Wide(), out=tmp_path / "notes")
     assert (
-        seen == [(1024, 256)] and (tmp_path / "notes" / "captions.jsonl").exists() and not (tmp_path / "wide" / "captions.jsonl").exists()
+        seen == [(1024, 256)]
+        and (tmp_path / "notes" / "captions.jsonl").exists()
+        and not (tmp_path / "wide" / "captions.jsonl").exists()
     )
     with pytest.raises(ValueError, match=r"'1/1' is no share"):
         annotate.shard_of("1/1")
@@ -387,8 +605,21 @@ def test_masks_do_not_become_photos(folder, tmp_path, weights):
 
 
 def test_command_line_with_all_models(folder, weights, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(captioners.Qwen, "ask", lambda self, images, prompt: ["A white bird on grass."] * len(images))
-    options = ["--model", "qwen2.5-vl", "--weights", str(weights("qwen2.5-vl")), "--tagger", "grounding-dino", "--device", "cpu"]
+    monkeypatch.setattr(
+        captioners.Qwen,
+        "ask",
+        lambda self, images, prompt: ["A white bird on grass."] * len(images),
+    )
+    options = [
+        "--model",
+        "qwen2.5-vl",
+        "--weights",
+        str(weights("qwen2.5-vl")),
+        "--tagger",
+        "grounding-dino",
+        "--device",
+        "cpu",
+    ]
     options += [
         "--tagger-weights",
         str(weights("grounding-dino")),

@@ -28,7 +28,8 @@ def gray(lr):
 
 @pytest.fixture
 def data():
-    """Six pairs of three photos: HR random, LR its mean over 4×4, so that `nearest` is far better than `gray`."""
+    """Six pairs of three photos: HR random, LR its mean over 4×4, so that `nearest` is far better
+    than `gray`."""
     items = []
     for i in range(6):
         blocks = torch.rand(3, 8, 8 + 4 * (i > 3), generator=torch.Generator().manual_seed(i))
@@ -41,8 +42,16 @@ def data():
 @pytest.fixture
 def run(data, tmp_path):
     def go(methods=None, measures=CHEAP, **options):
-        options = {"data": data, "out": tmp_path / "out", "cache": tmp_path / "cache", "baseline": "gray", "device": "cpu"} | options
-        return benchmark.run(methods=methods or {"gray": gray, "nearest": nearest}, measures=measures, **options)
+        options = {
+            "data": data,
+            "out": tmp_path / "out",
+            "cache": tmp_path / "cache",
+            "baseline": "gray",
+            "device": "cpu",
+        } | options
+        return benchmark.run(
+            methods=methods or {"gray": gray, "nearest": nearest}, measures=measures, **options
+        )
 
     return go
 
@@ -59,15 +68,27 @@ def models(tiny):
 def test_scores_are_those_of_the_8_bit_outputs_and_intervals_are_over_photos(run, data, tmp_path):
     record = run()
     psnr = metrics.load("psnr_rgb")
-    by_hand = [float(psnr((nearest(i.read()[0][None]) * 255).round() / 255, i.read()[1][None])) for i in data.items]
+    by_hand = [
+        float(psnr((nearest(i.read()[0][None]) * 255).round() / 255, i.read()[1][None]))
+        for i in data.items
+    ]
     assert record["methods"]["nearest"]["scores"]["psnr_rgb"] == pytest.approx(by_hand, abs=1e-4)
-    assert record["ids"] == [i.id for i in data.items] and json.loads((tmp_path / "out" / "benchmark-toy.json").read_text()) == record
+    assert (
+        record["ids"] == [i.id for i in data.items]
+        and json.loads((tmp_path / "out" / "benchmark-toy.json").read_text()) == record
+    )
     with (tmp_path / "out" / "benchmark-toy.csv").open() as f:
         rows = {(r["method"], r["measure"]): r for r in csv.DictReader(f)}
     photos = np.array(by_hand).reshape(3, 2).mean(1)
     row, base = rows["nearest", "psnr_rgb"], rows["gray", "psnr_rgb"]
-    assert float(row["mean"]) == pytest.approx(photos.mean(), abs=1e-4) and photos.min() - 1e-4 <= float(row["low"])
-    assert float(row["difference"]) == pytest.approx(float(row["mean"]) - float(base["mean"]), abs=1e-6) and base["difference"] == ""
+    assert float(row["mean"]) == pytest.approx(
+        photos.mean(), abs=1e-4
+    ) and photos.min() - 1e-4 <= float(row["low"])
+    assert (
+        float(row["difference"])
+        == pytest.approx(float(row["mean"]) - float(base["mean"]), abs=1e-6)
+        and base["difference"] == ""
+    )
     assert float(rows["gray", "seconds_per_megapixel"]["mean"]) > 0
 
 
@@ -78,7 +99,9 @@ def test_memory_is_each_methods_own(run, monkeypatch):
 
     record = run({"nearest": nearest, "heavy": heavy, "gray": gray})
     used = {name: m["megabytes"] for name, m in record["methods"].items()}
-    assert 115 < used["heavy"] < 400 and used["gray"] < 60  # what one has left behind does not count for the next
+    assert (
+        115 < used["heavy"] < 400 and used["gray"] < 60
+    )  # what one has left behind does not count for the next
 
 
 def test_unlike_timing_and_niqe_of_one_block_are_remarked(run, data):
@@ -89,13 +112,23 @@ def test_unlike_timing_and_niqe_of_one_block_are_remarked(run, data):
         record = run({"gray": gray, "nearest": nearest, "again": nearest})
     finally:
         torch.set_num_threads(threads)
-    assert len(record["remarks"]) == 1 and f"again {record['methods']['again']['timed'][0]}." in record["remarks"][0]
-    assert f", {threads + 1} threads" in record["remarks"][0] and "were not measured alike" in record["remarks"][0]
-    items = [Item("a", lambda: (torch.rand(3, 30, 40, generator=torch.Generator().manual_seed(1)), None))]
+    assert (
+        len(record["remarks"]) == 1
+        and f"again {record['methods']['again']['timed'][0]}." in record["remarks"][0]
+    )
+    assert (
+        f", {threads + 1} threads" in record["remarks"][0]
+        and "were not measured alike" in record["remarks"][0]
+    )
+    items = [
+        Item("a", lambda: (torch.rand(3, 30, 40, generator=torch.Generator().manual_seed(1)), None))
+    ]
     noisy = {"gray": nearest, "nearest": nearest}
     (remark,) = run(noisy, data=BenchSet("small", items, False), measures=["niqe"])["remarks"]
     assert remark.startswith("niqe: in pictures of 120 px there is one block")
-    items = [Item("a", lambda: (torch.rand(3, 48, 48, generator=torch.Generator().manual_seed(1)), None))]
+    items = [
+        Item("a", lambda: (torch.rand(3, 48, 48, generator=torch.Generator().manual_seed(1)), None))
+    ]
     assert run(noisy, data=BenchSet("large", items, False), measures=["niqe"])["remarks"] == []
 
 
@@ -111,8 +144,14 @@ def test_a_photo_that_cannot_be_read_is_no_methods_fault(run, data):
 def test_the_table_says_everything(run, tmp_path):
     run(measures=["psnr_rgb", "brisque", "fid", "niqe"])
     text = (tmp_path / "out" / "benchmark-toy.md").read_text()
-    assert "| method | psnr_rgb ↑ | s / megapixel | peak MB |" in text and "| minus gray, paired | psnr_rgb ↑ |" in text
-    assert "brisque: skipped, files are missing" in text and "put brisque_svm_weights.pth in HUB/pyiqa." in text
+    assert (
+        "| method | psnr_rgb ↑ | s / megapixel | peak MB |" in text
+        and "| minus gray, paired | psnr_rgb ↑ |" in text
+    )
+    assert (
+        "brisque: skipped, files are missing" in text
+        and "put brisque_svm_weights.pth in HUB/pyiqa." in text
+    )
     assert "fid: skipped, fid needs 100 pictures or more, got 6" in text
     assert "niqe: skipped, of 12 pictures 12 are smaller than 96 px." in text
     assert "6 items of 3 photos" in text and "/torch/hub" not in text
@@ -123,22 +162,47 @@ def test_grouped_difference_and_mark_by_hand():
     assert benchtable.grouped([None], ["a"]).tolist() == []
     assert benchtable.difference([1.0, None, 2.0], [0.5, 1.0, None]) == [0.5, None, None]
     up = np.array([0.1, 0.2, 0.1, 0.3, 0.2])
-    assert [benchtable.mark(d, higher) for d in (up, -up) for higher in (True, False)] == [" ▲", " ▼", " ▼", " ▲"]
-    assert benchtable.mark(up - 0.18, True) == "" and benchtable.mark(up[:4], True) == ""  # over zero; too few photos
+    assert [benchtable.mark(d, higher) for d in (up, -up) for higher in (True, False)] == [
+        " ▲",
+        " ▼",
+        " ▼",
+        " ▲",
+    ]
+    assert (
+        benchtable.mark(up - 0.18, True) == "" and benchtable.mark(up[:4], True) == ""
+    )  # over zero; too few photos
 
 
 def test_pictures_without_a_number_are_left_out_and_counted(run, data, monkeypatch):
-    monkeypatch.setitem(metrics.METRICS, "psnr_rgb", metrics.METRICS["psnr_rgb"].__class__("", "psnr", True, True, 33, options=metrics.RGB))
+    monkeypatch.setitem(
+        metrics.METRICS,
+        "psnr_rgb",
+        metrics.METRICS["psnr_rgb"].__class__("", "psnr", True, True, 33, options=metrics.RGB),
+    )
     record = run()  # HR is 32 px high: all are too small
-    assert "psnr_rgb" not in record["methods"]["gray"]["scores"] and "12 are smaller than 33 px" in record["skipped"]["psnr_rgb"]
+    assert (
+        "psnr_rgb" not in record["methods"]["gray"]["scores"]
+        and "12 are smaller than 33 px" in record["skipped"]["psnr_rgb"]
+    )
     data.items[0] = Item("large", lambda: (torch.rand(3, 9, 9), torch.rand(3, 36, 36)))
     record = run()
-    assert record["methods"]["gray"]["scores"]["psnr_rgb"][1:] == [None] * 5 and record["methods"]["gray"]["scores"]["psnr_rgb"][0] > 0
-    assert record["remarks"] == ["psnr_rgb: of 12 pictures 10 are smaller than 33 px, and are left out."]
+    assert (
+        record["methods"]["gray"]["scores"]["psnr_rgb"][1:] == [None] * 5
+        and record["methods"]["gray"]["scores"]["psnr_rgb"][0] > 0
+    )
+    assert record["remarks"] == [
+        "psnr_rgb: of 12 pictures 10 are smaller than 33 px, and are left out."
+    ]
 
 
 def test_a_set_without_originals_has_blind_scores_only(run):
-    items = [Item(str(i), lambda i=i: (torch.rand(3, 24, 24, generator=torch.Generator().manual_seed(i)), None)) for i in range(2)]
+    items = [
+        Item(
+            str(i),
+            lambda i=i: (torch.rand(3, 24, 24, generator=torch.Generator().manual_seed(i)), None),
+        )
+        for i in range(2)
+    ]
     record = run(data=BenchSet("blind", items, False), measures=["psnr_y", "piqe"])
     assert list(record["methods"]["gray"]["scores"]) == ["piqe"]
     assert record["skipped"] == {"psnr_y": "skipped, it compares with originals and blind has none"}
@@ -147,12 +211,21 @@ def test_a_set_without_originals_has_blind_scores_only(run):
 def test_fid_is_computed_once_for_each_method_of_enough_pictures(run, data, monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr(metrics, "check_fid", lambda n: None)
-    monkeypatch.setattr(metrics, "fid", lambda a, b, device: calls.append((a, b)) or float(len(calls)))
+    monkeypatch.setattr(
+        metrics, "fid", lambda a, b, device: calls.append((a, b)) or float(len(calls))
+    )
     record = run(measures=["psnr_rgb", "fid"])
-    assert [m["fid"] for m in record["methods"].values()] == [1.0, 2.0] and "biased" in record["remarks"][0]
+    assert [m["fid"] for m in record["methods"].values()] == [1.0, 2.0] and "biased" in record[
+        "remarks"
+    ][0]
     outputs, originals = calls[1]
-    assert [np.asarray(Image.open(f)).shape for f in outputs] == [np.asarray(Image.open(f)).shape for f in originals]
-    assert np.array_equal(np.asarray(Image.open(originals[2])), (data.items[2].read()[1] * 255).round().byte().permute(1, 2, 0).numpy())
+    assert [np.asarray(Image.open(f)).shape for f in outputs] == [
+        np.asarray(Image.open(f)).shape for f in originals
+    ]
+    assert np.array_equal(
+        np.asarray(Image.open(originals[2])),
+        (data.items[2].read()[1] * 255).round().byte().permute(1, 2, 0).numpy(),
+    )
     assert run(measures=["fid", "psnr_rgb"])["methods"]["nearest"]["fid"] == 2.0 and len(calls) == 2
     assert "| fid ↓ |" in (tmp_path / "out" / "benchmark-toy.md").read_text()
 
@@ -175,7 +248,11 @@ def test_an_interrupted_run_goes_on_and_does_nothing_twice(run, monkeypatch):
         run({"gray": gray, "slow": slow})
     record = run({"gray": gray, "slow": slow})
     assert seen == [2, 2, "stopped", 2]  # 4 pictures of one size, then 2 of another
-    assert record["methods"]["slow"]["scores"] == run({"gray": gray, "slow": nearest})["methods"]["slow"]["scores"] and len(seen) == 4
+    assert (
+        record["methods"]["slow"]["scores"]
+        == run({"gray": gray, "slow": nearest})["methods"]["slow"]["scores"]
+        and len(seen) == 4
+    )
 
 
 def test_scores_are_kept_and_a_new_metric_does_not_restore_again(run, monkeypatch):
@@ -183,9 +260,14 @@ def test_scores_are_kept_and_a_new_metric_does_not_restore_again(run, monkeypatc
     broken = {name: lambda lr: pytest.fail("restored again") for name in ("gray", "nearest")}
     loaded = []
     load = metrics.load
-    monkeypatch.setattr(metrics, "load", lambda name, device: loaded.append(name) or load(name, device))
+    monkeypatch.setattr(
+        metrics, "load", lambda name, device: loaded.append(name) or load(name, device)
+    )
     record = run(broken, ["psnr_rgb", "ssim_rgb"])
-    assert loaded == ["ssim_rgb"] and set(record["methods"]["gray"]["scores"]) == {"psnr_rgb", "ssim_rgb"}
+    assert loaded == ["ssim_rgb"] and set(record["methods"]["gray"]["scores"]) == {
+        "psnr_rgb",
+        "ssim_rgb",
+    }
 
 
 def test_other_pictures_another_seed_and_damaged_files_are_restored_again(run, data, tmp_path):
@@ -197,10 +279,17 @@ def test_other_pictures_another_seed_and_damaged_files_are_restored_again(run, d
 
     def again(**options):
         calls.clear()
-        return run({"gray": gray, "counted": counted}, **options)["methods"]["counted"]["scores"]["psnr_rgb"], sum(calls)
+        return run({"gray": gray, "counted": counted}, **options)["methods"]["counted"]["scores"][
+            "psnr_rgb"
+        ], sum(calls)
 
     first, n = again()
-    assert n == 6 and again() == (first, 0) and again(seed=1) == (first, 6) and again(seed=1) == (first, 0)
+    assert (
+        n == 6
+        and again() == (first, 0)
+        and again(seed=1) == (first, 6)
+        and again(seed=1) == (first, 0)
+    )
     lr, hr = data.items[5].read()
     data.items[5] = Item("i/5", lambda: (lr, 1 - hr), group="photo 2")
     changed, n = again(seed=1)
@@ -215,11 +304,14 @@ def test_other_pictures_another_seed_and_damaged_files_are_restored_again(run, d
 def test_batches_hold_neighbours_of_one_small_size():
     shapes = [(8, 8)] * 3 + [(8, 9)] + [(64, 64)] * 2 + [(8, 8)]
     items = [Item(str(i), lambda s=s: (torch.zeros(3, *s), None)) for i, s in enumerate(shapes)]
-    assert [(first, len(of), len(lr), len(hr)) for first, of, lr, hr in benchmark.batches(items)] == [
-        (0, 3, 3, 3), (3, 1, 1, 1), (4, 1, 1, 1), (5, 1, 1, 1), (6, 1, 1, 1)]  # fmt: skip
+    assert [
+        (first, len(of), len(lr), len(hr)) for first, of, lr, hr in benchmark.batches(items)
+    ] == [(0, 3, 3, 3), (3, 1, 1, 1), (4, 1, 1, 1), (5, 1, 1, 1), (6, 1, 1, 1)]
 
 
-def test_every_batch_has_noise_of_its_own_that_depends_on_its_place_alone(data, tmp_path, monkeypatch):
+def test_every_batch_has_noise_of_its_own_that_depends_on_its_place_alone(
+    data, tmp_path, monkeypatch
+):
     monkeypatch.setattr(benchmark, "BATCH", 2)
     seeds = []
     method = benchmark.Method(lambda lr, seed: seeds.append(seed) or (nearest(lr), None), "k")
@@ -239,13 +331,23 @@ def test_a_chain_says_what_it_sees_and_a_photo_is_restored_by_tiles(models, pair
     assert out.shape == (3, 3, 128, 128) and [len(c) for c in chains] == [1, 1, 1]
     assert torch.equal(out, call(lr, 7)[0]) and not torch.equal(out, call(lr, 8)[0])
     photo, tiles = call(torch.rand(1, 3, 33, 40, generator=torch.Generator().manual_seed(0)), 7)
-    assert photo.shape == (1, 3, 132, 160) and len(tiles[0]) == 4 and isinstance(tiles[0][0], vlcot.Chain)
-    photo, tiles = benchmark.chain_method(models, Sampling(), direct=True)(torch.rand(1, 3, 33, 40), 0)
+    assert (
+        photo.shape == (1, 3, 132, 160)
+        and len(tiles[0]) == 4
+        and isinstance(tiles[0][0], vlcot.Chain)
+    )
+    photo, tiles = benchmark.chain_method(models, Sampling(), direct=True)(
+        torch.rand(1, 3, 33, 40), 0
+    )
     assert photo.shape == (1, 3, 132, 160) and tiles is None  # it says nothing
 
 
 def test_a_photo_that_was_interrupted_is_not_kept(models, monkeypatch):
-    monkeypatch.setattr(benchmark, "restore", lambda *a, **k: (Image.new("RGB", (160, 132)), {"complete": False, "tiles": []}))
+    monkeypatch.setattr(
+        benchmark,
+        "restore",
+        lambda *a, **k: (Image.new("RGB", (160, 132)), {"complete": False, "tiles": []}),
+    )
     with pytest.raises(KeyboardInterrupt):
         benchmark.chain_method(models)(torch.rand(1, 3, 33, 40), 0)
 
@@ -257,37 +359,67 @@ def test_said_is_the_share_of_tiles_that_are_right(pairs):
     right = vlcot.Chain(degradation.to_words(labels), scene.captions[0], None, scene.captions[1])
     wrong = vlcot.Chain("nonsense", "a thing", None, "a thing")
     with_scene = benchmark.said([right, wrong], Item("x", None, labels, scene))
-    assert set(with_scene.values()) == {0.5} and set(with_scene) == {*degradation.LABELS, "category", "kind", "background"}
-    assert benchmark.said([right, right, right, wrong], Item("x", None, labels)) == dict.fromkeys(labels, 0.75)
+    assert set(with_scene.values()) == {0.5} and set(with_scene) == {
+        *degradation.LABELS,
+        "category",
+        "kind",
+        "background",
+    }
+    assert benchmark.said([right, right, right, wrong], Item("x", None, labels)) == dict.fromkeys(
+        labels, 0.75
+    )
     assert benchmark.said([right], Item("x", None)) == {}
 
 
 def test_accuracy_of_the_text_reaches_the_table(run, pairs, models, monkeypatch, tmp_path):
     items = [
-        Item(str(i), lambda i=i: (pairs.lr[i].float() / 255, pairs.hr[i].float() / 255), pairs.labels[i], pairs.scenes[i]) for i in range(3)
+        Item(
+            str(i),
+            lambda i=i: (pairs.lr[i].float() / 255, pairs.hr[i].float() / 255),
+            pairs.labels[i],
+            pairs.scenes[i],
+        )
+        for i in range(3)
     ]
     ours = benchmark.Method(benchmark.chain_method(models), "key")
     monkeypatch.setattr(
         benchmark,
         "load_method",
-        lambda name, device, folder: ours if name == "chain-sft" else benchmark.Method(lambda lr, seed: (nearest(lr), None), name),
+        lambda name, device, folder: (
+            ours
+            if name == "chain-sft"
+            else benchmark.Method(lambda lr, seed: (nearest(lr), None), name)
+        ),
     )
     record = run(["bicubic", "chain-sft"], data=BenchSet("scenes", items, True), baseline="bicubic")
     said = record["methods"]["chain-sft"]["said"]
     assert record["methods"]["bicubic"]["said"] == {} and len(said["blur"]) == 3
-    assert said["degradation"] == pytest.approx(np.mean([said[k] for k in pairs.labels[0]], axis=0).tolist())
-    assert said["understanding"] == pytest.approx(np.mean([said["category"], said["background"]], axis=0).tolist())
+    assert said["degradation"] == pytest.approx(
+        np.mean([said[k] for k in pairs.labels[0]], axis=0).tolist()
+    )
+    assert said["understanding"] == pytest.approx(
+        np.mean([said["category"], said["background"]], axis=0).tolist()
+    )
     text = (tmp_path / "out" / "benchmark-scenes.md").read_text()
     assert "| the chain says rightly | blur |" in text and "| degradation | understanding |" in text
 
 
 def test_own_methods_are_loaded_by_name_from_a_folder(models, pairs, tmp_path):
-    for name, model in (("tokenizer", models.tokenizer), ("reader", models.reader), ("guided", models.guided)):
+    for name, model in (
+        ("tokenizer", models.tokenizer),
+        ("reader", models.reader),
+        ("guided", models.guided),
+    ):
         weights.save(model, tmp_path / f"{name}.safetensors")
-    weights.save(tokenizer.GuidedDecoder(width=16, blocks=1, use_codes=False), tmp_path / "regression.safetensors")
+    weights.save(
+        tokenizer.GuidedDecoder(width=16, blocks=1, use_codes=False),
+        tmp_path / "regression.safetensors",
+    )
     policy.save(policy.build(models.policy.nano, seed=3), tmp_path / "policy-sft")
     lr = pairs.lr[:2].float() / 255
-    chain, regression = (benchmark.load_method(name, "cpu", tmp_path) for name in ("chain-sft", "regression"))
+    chain, regression = (
+        benchmark.load_method(name, "cpu", tmp_path) for name in ("chain-sft", "regression")
+    )
     with torch.no_grad():
         assert chain.call(lr, 0)[0].shape == regression.call(lr, 0)[0].shape == (2, 3, 128, 128)
         assert torch.equal(
@@ -295,8 +427,12 @@ def test_own_methods_are_loaded_by_name_from_a_folder(models, pairs, tmp_path):
             F.interpolate(lr, scale_factor=4, mode="bicubic", align_corners=False).clamp(0, 1),
         )
     assert benchmark.load_method("chain-sft", "cpu", tmp_path).key == chain.key
-    weights.save(tokenizer.GuidedDecoder(width=16, blocks=2).eval(), tmp_path / "guided.safetensors")
-    assert benchmark.load_method("chain-sft", "cpu", tmp_path).key != chain.key  # other weights, other outputs
+    weights.save(
+        tokenizer.GuidedDecoder(width=16, blocks=2).eval(), tmp_path / "guided.safetensors"
+    )
+    assert (
+        benchmark.load_method("chain-sft", "cpu", tmp_path).key != chain.key
+    )  # other weights, other outputs
     with pytest.raises(FileNotFoundError, match="policy-grpo"):
         benchmark.load_method("chain-grpo", "cpu", tmp_path)
 
@@ -306,11 +442,24 @@ def test_methods_that_cannot_be_had_are_named_and_the_others_go_on(run, tmp_path
         raise RuntimeError("no ncnn here.")
 
     record = run({"gray": gray, "failing": failing, "wrong size": lambda lr: lr})
-    assert list(record["methods"]) == ["gray"] and record["skipped"]["failing"] == "left out, no ncnn here"
-    assert "wrong size made (3, 8, 8) of (3, 8, 8): a method must enlarge four times" in record["skipped"]["wrong size"]
-    record = run({"gray": failing, "nearest": nearest}, cache=tmp_path / "second")  # even the baseline
-    assert list(record["methods"]) == ["nearest"] and "minus" not in (tmp_path / "out" / "benchmark-toy.md").read_text()
-    with pytest.raises(ValueError, match="none of the methods can be had here: gray, left out, no ncnn"):
+    assert (
+        list(record["methods"]) == ["gray"]
+        and record["skipped"]["failing"] == "left out, no ncnn here"
+    )
+    assert (
+        "wrong size made (3, 8, 8) of (3, 8, 8): a method must enlarge four times"
+        in record["skipped"]["wrong size"]
+    )
+    record = run(
+        {"gray": failing, "nearest": nearest}, cache=tmp_path / "second"
+    )  # even the baseline
+    assert (
+        list(record["methods"]) == ["nearest"]
+        and "minus" not in (tmp_path / "out" / "benchmark-toy.md").read_text()
+    )
+    with pytest.raises(
+        ValueError, match="none of the methods can be had here: gray, left out, no ncnn"
+    ):
         run({"gray": failing}, cache=tmp_path / "third")
 
 
@@ -319,7 +468,9 @@ def test_wrong_names_are_refused_before_any_work(run, tmp_path):
         run(["bilinear", "bicubic"], baseline="bicubic")
     with pytest.raises(ValueError, match="no metric 'psnr'"):
         run(measures=["psnr"])
-    with pytest.raises(ValueError, match="the baseline bicubic is not among the methods gray, nearest"):
+    with pytest.raises(
+        ValueError, match="the baseline bicubic is not among the methods gray, nearest"
+    ):
         run(baseline="bicubic")
     assert not (tmp_path / "cache").exists()
 
@@ -331,13 +482,31 @@ def test_the_command_measures_a_folder_and_says_errors_in_a_sentence(tmp_path, c
     for i in range(2):
         for side, size in (("lr", (24, 24)), ("hr", (96, 96))):
             (tmp_path / "mine" / side).mkdir(parents=True, exist_ok=True)
-            Image.effect_noise(size, 20 + i).convert("RGB").save(tmp_path / "mine" / side / f"{i}.png")
+            Image.effect_noise(size, 20 + i).convert("RGB").save(
+                tmp_path / "mine" / side / f"{i}.png"
+            )
     rest = ["--cache", str(tmp_path / "cache"), "-o", str(tmp_path / "out"), "--device", "cpu"]
-    argv = ["evaluate", "--data", str(tmp_path / "mine"), "--methods", "bicubic", "lanczos", "--metrics", "psnr_y", "niqe", *rest]
+    argv = [
+        "evaluate",
+        "--data",
+        str(tmp_path / "mine"),
+        "--methods",
+        "bicubic",
+        "lanczos",
+        "--metrics",
+        "psnr_y",
+        "niqe",
+        *rest,
+    ]
     assert main(argv) == 0
-    assert "| lanczos |" in capsys.readouterr().out and (tmp_path / "out" / "benchmark-mine.csv").exists()
+    assert (
+        "| lanczos |" in capsys.readouterr().out
+        and (tmp_path / "out" / "benchmark-mine.csv").exists()
+    )
     record = json.loads((tmp_path / "out" / "benchmark-mine.json").read_text())
-    assert record["baseline"] == "bicubic" and all(len(m["scores"]["niqe"]) == 2 for m in record["methods"].values())
+    assert record["baseline"] == "bicubic" and all(
+        len(m["scores"]["niqe"]) == 2 for m in record["methods"].values()
+    )
     assert main(["evaluate", "--data", "nowhere", *rest]) == 2
     assert main(["evaluate", "--data", "eval", "--compare", "policy-sft", *rest]) == 2
     errors = capsys.readouterr().err
@@ -363,43 +532,83 @@ def test_the_command_without_data_makes_the_first_table(monkeypatch, tmp_path):
 
     seen = {}
     monkeypatch.setattr(restore, "load_models", lambda *a, **k: "models")
-    monkeypatch.setattr(evaluate, "first_results", lambda models, out, n, **k: seen.update(k, models=models, out=out, n=n))
+    monkeypatch.setattr(
+        evaluate,
+        "first_results",
+        lambda models, out, n, **k: seen.update(k, models=models, out=out, n=n),
+    )
     assert main(["evaluate", "--cache", str(tmp_path), "-o", str(tmp_path)]) == 0
-    assert seen == {"models": "models", "out": tmp_path, "n": 512, "cnn_steps": 1200, "cache": tmp_path, "seed": 0}
+    assert seen == {
+        "models": "models",
+        "out": tmp_path,
+        "n": 512,
+        "cnn_steps": 1200,
+        "cache": tmp_path,
+        "seed": 0,
+    }
 
 
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ("evaluate --methods bicubic", "--methods goes with --data alone: say on what, e.g. --data eval"),
-        ("evaluate --metrics psnr_y", "--metrics goes with --data alone: say on what, e.g. --data eval"),
-        ("evaluate --baseline lanczos", "--baseline goes with --data alone: say on what, e.g. --data eval"),
-        ("evaluate --experts niqe --methods bicubic", "--methods goes with --data alone: leave it out"),
-        ("evaluate --compare policy-sft --metrics psnr_y", "--metrics goes with --data alone: leave it out"),
+        (
+            "evaluate --methods bicubic",
+            "--methods goes with --data alone: say on what, e.g. --data eval",
+        ),
+        (
+            "evaluate --metrics psnr_y",
+            "--metrics goes with --data alone: say on what, e.g. --data eval",
+        ),
+        (
+            "evaluate --baseline lanczos",
+            "--baseline goes with --data alone: say on what, e.g. --data eval",
+        ),
+        (
+            "evaluate --experts niqe --methods bicubic",
+            "--methods goes with --data alone: leave it out",
+        ),
+        (
+            "evaluate --compare policy-sft --metrics psnr_y",
+            "--metrics goes with --data alone: leave it out",
+        ),
         ("evaluate --first 5", "--first goes with --compare alone: leave it out"),
-        ("evaluate --experts niqe --compare policy-sft --first 5", "--first goes with --compare alone: leave it out"),
+        (
+            "evaluate --experts niqe --compare policy-sft --first 5",
+            "--first goes with --compare alone: leave it out",
+        ),
         ("evaluate --data eval --first 5", "--first goes with --compare alone: leave it out"),
         ("evaluate --compare policy-sft --first -5", "--first must be 0 or more, got -5"),
         ("evaluate -n 0", "-n must be 1 or more, got 0"),
         ("evaluate --experts niqe -n -3", "-n must be 1 or more, got -3"),
         ("ablate text -n 0", "-n must be 1 or more, got 0"),
         ("evaluate -o FILE", "FILE is a file and --out takes a folder: choose another place"),
-        ("evaluate --data eval --cache FILE", "FILE is a file and --cache takes a folder: choose another place"),
+        (
+            "evaluate --data eval --cache FILE",
+            "FILE is a file and --cache takes a folder: choose another place",
+        ),
         (
             "evaluate --data eval --methods bicubic --cache FILE/a -n 1 -o .",
             "FILE/a/benchmark/eval/bicubic cannot be used, Not a directory",
         ),
     ],
 )
-def test_what_cannot_be_meant_is_refused_in_a_sentence_before_any_work(monkeypatch, capsys, tmp_path, argv, said):
+def test_what_cannot_be_meant_is_refused_in_a_sentence_before_any_work(
+    monkeypatch, capsys, tmp_path, argv, said
+):
     from realsr_r1.ablations import grpo as ablate
     from realsr_r1.evaluation import calibration
     from realsr_r1.evaluation import policies as compare
     from realsr_r1.evaluation import results as evaluate
     from realsr_r1.first import restore
 
-    for module, name in ((restore, "load_models"), (evaluate, "first_results"), (calibration, "calibrate"), (compare, "compare"),
-                         (ablate.Bench, "load"), (benchmark, "load_method")):  # fmt: skip
+    for module, name in (
+        (restore, "load_models"),
+        (evaluate, "first_results"),
+        (calibration, "calibrate"),
+        (compare, "compare"),
+        (ablate.Bench, "load"),
+        (benchmark, "load_method"),
+    ):
         monkeypatch.setattr(module, name, lambda *a, **k: pytest.fail("work began"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "FILE").write_text("")
@@ -413,7 +622,10 @@ def test_what_cannot_be_meant_is_refused_in_a_sentence_before_any_work(monkeypat
         (PermissionError(13, "Permission denied", "out"), "out cannot be used, Permission denied"),
         (OSError(28, "No space left on device"), "the system refused, No space left on device"),
         (OSError("no such model,\n  check its name"), "no such model, check its name"),
-        (FileNotFoundError("folder a does not exist: check the path"), "folder a does not exist: check the path"),
+        (
+            FileNotFoundError("folder a does not exist: check the path"),
+            "folder a does not exist: check the path",
+        ),
     ],
 )
 def test_an_error_of_the_system_is_one_sentence(monkeypatch, capsys, tmp_path, error, said):

@@ -14,7 +14,9 @@ def picture(path, w, h, level=100):
     Image.new("RGB", (w, h), (level, 50, 0)).save(path)
 
 
-def make_pairs(folder, names, hr="hr", lr="lr", size=(8, 6), hr_suffix="", lr_suffix="", suffix=".png"):
+def make_pairs(
+    folder, names, hr="hr", lr="lr", size=(8, 6), hr_suffix="", lr_suffix="", suffix=".png"
+):
     w, h = size
     for i, name in enumerate(names):
         picture(folder / lr / f"{name}{lr_suffix}{suffix}", w, h, 10 + i)
@@ -27,7 +29,11 @@ def make_pairs(folder, names, hr="hr", lr="lr", size=(8, 6), hr_suffix="", lr_su
 def test_eval_photos_under_three_fixed_degradations():
     found = benchsets.load("eval")
     files = sorted((scenes.ASSETS / "eval").glob("*.webp"))
-    assert len(found) == 3 * len(files) == 42 and found.paired and len({i.id for i in found.items}) == 42
+    assert (
+        len(found) == 3 * len(files) == 42
+        and found.paired
+        and len({i.id for i in found.items}) == 42
+    )
     assert [i.group for i in found.items[:4]] == [files[0].stem] * 3 + [files[1].stem]
     lr, hr = found.items[1].read()
     assert lr.shape == (3, 64, 64) and hr.shape == (3, 256, 256)
@@ -38,7 +44,9 @@ def test_eval_photos_under_three_fixed_degradations():
 
 def test_one_degradation_alone_is_the_same_pictures():
     whole, severe = benchsets.load("eval", 6), benchsets.load("eval:severe", 2)
-    assert [i.id for i in severe.items] == [i.id for i in whole.items if i.id.endswith("severe")] and severe.name == "eval-severe"
+    assert [i.id for i in severe.items] == [
+        i.id for i in whole.items if i.id.endswith("severe")
+    ] and severe.name == "eval-severe"
     assert torch.equal(severe.items[1].read()[0], whole.items[5].read()[0])
 
 
@@ -51,15 +59,28 @@ def test_an_original_is_the_centre_square_and_keeps_colours():
 
 def test_real_photos_have_no_original():
     found = benchsets.load("real_lr")
-    assert len(found) == 7 and not found.paired and all(i.read()[1] is None and i.labels is None for i in found.items)
+    assert (
+        len(found) == 7
+        and not found.paired
+        and all(i.read()[1] is None and i.labels is None for i in found.items)
+    )
 
 
 def test_collages_are_the_pairs_of_the_test_split(tmp_path):
-    found, pairs = benchsets.load("collages", 3, tmp_path), scenes.pairs(range(2_000_000, 2_000_003), "test")
+    found, pairs = (
+        benchsets.load("collages", 3, tmp_path),
+        scenes.pairs(range(2_000_000, 2_000_003), "test"),
+    )
     for i, item in enumerate(found.items):
         lr, hr = item.read()
-        assert torch.equal((lr * 255).round().byte(), pairs.lr[i]) and torch.equal((hr * 255).round().byte(), pairs.hr[i])
-        assert item.labels == pairs.labels[i] and item.scene.captions == pairs.scenes[i].captions and item.id == f"{2_000_000 + i}"
+        assert torch.equal((lr * 255).round().byte(), pairs.lr[i]) and torch.equal(
+            (hr * 255).round().byte(), pairs.hr[i]
+        )
+        assert (
+            item.labels == pairs.labels[i]
+            and item.scene.captions == pairs.scenes[i].captions
+            and item.id == f"{2_000_000 + i}"
+        )
 
 
 # ---------------------------------------------------------------- folders
@@ -68,7 +89,9 @@ def test_collages_are_the_pairs_of_the_test_split(tmp_path):
 def test_a_folder_of_pairs_by_name(tmp_path):
     make_pairs(tmp_path, ["b", "a"])
     found = benchsets.load(str(tmp_path))
-    assert [i.id for i in found.items] == ["a", "b"] and found.paired and found.name == tmp_path.name
+    assert (
+        [i.id for i in found.items] == ["a", "b"] and found.paired and found.name == tmp_path.name
+    )
     lr, hr = found.items[1].read()
     assert (
         lr.shape == (3, 6, 8)
@@ -82,7 +105,13 @@ def test_a_folder_of_pairs_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("names", "hr", "lr", "hr_suffix", "lr_suffix"),
     [
-        (["0801", "0802"], "DIV2K_valid_HR", "DIV2K_valid_LR_bicubic/X4", "", "x4"),  # DIV2K as it is distributed
+        (
+            ["0801", "0802"],
+            "DIV2K_valid_HR",
+            "DIV2K_valid_LR_bicubic/X4",
+            "",
+            "x4",
+        ),  # DIV2K as it is distributed
         (["Canon_001", "Nikon_001"], "test_HR", "test_LR", "", ""),  # StableSR's folders
         (["Canon_001", "Canon_002"], "", "", "_HR", "_LR4"),  # RealSR version 3, side by side
         (["one", "two"], "GT", "LQ", "", ""),
@@ -96,7 +125,10 @@ def test_the_layouts_that_sets_come_in(tmp_path, names, hr, lr, hr_suffix, lr_su
     make_pairs(tmp_path, names, hr, lr, hr_suffix=hr_suffix, lr_suffix=lr_suffix)
     found = benchsets.find_pairs(tmp_path)
     assert [key for key, *_ in found] == sorted(names)
-    assert all(photos.open_photo(h).size == (32, 24) and photos.open_photo(s).size == (8, 6) for _, s, h in found)
+    assert all(
+        photos.open_photo(h).size == (32, 24) and photos.open_photo(s).size == (8, 6)
+        for _, s, h in found
+    )
 
 
 def test_cameras_in_folders_of_their_own_do_not_collide(tmp_path):
@@ -111,8 +143,11 @@ def test_two_files_of_one_side_and_one_name_are_refused_and_not_dropped(tmp_path
     make_pairs(tmp_path / "folders", ["a__b", "a/b"])
     make_pairs(tmp_path / "scales", ["0001"], lr_suffix="x4")
     picture(tmp_path / "scales" / "lr" / "0001_x4.png", 8, 6)
-    for name, two in (("suffixes", r"lr/a\.bmp and lr/a\.png"), ("folders", r"lr/a/b\.png and lr/a__b\.png"),
-                      ("scales", r"lr/0001_x4\.png and lr/0001x4\.png")):  # fmt: skip
+    for name, two in (
+        ("suffixes", r"lr/a\.bmp and lr/a\.png"),
+        ("folders", r"lr/a/b\.png and lr/a__b\.png"),
+        ("scales", r"lr/0001_x4\.png and lr/0001x4\.png"),
+    ):
         with pytest.raises(ValueError, match=f"{two} would both be called "):
             benchsets.find_pairs(tmp_path / name)
 
@@ -138,14 +173,22 @@ def test_div2k_s_other_scales_may_lie_beside_x4(tmp_path):
 
 def test_photos_alone_or_in_lr_alone_have_no_original(tmp_path):
     picture(tmp_path / "flat" / "x.png", 9, 7)
-    picture(tmp_path / "sub" / "lr" / "x4.png", 9, 7)  # a photo may be called what a pair's ending is called
+    picture(
+        tmp_path / "sub" / "lr" / "x4.png", 9, 7
+    )  # a photo may be called what a pair's ending is called
     for folder, key in (("flat", "x"), ("sub", "x4")):
         found = benchsets.load(str(tmp_path / folder))
-        assert [i.id for i in found.items] == [key] and not found.paired and found.items[0].read()[1] is None
+        assert (
+            [i.id for i in found.items] == [key]
+            and not found.paired
+            and found.items[0].read()[1] is None
+        )
 
 
 def test_folders_that_are_wrong_are_refused_in_a_sentence(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no set and no folder 'nowhere': choose among eval, eval:mild"):
+    with pytest.raises(
+        FileNotFoundError, match="no set and no folder 'nowhere': choose among eval, eval:mild"
+    ):
         benchsets.load("nowhere")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         benchsets.load(f"realsr:{tmp_path / 'none'}")
@@ -167,7 +210,11 @@ def test_folders_that_are_wrong_are_refused_in_a_sentence(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("size", "said"), [((32, 25), r"LR 8x6 and HR 32x25: HR must be 32x24"), ((8, 6), r"set's version of equal sizes")]
+    ("size", "said"),
+    [
+        ((32, 25), r"LR 8x6 and HR 32x25: HR must be 32x24"),
+        ((8, 6), r"set's version of equal sizes"),
+    ],
 )
 def test_pairs_of_another_scale_are_refused_before_anything_is_restored(tmp_path, size, said):
     make_pairs(tmp_path, ["a", "b"])
@@ -179,7 +226,10 @@ def test_pairs_of_another_scale_are_refused_before_anything_is_restored(tmp_path
 def test_two_suffixes_of_one_name_and_a_broken_file(tmp_path):
     picture(tmp_path / "a.png", 8, 8)
     picture(tmp_path / "a.jpg", 8, 8)
-    with pytest.raises(ValueError, match=r"a\.jpg and a\.png would both be called a: rename one of them, or remove it"):
+    with pytest.raises(
+        ValueError,
+        match=r"a\.jpg and a\.png would both be called a: rename one of them, or remove it",
+    ):
         benchsets.load(str(tmp_path))
     make_pairs(tmp_path / "p", ["a"])
     (tmp_path / "p" / "hr" / "a.png").write_bytes(b"no picture")
@@ -191,18 +241,26 @@ def test_two_suffixes_of_one_name_and_a_broken_file(tmp_path):
 
 
 def test_a_prepared_set_must_hold_what_is_expected(tmp_path, monkeypatch):
-    known = benchsets.Prepared(2, True, (8, 6), (32, 24), "tiny crops"), benchsets.Prepared(3, True, source="whole")
+    known = (
+        benchsets.Prepared(2, True, (8, 6), (32, 24), "tiny crops"),
+        benchsets.Prepared(3, True, source="whole"),
+    )
     monkeypatch.setitem(benchsets.KNOWN, "realsr", known)
     make_pairs(tmp_path, ["a", "b"])
     found = benchsets.load(f"realsr:{tmp_path}")
-    assert found.name == "realsr" and found.note == "2 pairs, LR 8x6, HR 32x24 (tiny crops)" and len(found) == 2
+    assert (
+        found.name == "realsr"
+        and found.note == "2 pairs, LR 8x6, HR 32x24 (tiny crops)"
+        and len(found) == 2
+    )
     make_pairs(tmp_path, ["c"], size=(5, 5))
     assert benchsets.load(f"realsr:{tmp_path}").note == "3 pairs (whole)"
     (tmp_path / "lr" / "a.png").unlink()
     (tmp_path / "hr" / "a.png").unlink()
     with pytest.raises(
         ValueError,
-        match=r"expected to be 2 pairs, LR 8x6, HR 32x24 \(tiny crops\), or 3 pairs \(whole\); .* holds 2 pairs, LR of 2 sizes, e.g. 5x5",
+        match=r"expected to be 2 pairs, LR 8x6, HR 32x24 \(tiny crops\), or 3 pairs \(whole\); .* "
+        r"holds 2 pairs, LR of 2 sizes, e.g. 5x5",
     ):
         benchsets.load(f"realsr:{tmp_path}")
 
@@ -210,9 +268,14 @@ def test_a_prepared_set_must_hold_what_is_expected(tmp_path, monkeypatch):
 def test_reallq250_is_250_photos_of_256_without_originals(tmp_path):
     for i in range(250):
         picture(tmp_path / f"{i:03d}.png", 256, 256)
-    assert len(benchsets.load(f"reallq250:{tmp_path}")) == 250 and len(benchsets.load(f"reallq250:{tmp_path}", 5)) == 5
+    assert (
+        len(benchsets.load(f"reallq250:{tmp_path}")) == 250
+        and len(benchsets.load(f"reallq250:{tmp_path}", 5)) == 5
+    )
     picture(tmp_path / "000.png", 256, 255)
-    with pytest.raises(ValueError, match="reallq250 is expected to be 250 photos without originals, LR 256x256"):
+    with pytest.raises(
+        ValueError, match="reallq250 is expected to be 250 photos without originals, LR 256x256"
+    ):
         benchsets.load(f"reallq250:{tmp_path}")
 
 
@@ -233,11 +296,16 @@ def local(tmp_path, monkeypatch):
 
     def make(name="set", **columns):
         features = datasets.Features(
-            {k: datasets.Image() if isinstance(v[0], Image.Image) else datasets.Value("string") for k, v in columns.items()}
+            {
+                k: datasets.Image() if isinstance(v[0], Image.Image) else datasets.Value("string")
+                for k, v in columns.items()
+            }
         )
         for split in ("train", "test"):
             (tmp_path / name).mkdir(exist_ok=True)
-            datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / name / f"{split}-0.parquet")
+            datasets.Dataset.from_dict(columns, features=features).to_parquet(
+                tmp_path / name / f"{split}-0.parquet"
+            )
         return f"hf:{tmp_path / name}"
 
     return make
@@ -250,7 +318,12 @@ def image(w, h, level):
 def test_a_data_set_with_pairs_and_its_test_split(local):
     spec = local(LR=[image(8, 6, 10), image(8, 6, 20)], HR=[image(32, 24, 30), image(32, 25, 40)])
     found = benchsets.load(spec)
-    assert len(found) == 2 and found.paired and found.name.endswith("-set-test") and "/" not in found.name
+    assert (
+        len(found) == 2
+        and found.paired
+        and found.name.endswith("-set-test")
+        and "/" not in found.name
+    )
     lr, hr = found.items[0].read()
     assert lr.shape == (3, 6, 8) and hr.shape == (3, 24, 32) and round(float(hr.max()) * 255) == 30
     with pytest.raises(ValueError, match="the pair of row 1 is not ×4"):

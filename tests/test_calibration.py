@@ -19,7 +19,10 @@ def test_drawn_are_the_policys_own_images_and_repeat(models, pairs):
     again, _ = calibration.drawn(models["sft"], pairs, batch=8)
     assert images.shape == (12, 3, 128, 128) and torch.equal(images, again) and (away > 0).all()
     other = Models(
-        models["sft"].tokenizer, models["sft"].reader, models["sft"].guided, policy.build(models["sft"].policy.nano, seed=5).eval()
+        models["sft"].tokenizer,
+        models["sft"].reader,
+        models["sft"].guided,
+        policy.build(models["sft"].policy.nano, seed=5).eval(),
     )
     assert not torch.equal(calibration.drawn(other, pairs, batch=8)[0], images)
 
@@ -28,12 +31,22 @@ def test_experts_side_by_side(models, tmp_path, monkeypatch):
     found = calibration.calibrate(["nano", "piqe", "brisque"], models, tmp_path, n=2, chains=6)
     assert set(found) == {"nano", "piqe"}
     text = (tmp_path / "experts.md").read_text()
-    assert "chains of sft" in text and "brisque: skipped, files are missing" in text and "HUB/pyiqa" in text
+    assert (
+        "chains of sft" in text
+        and "brisque: skipped, files are missing" in text
+        and "HUB/pyiqa" in text
+    )
     with (tmp_path / "experts.csv").open() as f:
         rows = {r["expert"]: r for r in csv.DictReader(f)}
     nano = found["nano"]
-    assert float(rows["nano"]["pairs in order"]) == nano["ordered"] > float(rows["piqe"]["pairs in order"])
-    assert float(rows["nano"]["chains of sft"]) == pytest.approx(experts.spearman(*nano["chains"]["sft"]))
+    assert (
+        float(rows["nano"]["pairs in order"])
+        == nano["ordered"]
+        > float(rows["piqe"]["pairs in order"])
+    )
+    assert float(rows["nano"]["chains of sft"]) == pytest.approx(
+        experts.spearman(*nano["chains"]["sft"])
+    )
     assert (tmp_path / "experts.webp").stat().st_size > 1000
     with pytest.raises(FileNotFoundError, match="brisque: skipped"):
         calibration.calibrate(["brisque"], models, tmp_path, n=2, chains=2)

@@ -19,11 +19,16 @@ def models(tiny):
 
 def test_policies_side_by_side(models, tmp_path):
     found = compare.compare(models, tmp_path, lambda x: x.mean((1, 2, 3)), n=4, name="t")
-    assert set(found) == {"sft", "grpo"} and all(len(v) == 4 for s in found.values() for v in s.values())
+    assert set(found) == {"sft", "grpo"} and all(
+        len(v) == 4 for s in found.values() for v in s.values()
+    )
     one = found["sft"]
     assert one["format"] == [1.0] * 4  # the grammar sees to it
     assert one["total reward"] == pytest.approx(
-        [sum(one[k][i] for k in ("format", "degradation", "understanding", "generation")) for i in range(4)]
+        [
+            sum(one[k][i] for k in ("format", "degradation", "understanding", "generation"))
+            for i in range(4)
+        ]
     )
     assert all(0 <= v <= 1 for v in one["FSIM"]) and all(v > 0 for v in one["LPIPS"])
     text = (tmp_path / "t.md").read_text()
@@ -36,9 +41,14 @@ def test_policies_side_by_side(models, tmp_path):
 
 def test_scenes_that_chose_a_policy_can_be_left_out(models, tmp_path, monkeypatch):
     seen, score = [], compare.score_policy
-    monkeypatch.setattr(compare, "score_policy", lambda m, data, *rest: seen.append(data) or score(m, data, *rest))
+    monkeypatch.setattr(
+        compare, "score_policy", lambda m, data, *rest: seen.append(data) or score(m, data, *rest)
+    )
     compare.compare({"sft": models["sft"]}, tmp_path, lambda x: x.mean((1, 2, 3)), n=2, first=1)
-    assert torch.equal(seen[0].hr, scenes.cached_pairs(3, "test").hr[1:]) and len(seen[0].labels) == len(seen[0].scenes) == 2
+    assert (
+        torch.equal(seen[0].hr, scenes.cached_pairs(3, "test").hr[1:])
+        and len(seen[0].labels) == len(seen[0].scenes) == 2
+    )
     assert "2 test scenes (from number 1 on)" in (tmp_path / "grpo.md").read_text()
 
 

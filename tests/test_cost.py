@@ -7,7 +7,14 @@ import sys
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, ChameleonConfig, ChameleonForConditionalGeneration, GPT2Config, LlamaConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    ChameleonConfig,
+    ChameleonForConditionalGeneration,
+    GPT2Config,
+    LlamaConfig,
+    Qwen3Config,
+)
 
 from realsr_r1.first import __main__, grpo, policy, vlcot
 from realsr_r1.planning import budget, cost
@@ -22,8 +29,11 @@ def test_tokens_of_an_image_are_the_papers():
 
 
 def test_chain_totals_are_the_grammars():
-    """With the most words a text may have, the count is the grammar's length; the prompt is the nano reader's."""
-    grammar = policy.grammar_of(policy.build(policy.PolicyConfig(hidden=16, layers=1, heads=1, mlp=16)))
+    """With the most words a text may have, the count is the grammar's length; the prompt is the
+    nano reader's."""
+    grammar = policy.grammar_of(
+        policy.build(policy.PolicyConfig(hidden=16, layers=1, heads=1, mlp=16))
+    )
     prompt, completion = cost.chain_tokens(128, words=policy.PolicyConfig().max_words)
     assert completion == grammar.max_length
     assert prompt == len(vlcot.Vocabulary().prompts(torch.zeros(1, 17, 16, dtype=torch.long))[0])
@@ -33,7 +43,13 @@ def test_chain_totals_are_the_grammars():
         cost.chain_tokens(100)
 
 
-SMALL = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 80, "vocab_size": 300}
+SMALL = {
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 80,
+    "vocab_size": 300,
+}
 
 
 @pytest.mark.parametrize(
@@ -42,10 +58,19 @@ SMALL = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "i
         Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True),
         Qwen3Config(**SMALL, num_key_value_heads=4, head_dim=12, tie_word_embeddings=False),
         LlamaConfig(**SMALL, num_key_value_heads=2),
-        Qwen3Config(vocab_size=151_936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True),
+        Qwen3Config(
+            vocab_size=151_936,
+            hidden_size=1024,
+            intermediate_size=3072,
+            num_hidden_layers=28,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            head_dim=128,
+            tie_word_embeddings=True,
+        ),
     ),
     ids=("grouped queries", "untied", "llama", "Qwen3-0.6B"),
-)  # fmt: skip
+)
 def test_parameters_are_those_of_the_model(config):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -60,7 +85,9 @@ def test_parameters_of_chameleon_and_of_the_named_shapes():
     with torch.device("meta"):
         model = ChameleonForConditionalGeneration(config)
     assert Shape.of(config) == cost.chameleon()
-    assert cost.chameleon().parameters == sum(p.numel() for n, p in model.named_parameters() if "vqmodel" not in n)
+    assert cost.chameleon().parameters == sum(
+        p.numel() for n, p in model.named_parameters() if "vqmodel" not in n
+    )
     assert cost.qwen3().parameters == 596_049_920  # the published 0.6 B
     assert cost.nano().parameters == policy.build().num_parameters()
     with pytest.raises(ValueError, match="gpt2 model is not counted here"):
@@ -72,7 +99,9 @@ def kept_bytes(shape: Shape, precision: str, lora: int = 0, tokens: int = 64) ->
     model = budget.model_of(shape)
     model.to(torch.bfloat16 if precision == "bfloat16" else torch.float32).train()
     if lora:
-        model = peft.get_peft_model(model, peft.LoraConfig(r=lora, target_modules="all-linear")).get_base_model()
+        model = peft.get_peft_model(
+            model, peft.LoraConfig(r=lora, target_modules="all-linear")
+        ).get_base_model()
         model.enable_input_require_grads()
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     seen, alive = {}, []
@@ -83,23 +112,38 @@ def kept_bytes(shape: Shape, precision: str, lora: int = 0, tokens: int = 64) ->
             alive.append(t)
         return t
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16, enabled=precision == "mixed"):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == "mixed"),
+    ):
         model.model(torch.randint(0, 300, (1, tokens)), use_cache=False)
     return sum(seen.values())
 
 
-@pytest.mark.parametrize("precision, lora", (("float32", 0), ("bfloat16", 0), ("mixed", 0), ("float32", 4), ("bfloat16", 4)))
+@pytest.mark.parametrize(
+    "precision, lora",
+    (("float32", 0), ("bfloat16", 0), ("mixed", 0), ("float32", 4), ("bfloat16", 4)),
+)
 @pytest.mark.parametrize("heads, kv", ((4, 4), (6, 2)))
 def test_activations_of_a_layer_are_what_autograd_keeps(precision, lora, heads, kv):
     shape = Shape(64, 2, heads, kv, 16, 96, len(vlcot.Vocabulary()), True, 32)
-    one = kept_bytes(dataclasses.replace(shape, layers=3), precision, lora) - kept_bytes(shape, precision, lora)
-    cast = 2 * shape.linear if precision == "mixed" else 0  # autocast keeps bfloat16 copies of the weights
-    assert one == 64 * cost.layer_activations(shape, Run("sft", 0, 64, precision=precision, lora=lora)) + cast
+    one = kept_bytes(dataclasses.replace(shape, layers=3), precision, lora) - kept_bytes(
+        shape, precision, lora
+    )
+    cast = (
+        2 * shape.linear if precision == "mixed" else 0
+    )  # autocast keeps bfloat16 copies of the weights
+    assert (
+        one
+        == 64 * cost.layer_activations(shape, Run("sft", 0, 64, precision=precision, lora=lora))
+        + cast
+    )
 
 
 def test_memory_by_hand():
     shape = Shape(8, 2, 2, 1, 4, 16, 100, True, 8)
-    # 2 layers of 2·8·(8 + 4) + 3·8·16 = 576 weights, 16 + 8 norm weights; 8 of the last norm; a table of 800.
+    # 2 layers of 2·8·(8 + 4) + 3·8·16 = 576 weights, 16 + 8 norm weights; 8 of the last norm; a
+    # table of 800.
     p = 2 * (576 + 24) + 8 + 800
     assert shape.parameters == p
     need = memory(shape, Run("sft", 3, 5, 2))
@@ -110,17 +154,25 @@ def test_memory_by_hand():
     assert need.parts["activations"] == 16 * (2 * layer + 12 * 8)
     assert need.peak == sum(need.parts.values()) and need.when == "loss"
     rl = memory(shape, Run("grpo", 3, 5, 2, 1, 1, 4))
-    assert rl.parts["reference"] == 4 * p and rl.moments["sampling"]["cache"] == 4 * 8 * 2 * 2 * 4 * 4
+    assert (
+        rl.parts["reference"] == 4 * p and rl.moments["sampling"]["cache"] == 4 * 8 * 2 * 2 * 4 * 4
+    )
 
 
 def test_each_way_to_save_memory_saves_it():
     shape, run = cost.qwen3(), Run("sft", 294, 480, 8, precision="mixed")
     peak = lambda r: memory(shape, r).peak  # noqa: E731
     assert peak(dataclasses.replace(run, checkpointing=True)) < 0.75 * peak(run)
-    assert peak(dataclasses.replace(run, optimizer="sgd")) < peak(dataclasses.replace(run, optimizer="adamw8bit")) < peak(run)
+    assert (
+        peak(dataclasses.replace(run, optimizer="sgd"))
+        < peak(dataclasses.replace(run, optimizer="adamw8bit"))
+        < peak(run)
+    )
     assert peak(dataclasses.replace(run, precision="bfloat16", lora=16)) < 0.8 * peak(run)
     whole = Run("sft", 294, 480, 1, precision="bfloat16", checkpointing=True, sharded=True)
-    peaks = [memory(cost.chameleon(), dataclasses.replace(whole, devices=n)).peak for n in (1, 4, 8)]
+    peaks = [
+        memory(cost.chameleon(), dataclasses.replace(whole, devices=n)).peak for n in (1, 4, 8)
+    ]
     assert peaks[0] > 3 * peaks[1] > 3 * peaks[2] > 0
     off = memory(cost.chameleon(), dataclasses.replace(whole, devices=8, offload=True))
     assert off.peak < peaks[2] and off.host == pytest.approx(14 * cost.chameleon().parameters)
@@ -161,17 +213,26 @@ def test_seconds_follow_operations_and_bytes():
     shape, run = cost.qwen3(), Run("sft", 294, 480, 4)
     one = cost.seconds(shape, run, card, utilisation=0.5)["passes"]
     assert one == pytest.approx(3 * cost.forward_flops(shape, 4, 774, 480) / 50e12)
-    assert cost.seconds(shape, dataclasses.replace(run, checkpointing=True), card, 0.5)["passes"] == pytest.approx(one * 4 / 3)
+    assert cost.seconds(shape, dataclasses.replace(run, checkpointing=True), card, 0.5)[
+        "passes"
+    ] == pytest.approx(one * 4 / 3)
     # A sampled word reads all weights: with a slow memory that is what it costs.
     slow = cost.Card("slow", 80e9, 100e12, 1e9)
     sampling = cost.seconds(shape, Run("grpo", 294, 480, group=2), slow, bandwidth=1.0)["sampling"]
-    assert sampling == pytest.approx(480 * (4 * shape.parameters + cost.cache(shape, Run("grpo", 294, 480, group=2)) / 2) / 1e9, rel=0.01)
+    assert sampling == pytest.approx(
+        480 * (4 * shape.parameters + cost.cache(shape, Run("grpo", 294, 480, group=2)) / 2) / 1e9,
+        rel=0.01,
+    )
 
 
 def test_storage_and_recipe():
     need = budget.storage(1000, pixels=100, tokens=50, crops=2, captions=10)
     assert need == {"photos": 2000 * budget.PNG * 1e4, "tokens": 400_000.0, "captions": 20_000.0}
-    rows = {r.split(" | ")[0].strip("| "): r.split(" | ") for r in budget.recipe(1000, 10, price=2.0).splitlines() if r.startswith("| ")}
+    rows = {
+        r.split(" | ")[0].strip("| "): r.split(" | ")
+        for r in budget.recipe(1000, 10, price=2.0).splitlines()
+        if r.startswith("| ")
+    }
     assert rows["cold start"][1] == "2,000" and rows["VLCoT-GRPO"][1] == "100"
     twice = budget.recipe(190_000, 500).splitlines()[2].split(" | ")
     once = budget.recipe(95_000, 500).splitlines()[2].split(" | ")
@@ -180,7 +241,13 @@ def test_storage_and_recipe():
 
 def test_the_table_of_what_fits_follows_the_cards():
     lines = budget.fit_table().splitlines()
-    assert [c.strip() for c in lines[0].strip("|").split("|")][1:] == ["T4", "L4", "A100-40", "A100-80", "8×H100"]
+    assert [c.strip() for c in lines[0].strip("|").split("|")][1:] == [
+        "T4",
+        "L4",
+        "A100-40",
+        "A100-80",
+        "8×H100",
+    ]
     assert len(lines) == 2 + len(budget.plans())
     for line in lines[2:]:
         cells = [c.strip() for c in line.strip("|").split("|")][1:]
@@ -194,39 +261,80 @@ def test_the_table_of_what_fits_follows_the_cards():
 
 def test_the_command(capsys, tmp_path):
     assert (
-        __main__.main(["cost", "middle", "--phase", "sft", "--lora", "16", "--precision", "bfloat16", "--batch", "2", "--price", "1"]) == 0
+        __main__.main(
+            [
+                "cost",
+                "middle",
+                "--phase",
+                "sft",
+                "--lora",
+                "16",
+                "--precision",
+                "bfloat16",
+                "--batch",
+                "2",
+                "--price",
+                "1",
+            ]
+        )
+        == 0
     )
     said = capsys.readouterr().out
-    assert "599 M parameters, 12.6 M trained; 294 + 471 words" in said and "| T4 | yes |" in said and "money" in said
+    assert (
+        "599 M parameters, 12.6 M trained; 294 + 471 words" in said
+        and "| T4 | yes |" in said
+        and "money" in said
+    )
     assert __main__.main(["cost", "--table", "-o", str(tmp_path / "cost.md")]) == 0
     assert "## The paper's recipe" in (tmp_path / "cost.md").read_text()
     Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=16).save_pretrained(tmp_path / "mine")
     assert __main__.main(["cost", str(tmp_path / "mine")]) == 0
-    for wrong, sentence in ((["cost", "nowhere"], "no model nowhere"), (["cost", "--offload"], "offload belongs to ZeRO-3")):
+    for wrong, sentence in (
+        (["cost", "nowhere"], "no model nowhere"),
+        (["cost", "--offload"], "offload belongs to ZeRO-3"),
+    ):
         assert __main__.main(wrong) == 2 and sentence in capsys.readouterr().err
 
 
 def test_too_little_memory_is_said_before_anything_is_loaded(monkeypatch):
     cost.require(1.0, torch.device("cpu"), "a byte")
     monkeypatch.setattr(cost, "free_bytes", lambda device: 2.0 * GB)
-    with pytest.raises(RuntimeError, match=r"SFT needs about 5.0 GB and cpu has 2.0 GB free: lower batch"):
+    with pytest.raises(
+        RuntimeError, match=r"SFT needs about 5.0 GB and cpu has 2.0 GB free: lower batch"
+    ):
         cost.require(5.0 * GB, torch.device("cpu"), "SFT")
 
 
-@pytest.mark.skipif(sys.platform != "linux" and not torch.cuda.is_available(), reason="peak memory is read on Linux or CUDA")
+@pytest.mark.skipif(
+    sys.platform != "linux" and not torch.cuda.is_available(),
+    reason="peak memory is read on Linux or CUDA",
+)
 def test_measured_peak_of_the_real_trainer_is_near_the_count():
-    """One run in a process of its own; whether autocast is on depends on the CPU, and 60 MB are for what the count leaves out."""
+    """One run in a process of its own; whether autocast is on depends on the CPU, and 60 MB are for
+    what the count leaves out."""
     shape = dataclasses.replace(cost.nano(), layers=2)
     run = Run("sft", 294, 480, 8, optimizer="adamw")
     found = budget.measure(shape, run)
-    counts = [memory(shape, dataclasses.replace(run, precision=p)).peak for p in ("float32", "mixed")]
+    counts = [
+        memory(shape, dataclasses.replace(run, precision=p)).peak for p in ("float32", "mixed")
+    ]
     assert 0.85 * min(counts) < found["peak"] < 1.15 * max(counts) + 60e6 and found["seconds"] > 0
 
 
 def test_a_measurement_that_fails_says_why_and_costs_no_other_row(monkeypatch):
-    broken, said = dataclasses.replace(cost.nano(), heads=0), "  File x\nZeroDivisionError: integer modulo by zero\n  0%|  | 0/2"
-    for text, sentence in ((said, "ZeroDivisionError: integer modulo by zero$"), ("Loading", "it was killed, probably for want of memory")):
-        monkeypatch.setattr(budget.subprocess, "run", lambda *a, text_=text, **k: subprocess.CompletedProcess(a, 1, "", text_))
+    broken, said = (
+        dataclasses.replace(cost.nano(), heads=0),
+        "  File x\nZeroDivisionError: integer modulo by zero\n  0%|  | 0/2",
+    )
+    for text, sentence in (
+        (said, "ZeroDivisionError: integer modulo by zero$"),
+        ("Loading", "it was killed, probably for want of memory"),
+    ):
+        monkeypatch.setattr(
+            budget.subprocess,
+            "run",
+            lambda *a, text_=text, **k: subprocess.CompletedProcess(a, 1, "", text_),
+        )
         with pytest.raises(RuntimeError, match=f"measuring failed: {sentence}"):
             budget.measure(broken, Run())
     run = Run("sft", 100, 100, precision="mixed")
@@ -237,7 +345,9 @@ def test_a_measurement_that_fails_says_why_and_costs_no_other_row(monkeypatch):
         return {"peak": 2 * memory(shape, run).peak, "seconds": 4.0}
 
     monkeypatch.setattr(budget, "measure", measure)
-    rows = budget.measured_table({"bad": (broken, run), "good": (cost.nano(), run)}).splitlines()[2:]
+    rows = budget.measured_table({"bad": (broken, run), "good": (cost.nano(), run)}).splitlines()[
+        2:
+    ]
     assert "measuring failed: oops" in rows[0] and rows[1].endswith("| 0.50 | 50 |")
 
 

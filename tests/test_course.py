@@ -1,4 +1,5 @@
-"""The course's machinery: editions, exercises with their checks, addresses, fingerprints, and clear failures."""
+"""The course's machinery: editions, exercises with their checks, addresses, fingerprints, and clear
+failures."""
 
 import ast
 import math
@@ -14,11 +15,14 @@ from realsr_r1.course import notebooks as course
 
 PATHS = course.notebooks()
 EXERCISES = [(p, e) for p in PATHS for e in course.exercises(course.read(p))]
-each_exercise = pytest.mark.parametrize("path, exercise", EXERCISES, ids=[f"{p.stem[:2]}-{e.name}" for p, e in EXERCISES])
+each_exercise = pytest.mark.parametrize(
+    "path, exercise", EXERCISES, ids=[f"{p.stem[:2]}-{e.name}" for p, e in EXERCISES]
+)
 
 
 def notebook(*cells: tuple[str, str]):
-    """A notebook of (kind, source) cells: "md", "code", or "exercise" for a code cell with that tag."""
+    """A notebook of (kind, source) cells: "md", "code", or "exercise" for a code cell with that
+    tag."""
     v4, made = nbformat.v4, []
     for kind, source in cells:
         made.append(v4.new_markdown_cell(source) if kind == "md" else v4.new_code_cell(source))
@@ -30,38 +34,67 @@ def notebook(*cells: tuple[str, str]):
 LAB = notebook(
     ("md", "# Lab"),
     ("code", "print('hello')"),
-    ("exercise", "SCALE = 2\n\n\ndef double(x: int) -> int:\n    '''Twice x.'''\n    raise NotImplementedError"),
+    (
+        "exercise",
+        "SCALE = 2\n\n\ndef double(x: int) -> int:\n    '''Twice x.'''\n    raise "
+        "NotImplementedError",
+    ),
     ("code", "checks.double(double)"),
     (
         "md",
-        "<details><summary>Solution</summary>\n\n```python\ndef double(x: int) -> int:\n    return SCALE * x\n```\n\n</details>",
+        "<details><summary>Solution</summary>\n\n```python\ndef double(x: int) -> int:\n    "
+        "return SCALE * x\n```\n\n</details>",
     ),
     ("code", "print(double(2))"),
 )
 
 
 def definitions(nb, end: int) -> Iterator[ast.stmt]:
-    """Statements that prepare a namespace without any work: imports, functions, classes and constants of the cells before `end`."""
+    """Statements that prepare a namespace without any work: imports, functions, classes and
+    constants of the cells before `end`."""
     for cell in nb.cells[:end]:
-        if cell.cell_type != "code" or "exercise" in cell.metadata.get("tags", []) or "course.start(" in cell.source:
+        if (
+            cell.cell_type != "code"
+            or "exercise" in cell.metadata.get("tags", [])
+            or "course.start(" in cell.source
+        ):
             continue
         for node in ast.parse(cell.source).body:
-            constant = isinstance(node, ast.Assign) and not any(isinstance(n, ast.Call) for n in ast.walk(node.value))
-            if constant or isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)):
+            constant = isinstance(node, ast.Assign) and not any(
+                isinstance(n, ast.Call) for n in ast.walk(node.value)
+            )
+            if constant or isinstance(
+                node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
+            ):
                 yield node
 
 
 def verdict(nb, exercise: course.Exercise, source: str) -> bool:
     """Run `source` in place of the exercise's cell, then its check; returns what the check says."""
-    space = {"torch": torch, "math": math, "np": np, "numpy": np, "F": F, "device": torch.device("cpu"), "QUICK": True, "__name__": "lab"}
+    space = {
+        "torch": torch,
+        "math": math,
+        "np": np,
+        "numpy": np,
+        "F": F,
+        "device": torch.device("cpu"),
+        "QUICK": True,
+        "__name__": "lab",
+    }
     for node in definitions(nb, exercise.at):
         try:
             exec(compile(ast.Module([node], []), "<notebook>", "exec"), space)
         except (NameError, AttributeError):
-            pass  # it needs something that only the whole notebook makes, and so no solution may rest on it
+            # it needs something that only the whole notebook makes, and so no solution may rest on
+            # it
+            pass
     exec(compile(source, f"<{exercise.name}>", "exec"), space)
     check = ast.parse(exercise.check).body
-    (call,) = [n for n in check if isinstance(n, ast.Expr) and ast.unparse(n).startswith(f"checks.{exercise.name}(")]
+    (call,) = [
+        n
+        for n in check
+        if isinstance(n, ast.Expr) and ast.unparse(n).startswith(f"checks.{exercise.name}(")
+    ]
     exec(compile(ast.Module([n for n in check if n is not call], []), "<check>", "exec"), space)
     return eval(compile(ast.Expression(call.value), "<check>", "eval"), space)
 
@@ -74,16 +107,22 @@ def test_each_notebook_has_exercises(path):
     assert len({e.name for e in found}) == len(found)
     for e in found:
         task = nb.cells[e.at - 1].source
-        assert "### Exercise " in task and "difficulty: " in task and "minutes" in task, f"{e.name}: no task above the stub"
+        assert "### Exercise " in task and "difficulty: " in task and "minutes" in task, (
+            f"{e.name}: no task above the stub"
+        )
         assert "<summary>Hint</summary>" in task, f"{e.name}: no hint"
         stub = course.function_in(e.stub)
         assert ast.get_docstring(stub), f"{e.name}: the stub has no docstring"
-        assert stub.returns and all(a.annotation for a in stub.args.args), f"{e.name}: the stub is not typed"
+        assert stub.returns and all(a.annotation for a in stub.args.args), (
+            f"{e.name}: the stub is not typed"
+        )
 
 
 @each_exercise
 def test_student_edition_fails_until_solved(path, exercise, capsys):
-    (cell,) = [c for c in course.edition(course.read(path), "student").cells if c.source == exercise.stub]
+    (cell,) = [
+        c for c in course.edition(course.read(path), "student").cells if c.source == exercise.stub
+    ]
     assert not verdict(course.read(path), exercise, cell.source)
     assert f"✗ {exercise.name}: not written yet" in capsys.readouterr().out
 
@@ -105,7 +144,11 @@ def test_editions_have_no_solution_block_and_no_outputs(tmp_path, kind, capsys):
         text = "\n".join(c.source for c in nb.cells)
         assert "<summary>Solution" not in text and "<summary>Hint</summary>" in text
         assert not any(c.get("outputs") for c in nb.cells)
-        stubs = sum("raise NotImplementedError" in c.source for c in nb.cells if "exercise" in c.metadata.get("tags", []))
+        stubs = sum(
+            "raise NotImplementedError" in c.source
+            for c in nb.cells
+            if "exercise" in c.metadata.get("tags", [])
+        )
         assert stubs == (len(course.exercises(course.read(path))) if kind == "student" else 0)
 
 
@@ -115,12 +158,22 @@ def test_an_edition_leaves_the_notebook_alone():
     assert nbformat.writes(LAB) == before
     assert [c.cell_type for c in student.cells] == ["markdown", "code", "code", "code", "code"]
     assert student.cells[2].source == LAB.cells[2].source
-    assert solutions.cells[2].source == "SCALE = 2\n\n\ndef double(x: int) -> int:\n    return SCALE * x"
+    assert (
+        solutions.cells[2].source
+        == "SCALE = 2\n\n\ndef double(x: int) -> int:\n    return SCALE * x"
+    )
 
 
 def test_an_exercise_without_solution_is_refused():
     with pytest.raises(ValueError, match="exercise double: its check or its solution"):
-        course.exercises(notebook(*[(("exercise" if c.metadata.get("tags") else c.cell_type), c.source) for c in LAB.cells[:4]]))
+        course.exercises(
+            notebook(
+                *[
+                    (("exercise" if c.metadata.get("tags") else c.cell_type), c.source)
+                    for c in LAB.cells[:4]
+                ]
+            )
+        )
 
 
 def test_fingerprint_sees_code_but_neither_prose_nor_address():
@@ -132,16 +185,25 @@ def test_fingerprint_sees_code_but_neither_prose_nor_address():
 
 def test_address_moves_everywhere(tmp_path):
     (tmp_path / "notebooks").mkdir()
-    (tmp_path / "pyproject.toml").write_text('[project]\nname = "x"\n[project.urls]\nRepository = "https://github.com/OWNER/realsr-r1"\n')
+    (tmp_path / "pyproject.toml").write_text(
+        '[project]\nname = "x"\n[project.urls]\nRepository = "https://github.com/OWNER/realsr-r1"\n'
+    )
     (tmp_path / "README.md").write_text(
-        "https://github.com/OWNER/realsr-r1/issues https://github.com/OWNER/realsr-r1-old https://github.com/a/b"
+        "https://github.com/OWNER/realsr-r1/issues https://github.com/OWNER/realsr-r1-old "
+        "https://github.com/a/b"
     )
     badge = "https://colab.research.google.com/github/OWNER/realsr-r1/blob/main/notebooks/00.ipynb"
-    course.write(notebook(("md", badge), ("code", "'git+https://github.com/OWNER/realsr-r1'")), tmp_path / "notebooks" / "00.ipynb")
+    course.write(
+        notebook(("md", badge), ("code", "'git+https://github.com/OWNER/realsr-r1'")),
+        tmp_path / "notebooks" / "00.ipynb",
+    )
     assert len(course.set_address("me/fork", tmp_path)) == 3
     assert course.repository(tmp_path) == "me/fork"
     nb = course.read(tmp_path / "notebooks" / "00.ipynb")
-    assert nb.cells[0].source == badge.replace("OWNER/realsr-r1", "me/fork") and nb.cells[1].source == "'git+https://github.com/me/fork'"
+    assert (
+        nb.cells[0].source == badge.replace("OWNER/realsr-r1", "me/fork")
+        and nb.cells[1].source == "'git+https://github.com/me/fork'"
+    )
     assert (tmp_path / "README.md").read_text().split() == [
         "https://github.com/me/fork/issues",
         "https://github.com/OWNER/realsr-r1-old",
@@ -153,7 +215,10 @@ def test_address_moves_everywhere(tmp_path):
 
 def test_execute_saves_outputs_with_the_fingerprint_and_tidies_them(tmp_path, capsys):
     path = tmp_path / "00_tiny.ipynb"
-    source = "import ipywidgets\nfrom tqdm.auto import tqdm\nfor _ in tqdm(range(2)):\n    pass\nprint('done')\nipywidgets.IntSlider()"
+    source = (
+        "import ipywidgets\nfrom tqdm.auto import tqdm\nfor _ in tqdm(range(2)):\n    "
+        "pass\nprint('done')\nipywidgets.IntSlider()"
+    )
     course.write(notebook(("md", "# Tiny"), ("code", source)), path)
     course.execute([path])
     nb = course.read(path)
@@ -173,7 +238,10 @@ def test_a_failing_notebook_stops_the_course_with_one_sentence(tmp_path, capsys,
     assert course.main(["run"]) == 1
     out, err = capsys.readouterr()
     assert out.startswith("[1/1] 00_broken … stopped")
-    assert err == 'error: 00_broken stopped in cell 3 ("y = x / 0"): ZeroDivisionError: division by zero\n'
+    assert (
+        err
+        == 'error: 00_broken stopped in cell 3 ("y = x / 0"): ZeroDivisionError: division by zero\n'
+    )
     assert path.read_text() == before
 
 

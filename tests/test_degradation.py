@@ -11,14 +11,18 @@ from realsr_r1.first import degradation as D
 
 def photo(n=2, size=64, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return torch.nn.functional.interpolate(torch.rand((n, 3, 8, 8), generator=g), size=size, mode="bicubic").clamp(0, 1)
+    return torch.nn.functional.interpolate(
+        torch.rand((n, 3, 8, 8), generator=g), size=size, mode="bicubic"
+    ).clamp(0, 1)
 
 
 def test_isotropic_kernel_by_hand():
     k = D.gaussian_kernel(3, 1.0, 1.0, 0.0)
     e = math.exp(-0.5)
     total = 1 + 4 * e + 4 * e * e
-    assert torch.allclose(k, torch.tensor([[e * e, e, e * e], [e, 1, e], [e * e, e, e * e]]) / total, atol=1e-6)
+    assert torch.allclose(
+        k, torch.tensor([[e * e, e, e * e], [e, 1, e], [e * e, e, e * e]]) / total, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("kind", D.KERNELS)
@@ -38,12 +42,25 @@ def test_blur_equals_direct_convolution():
     x = photo()
     k = torch.stack([D.gaussian_kernel(7, 2, 1, 0.4), D.sinc_kernel(7, 2.0)])
     padded = torch.nn.functional.pad(x, (3, 3, 3, 3), mode="replicate")
-    direct = torch.stack([torch.nn.functional.conv2d(p[:, None], w[None, None])[:, 0] for p, w in zip(padded, k, strict=True)])
+    direct = torch.stack(
+        [
+            torch.nn.functional.conv2d(p[:, None], w[None, None])[:, 0]
+            for p, w in zip(padded, k, strict=True)
+        ]
+    )
     assert torch.allclose(D.blur(x, k), direct, atol=1e-5)
 
 
 def test_radius_of_a_wide_gaussian_is_its_sigma():
-    op = {"op": "blur", "kernel": "iso", "size": 21, "sigma_x": 2.0, "sigma_y": 2.0, "theta": 0.0, "beta": 1.0}
+    op = {
+        "op": "blur",
+        "kernel": "iso",
+        "size": 21,
+        "sigma_x": 2.0,
+        "sigma_y": 2.0,
+        "theta": 0.0,
+        "beta": 1.0,
+    }
     assert D.kernel_radius(op) == pytest.approx(2.0, abs=0.02)
 
 
@@ -75,10 +92,20 @@ def test_lr_is_eight_bit():
 
 def chain(sigma=0.1, noise=0.0, quality=None, mid=(16, 16)):
     ops = [
-        {"op": "blur", "kernel": "iso", "size": 41, "sigma_x": sigma, "sigma_y": sigma, "theta": 0.0, "beta": 1.0},
+        {
+            "op": "blur",
+            "kernel": "iso",
+            "size": 41,
+            "sigma_x": sigma,
+            "sigma_y": sigma,
+            "theta": 0.0,
+            "beta": 1.0,
+        },
         {"op": "resize", "size": list(mid), "mode": "area"},
     ]
-    ops.append({"op": "noise", "kind": "gaussian", "sigma": noise, "gray": False, "seed": 1, "std": noise})
+    ops.append(
+        {"op": "noise", "kind": "gaussian", "sigma": noise, "gray": False, "seed": 1, "std": noise}
+    )
     if quality is not None:
         ops.append({"op": "jpeg", "quality": quality})
     return [*ops, {"op": "resize", "size": [16, 16], "mode": "area", "final": True}]
@@ -121,17 +148,30 @@ def test_nano_levels_are_about_balanced():
 def test_severe_is_worse_than_mild():
     hr = photo(16)
     small = torch.nn.functional.interpolate(hr, size=16, mode="area")
-    error = {p: float((D.degrade(hr, p, torch.Generator().manual_seed(0)).lr - small).abs().mean()) for p in ("mild", "severe")}
+    error = {
+        p: float((D.degrade(hr, p, torch.Generator().manual_seed(0)).lr - small).abs().mean())
+        for p in ("mild", "severe")
+    }
     assert error["severe"] > 1.5 * error["mild"]
 
 
 def test_words_as_in_the_paper():
     text = "medium blur, downsample, heavy noise, light compression, upsample"
-    labels = {"blur": "medium", "resize": "downsample", "noise": "heavy", "compression": "light", "final_resize": "upsample"}
+    labels = {
+        "blur": "medium",
+        "resize": "downsample",
+        "noise": "heavy",
+        "compression": "light",
+        "final_resize": "upsample",
+    }
     assert D.to_words(labels) == text and D.from_words(text) == labels
 
 
-@given(st.lists(st.sampled_from(D.LEVELS), min_size=3, max_size=3), st.sampled_from(D.RESIZES), st.sampled_from(D.RESIZES))
+@given(
+    st.lists(st.sampled_from(D.LEVELS), min_size=3, max_size=3),
+    st.sampled_from(D.RESIZES),
+    st.sampled_from(D.RESIZES),
+)
 def test_words_round_trip(levels, first, last):
     labels = dict(zip(D.LABELS, (levels[0], first, levels[1], levels[2], last), strict=True))
     assert D.from_words(D.to_words(labels)) == labels
@@ -144,7 +184,9 @@ def test_nonsense_words_never_raise(text):
 
 
 def test_swapped_words_do_not_count():
-    assert "blur" not in D.from_words("heavy noise, downsample, medium blur, light compression, upsample")
+    assert "blur" not in D.from_words(
+        "heavy noise, downsample, medium blur, light compression, upsample"
+    )
 
 
 def test_bad_arguments_are_named():

@@ -11,7 +11,11 @@ from realsr_r1.first import degradation, perceptual, probe, scenes, tokenizer, v
 def test_bootstrap_of_a_constant_and_of_a_coin():
     assert evaluate.bootstrap([2.0, 2.0, 2.0]) == (2.0, 2.0, 2.0)
     mean, lo, hi = evaluate.bootstrap(np.array([0.0, 1.0] * 200))
-    assert mean == 0.5 and lo == pytest.approx(0.45, abs=0.015) and hi == pytest.approx(0.55, abs=0.015)
+    assert (
+        mean == 0.5
+        and lo == pytest.approx(0.45, abs=0.015)
+        and hi == pytest.approx(0.55, abs=0.015)
+    )
     assert evaluate.bootstrap([1.0, 0.0, 1.0]) == evaluate.bootstrap([1.0, 0.0, 1.0])
     with pytest.raises(ValueError, match="non-empty"):
         evaluate.bootstrap([])
@@ -44,13 +48,21 @@ def test_first_results_end_to_end_in_small(tiny, tmp_path, monkeypatch):
 
 
 def test_labelnet_learns_what_pixels_show():
-    # Grey pictures with four plain strengths of noise, labelled by it: a few steps must name it on pictures never seen.
+    # Grey pictures with four plain strengths of noise, labelled by it: a few steps must name it on
+    # pictures never seen.
     def grey(n, seed):
         g = torch.Generator().manual_seed(seed)
         level = torch.arange(n) % 4
-        lr = (128 + 12 * level.view(-1, 1, 1, 1) * torch.randn(n, 3, 32, 32, generator=g)).clamp(0, 255).byte()
+        lr = (
+            (128 + 12 * level.view(-1, 1, 1, 1) * torch.randn(n, 3, 32, 32, generator=g))
+            .clamp(0, 255)
+            .byte()
+        )
         labels = [
-            {k: (degradation.RESIZES if "resize" in k else degradation.LEVELS)[0] for k in degradation.LABELS}
+            {
+                k: (degradation.RESIZES if "resize" in k else degradation.LEVELS)[0]
+                for k in degradation.LABELS
+            }
             | {"noise": degradation.LEVELS[i]}
             for i in level
         ]
@@ -61,6 +73,10 @@ def test_labelnet_learns_what_pixels_show():
 
 
 def test_grid_places_every_image():
-    picture = viz.grid([[torch.ones(3, 8, 8), torch.zeros(3, 8, 16)]], ["one", "two with a long heading that wraps"], side=32)
+    picture = viz.grid(
+        [[torch.ones(3, 8, 8), torch.zeros(3, 8, 16)]],
+        ["one", "two with a long heading that wraps"],
+        side=32,
+    )
     assert picture.size == (2 * 38 + 6, 26 + 38 + 6)
     assert picture.getpixel((6 + 38 + 16, 26 + 6 + 16)) == (0, 0, 0)

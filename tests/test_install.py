@@ -12,19 +12,28 @@ ASSETS = ROOT / "realsr_r1" / "assets"
 
 
 def pins() -> dict[str, str]:
-    return dict(re.findall(r"^\s+- ([A-Za-z0-9_.-]+)==(\S+)$", (ROOT / "environment.yml").read_text(), re.M))
+    return dict(
+        re.findall(r"^\s+- ([A-Za-z0-9_.-]+)==(\S+)$", (ROOT / "environment.yml").read_text(), re.M)
+    )
 
 
 def test_every_requirement_is_pinned_inside_its_range():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    requirements = [Requirement(r) for r in project["dependencies"] + project["optional-dependencies"]["dev"]]
+    requirements = [
+        Requirement(r) for r in project["dependencies"] + project["optional-dependencies"]["dev"]
+    ]
     assert {r.name for r in requirements} == set(pins())
     for r in requirements:
-        assert r.specifier.contains(pins()[r.name]), f"{r.name}: pin {pins()[r.name]} is outside {r.specifier}"
+        assert r.specifier.contains(pins()[r.name]), (
+            f"{r.name}: pin {pins()[r.name]} is outside {r.specifier}"
+        )
 
 
 def test_torchvision_imports_beside_this_torch():
-    code = "import realsr_r1, torchvision; from transformers import Qwen3ForCausalLM; print(torchvision.__version__)"
+    code = (
+        "import realsr_r1, torchvision; from transformers import Qwen3ForCausalLM; "
+        "print(torchvision.__version__)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
@@ -33,7 +42,11 @@ def test_every_asset_is_credited_and_every_credit_is_shipped():
     with (ASSETS / "CREDITS.csv").open() as f:
         rows = list(csv.DictReader(f))
     listed = [r["file"] for r in rows]
-    shipped = {p.relative_to(ASSETS).as_posix() for p in ASSETS.rglob("*") if p.suffix in (".webp", ".safetensors")}
+    shipped = {
+        p.relative_to(ASSETS).as_posix()
+        for p in ASSETS.rglob("*")
+        if p.suffix in (".webp", ".safetensors")
+    }
     assert len(listed) == len(set(listed))
     assert set(listed) == shipped
     assert all(r["licence"] and r["author"] and r["source"] for r in rows)

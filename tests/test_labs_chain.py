@@ -45,7 +45,9 @@ def labels_shifted(ids, prompt, pad=0):
 
 def ce(logits, target, weights, mean=lambda loss, w: (loss * w).sum() / w.sum()):
     keep = target != -100
-    return mean(F.cross_entropy(logits[keep], target[keep], reduction="none"), weights[target[keep]])
+    return mean(
+        F.cross_entropy(logits[keep], target[keep], reduction="none"), weights[target[keep]]
+    )
 
 
 def right_word(i, n):
@@ -115,12 +117,36 @@ WRONG = [
     (checks.labels, labels_in_place, "changed the ids themselves"),
     (checks.labels, labels_without_end, "masked the end word"),
     (checks.labels, labels_shifted, "shifted the labels"),
-    (checks.labels, lambda ids, prompt, pad=0: right_labels(ids, prompt + 1, pad), "first word of the completion is masked"),
-    (checks.labels, lambda ids, prompt, pad=0: right_labels(ids, prompt - 1, pad), "last word of the prompt is not masked"),
-    (checks.labels, lambda ids, prompt, pad=0: right_labels(ids, prompt, pad)[:, prompt:], "one label a word"),
-    (checks.weighted_cross_entropy, lambda x, t, w: ce(x, t, w, lambda loss, w: (loss * w).mean()), "divided by the number of words"),
-    (checks.weighted_cross_entropy, lambda x, t, w: ce(x, t, w, lambda loss, w: (loss * w).sum()), "did not divide"),
-    (checks.weighted_cross_entropy, lambda x, t, w: ce(x, t, w, lambda loss, w: loss.mean()), "weights have no effect"),
+    (
+        checks.labels,
+        lambda ids, prompt, pad=0: right_labels(ids, prompt + 1, pad),
+        "first word of the completion is masked",
+    ),
+    (
+        checks.labels,
+        lambda ids, prompt, pad=0: right_labels(ids, prompt - 1, pad),
+        "last word of the prompt is not masked",
+    ),
+    (
+        checks.labels,
+        lambda ids, prompt, pad=0: right_labels(ids, prompt, pad)[:, prompt:],
+        "one label a word",
+    ),
+    (
+        checks.weighted_cross_entropy,
+        lambda x, t, w: ce(x, t, w, lambda loss, w: (loss * w).mean()),
+        "divided by the number of words",
+    ),
+    (
+        checks.weighted_cross_entropy,
+        lambda x, t, w: ce(x, t, w, lambda loss, w: (loss * w).sum()),
+        "did not divide",
+    ),
+    (
+        checks.weighted_cross_entropy,
+        lambda x, t, w: ce(x, t, w, lambda loss, w: loss.mean()),
+        "weights have no effect",
+    ),
     (
         checks.weighted_cross_entropy,
         lambda x, t, w: ce(x, t, w, lambda loss, _: (loss * w[t[t >= 0]]).sum() / w.sum()),
@@ -129,15 +155,25 @@ WRONG = [
     (checks.weighted_cross_entropy, lambda x, t, w: ce(x.softmax(-1), t, w), "softmax twice"),
     (
         checks.weighted_cross_entropy,
-        lambda x, t, w: (F.cross_entropy(x, t, reduction="none", ignore_index=-100) * w[t.clamp(min=0)]).mean(),
+        lambda x, t, w: (
+            F.cross_entropy(x, t, reduction="none", ignore_index=-100) * w[t.clamp(min=0)]
+        ).mean(),
         "all positions",
     ),
-    (checks.weighted_cross_entropy, lambda x, t, w: F.cross_entropy(x, t, reduction="none") * w[t], "leave those positions out first"),
+    (
+        checks.weighted_cross_entropy,
+        lambda x, t, w: F.cross_entropy(x, t, reduction="none") * w[t],
+        "leave those positions out first",
+    ),
     (checks.image_word, word_with(period=0), "n + 1 words, not n"),
     (checks.image_word, word_with(header=0), "subtract 3 first"),
     (checks.image_word, word_with(end=2), "end comes too early"),
     (checks.image_word, word_with(end=9), "must be the end"),
-    (checks.image_word, lambda i, n: "start" if i == 0 else "size" if i < 3 else "code", "no row ends"),
+    (
+        checks.image_word,
+        lambda i, n: "start" if i == 0 else "size" if i < 3 else "code",
+        "no row ends",
+    ),
     (checks.image_word, lambda i, n: right_word(i, n) == "code", "return one of"),
     (checks.sequence_logprob, logprob(shift=0), "forgot to shift"),
     (checks.sequence_logprob, logprob_backwards, "shifted the wrong way"),
@@ -167,7 +203,9 @@ def test_a_right_answer_passes(check, student, capsys):
     assert check(student), capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("check", "student", "words"), WRONG, ids=[f"{c.__name__}: {w}" for c, _, w in WRONG])
+@pytest.mark.parametrize(
+    ("check", "student", "words"), WRONG, ids=[f"{c.__name__}: {w}" for c, _, w in WRONG]
+)
 def test_a_typical_mistake_is_named(check, student, words, capsys):
     assert not check(student)
     said = capsys.readouterr().out
@@ -184,8 +222,17 @@ def test_every_check_knows_three_mistakes_and_the_empty_stub(capsys):
 
 
 def test_the_notebook_s_solutions_pass(capsys):
-    cells = ["".join(c["source"]) for c in json.loads(NOTEBOOK.read_text())["cells"] if c["cell_type"] == "markdown"]
-    solutions = [m[1] for c in cells if "<summary>Solution</summary>" in c for m in [re.search(r"```python\n(.*?)```", c, re.DOTALL)]]
+    cells = [
+        "".join(c["source"])
+        for c in json.loads(NOTEBOOK.read_text())["cells"]
+        if c["cell_type"] == "markdown"
+    ]
+    solutions = [
+        m[1]
+        for c in cells
+        if "<summary>Solution</summary>" in c
+        for m in [re.search(r"```python\n(.*?)```", c, re.DOTALL)]
+    ]
     assert len(solutions) == 5
     for code in solutions:
         names = {"torch": torch, "F": F, "Tensor": torch.Tensor}

@@ -1,4 +1,5 @@
-"""The labs of notebook 01: every check passes what is right and names at least three typical mistakes."""
+"""The labs of notebook 01: every check passes what is right and names at least three typical
+mistakes."""
 
 import math
 
@@ -39,9 +40,15 @@ def scale(ops, hr_width, update_first=False, axis=1, ratio=lambda lr, w: lr / w)
 
 
 def label(ops, hr_width, top=1.0, scaled=True, power=2, key="std", at_bound=False, pick=None):
-    terms = [(op.get(key, 0.0), f) for op, f in zip(ops, scale(ops, hr_width), strict=True) if op["op"] == "noise"]
+    terms = [
+        (op.get(key, 0.0), f)
+        for op, f in zip(ops, scale(ops, hr_width), strict=True)
+        if op["op"] == "noise"
+    ]
     values = [v * (min(top, f) if scaled else 1) for v, f in terms]
-    total = (pick(values) if values else 0.0) if pick else sum(v**power for v in values) ** (1 / power)
+    total = (
+        (pick(values) if values else 0.0) if pick else sum(v**power for v in values) ** (1 / power)
+    )
     return D.LEVELS[sum(total >= b if at_bound else total > b for b in D.NOISE_BOUNDS)]
 
 
@@ -71,7 +78,11 @@ WRONG = [
     ("anisotropic_kernel", lambda *a: kernel(*a, power=1), "no Gaussian"),
     ("anisotropic_kernel", lambda n, *a: kernel(n, *a, middle=0), "not in its middle"),
     ("anisotropic_kernel", lambda n, *a: kernel(n, *a, middle=n / 2), "half a pixel"),
-    ("anisotropic_kernel", lambda n, a, b, t: kernel(n, math.sqrt(a), math.sqrt(b), t), "sigma itself is squared"),
+    (
+        "anisotropic_kernel",
+        lambda n, a, b, t: kernel(n, math.sqrt(a), math.sqrt(b), t),
+        "sigma itself is squared",
+    ),
     ("anisotropic_kernel", lambda n, a, b, t: kernel(15, a, b, t), "size 9"),
     ("anisotropic_kernel", lambda n, *a: kernel(n, *a)[0], "(size, size)"),
     ("anisotropic_kernel", lambda n, *a: torch.ones(n, n) / n**2, "term by term"),
@@ -83,11 +94,17 @@ WRONG = [
     ("add_gaussian_noise", lambda *a: noise(*a, sample=torch.rand), "torch.rand has not"),
     (
         "add_gaussian_noise",
-        lambda *a: noise(*a, sample=lambda n, generator: (torch.rand(n, generator=generator) - 0.5) * 12**0.5),
+        lambda *a: noise(
+            *a, sample=lambda n, generator: (torch.rand(n, generator=generator) - 0.5) * 12**0.5
+        ),
         "uniform",
     ),
     ("add_gaussian_noise", lambda x, s, g, r: noise(x, s, g, None), "same generator"),
-    ("add_gaussian_noise", lambda x, s, g, r: noise(x, s, g, torch.Generator().manual_seed(0)), "do not seed"),
+    (
+        "add_gaussian_noise",
+        lambda x, s, g, r: noise(x, s, g, torch.Generator().manual_seed(0)),
+        "do not seed",
+    ),
     ("add_gaussian_noise", lambda *a: noise(*a, one=True), "own noise"),
     ("add_gaussian_noise", lambda x, s, g, r: noise(x, s, False, r), "gray=True"),
     ("add_gaussian_noise", lambda *a: noise(*a, clamp=False), "clamp"),
@@ -97,9 +114,17 @@ WRONG = [
     ("remaining_scale", lambda o, w: scale(o, w, update_first=True), "not for itself"),
     ("remaining_scale", lambda o, w: scale(o, w, ratio=lambda lr, x: lr / w), "HR width"),
     ("remaining_scale", lambda o, w: scale(o, w, ratio=lambda lr, x: min(1, lr / x)), "cut off"),
-    ("remaining_scale", lambda o, w: scale(o, w, ratio=lambda lr, x: x / w), "from HR to the operation"),
+    (
+        "remaining_scale",
+        lambda o, w: scale(o, w, ratio=lambda lr, x: x / w),
+        "from HR to the operation",
+    ),
     ("remaining_scale", lambda o, w: scale(o, w, axis=0), "size[1]"),
-    ("remaining_scale", lambda o, w: [f for f, op in zip(scale(o, w), o, strict=True) if op["op"] != "resize"], "one factor for each"),
+    (
+        "remaining_scale",
+        lambda o, w: [f for f, op in zip(scale(o, w), o, strict=True) if op["op"] != "resize"],
+        "one factor for each",
+    ),
     ("remaining_scale", lambda o, w: scale(o, w)[0], "return a list"),
     ("remaining_scale", lambda o, w: [0.5] * len(o), "256 → 32"),
     ("noise_label", lambda o, w: label(o, w, scaled=False), "before a ×1/4"),
@@ -119,7 +144,11 @@ WRONG = [
     ("estimate_noise", lambda y: estimate(y, norm=36.0), "divided by 36"),
     ("estimate_noise", lambda y: estimate(y, robust=torch.mean), "mean of |r|"),
     ("estimate_noise", lambda y: estimate(y, mad=0.798, robust=torch.mean), "edges are outliers"),
-    ("estimate_noise", lambda y: estimate(y, mad=1.0, robust=lambda r: r.square().mean().sqrt()), "edges are outliers"),
+    (
+        "estimate_noise",
+        lambda y: estimate(y, mad=1.0, robust=lambda r: r.square().mean().sqrt()),
+        "edges are outliers",
+    ),
     ("estimate_noise", lambda y: float((y - y.median()).abs().median()) / 0.6745 * 255, "plane"),
 ]
 
@@ -152,7 +181,9 @@ def test_an_empty_stub_is_no_mistake(capsys):
 
 
 def test_lab_answers_agree_with_the_package():
-    assert torch.allclose(kernel(21, 3.0, 1.0, 0.7), D.gaussian_kernel(21, 3.0, 1.0, 0.7), atol=1e-6)
+    assert torch.allclose(
+        kernel(21, 3.0, 1.0, 0.7), D.gaussian_kernel(21, 3.0, 1.0, 0.7), atol=1e-6
+    )
     hr = torch.rand((4, 3, 64, 64), generator=torch.Generator().manual_seed(0))
     for preset in D.PRESETS:
         done = D.degrade(hr, preset, torch.Generator().manual_seed(1))

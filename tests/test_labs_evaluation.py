@@ -18,7 +18,16 @@ right = checks.reference
 NARROW = (65.481, 128.553, 24.966)
 
 
-def psnr(weights=NARROW, scale=1 / 255, peak=1.0, power=2, sign=-10, axes=(1, 2), least=1e-10, log=torch.log10):
+def psnr(
+    weights=NARROW,
+    scale=1 / 255,
+    peak=1.0,
+    power=2,
+    sign=-10,
+    axes=(1, 2),
+    least=1e-10,
+    log=torch.log10,
+):
     def of(output, original):
         error = ((output - original) * torch.tensor(weights).view(3, 1, 1) * scale).sum(1)
         return sign * log((error.abs() ** power).mean(axes).clamp_min(least) / peak**2)
@@ -37,7 +46,11 @@ def rgb(output, original):
 def spoilt(blur=5, noise=0.02, top=1.0, seed=0, change=lambda x: x):
     def of(photo):
         g = torch.Generator().manual_seed(seed) if seed is not None else None
-        x = F.avg_pool2d(F.pad(photo[None], (blur // 2,) * 4, mode="replicate"), blur, 1)[0] if blur else photo
+        x = (
+            F.avg_pool2d(F.pad(photo[None], (blur // 2,) * 4, mode="replicate"), blur, 1)[0]
+            if blur
+            else photo
+        )
         return change((x + noise * torch.randn(photo.shape, generator=g)).clamp(0, top))
 
     return of
@@ -47,23 +60,43 @@ def in_place(photo):
     return photo.mul_(0.9)
 
 
-def frechet(mean=1.0, traces=1.0, cross=2.0, root=lambda m: sqrtm(m).real.trace(), power=1.0, gap=2):
+def frechet(
+    mean=1.0, traces=1.0, cross=2.0, root=lambda m: sqrtm(m).real.trace(), power=1.0, gap=2
+):
     def of(a, b):
         s, t = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
         away = np.square(a.mean(0) - b.mean(0)).sum() ** (gap / 2)
-        return float((mean * away + traces * (s.trace() + t.trace()) - cross * root(s @ t)) ** power)
+        return float(
+            (mean * away + traces * (s.trace() + t.trace()) - cross * root(s @ t)) ** power
+        )
 
     return of
 
 
-def interval(pairs=True, level=(2.5, 97.5), replace=True, mean=True, of_what=lambda a, b: a - b, fixed=None, scale=1.0, turned=False):
+def interval(
+    pairs=True,
+    level=(2.5, 97.5),
+    replace=True,
+    mean=True,
+    of_what=lambda a, b: a - b,
+    fixed=None,
+    scale=1.0,
+    turned=False,
+):
     def of(a, b, resamples=2000, seed=0):
         rng, n = np.random.default_rng(seed if fixed is None else fixed), len(a)
-        draw = lambda: rng.integers(0, n, (resamples, n)) if replace else np.stack([rng.permutation(n) for _ in range(resamples)])  # noqa: E731
+
+        def draw():
+            if replace:
+                return rng.integers(0, n, (resamples, n))
+            return np.stack([rng.permutation(n) for _ in range(resamples)])
+
         if not mean:
             values = of_what(a, b)[draw()].ravel()
         else:
-            values = of_what(a, b)[draw()].mean(1) if pairs else a[draw()].mean(1) - b[draw()].mean(1)
+            values = (
+                of_what(a, b)[draw()].mean(1) if pairs else a[draw()].mean(1) - b[draw()].mean(1)
+            )
         low, high = np.percentile(values, level) * scale
         return (high, low) if turned else (low, high)
 
@@ -75,7 +108,9 @@ def unseeded(a, b, resamples=2000, seed=0):
 
 
 def front(beaten=lambda p, q: p[0] <= q[0] and p[1] <= q[1] and p != q, keep=False):
-    return lambda points: [i for i, q in enumerate(points) if keep == any(beaten(p, q) for p in points)]
+    return lambda points: [
+        i for i, q in enumerate(points) if keep == any(beaten(p, q) for p in points)
+    ]
 
 
 def sorting(points):
@@ -141,8 +176,18 @@ WRONG = [
     (checks.front, front(lambda p, q: p[0] <= q[0] and p[1] <= q[1]), "you keep nothing"),
     (checks.front, front(keep=True), "dominated ones"),
     (checks.front, front(lambda p, q: p[0] > q[0] and p[1] > q[1]), "keep the worst"),
-    (checks.front, lambda points: [min(range(len(points)), key=lambda i: sum(points[i]))], "minimise the sum"),
-    (checks.front, lambda points: sorted(min(range(len(points)), key=lambda i, k=k: points[i][k]) for k in (0, 1)), "each column"),
+    (
+        checks.front,
+        lambda points: [min(range(len(points)), key=lambda i: sum(points[i]))],
+        "minimise the sum",
+    ),
+    (
+        checks.front,
+        lambda points: sorted(
+            min(range(len(points)), key=lambda i, k=k: points[i][k]) for k in (0, 1)
+        ),
+        "each column",
+    ),
     (checks.front, lambda points: [points[i] for i in right.front(points)], "not the points"),
     (checks.front, lambda points: right.front(points)[::-1], "ascending"),
     (checks.front, sorting, "changed the list"),
@@ -155,7 +200,9 @@ def test_right_functions_pass(check, student, capsys):
     assert said[0], said[1]
 
 
-@pytest.mark.parametrize(("check", "student", "words"), WRONG, ids=[f"{c.__name__}: {w}" for c, _, w in WRONG])
+@pytest.mark.parametrize(
+    ("check", "student", "words"), WRONG, ids=[f"{c.__name__}: {w}" for c, _, w in WRONG]
+)
 def test_each_mistake_is_named(check, student, words, capsys):
     assert not check(student)
     said = capsys.readouterr().out
@@ -176,8 +223,11 @@ def test_an_empty_stub_and_a_broken_one(name, capsys):
 
 
 def test_the_distance_of_two_gaussians_by_hand():
-    """Two one-dimensional sets as two columns: means 0 and 3, deviations 1 and 2, so 9 + 1 a column."""
-    unit = np.array([[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]]) * np.sqrt(0.75)  # sample variance 1, no correlation
+    """Two one-dimensional sets as two columns: means 0 and 3, deviations 1 and 2, so 9 + 1 a
+    column."""
+    unit = np.array([[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]]) * np.sqrt(
+        0.75
+    )  # sample variance 1, no correlation
     assert right.frechet(unit, 2 * unit + 3) == pytest.approx(20)
 
 

@@ -13,7 +13,9 @@ NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "05_vlcot_grpo.ipynb"
 right = checks.reference
 
 
-def advantages(scale=lambda r: r.std(1, keepdim=True), eps=True, centre=True, columns=False, sign=1.0):
+def advantages(
+    scale=lambda r: r.std(1, keepdim=True), eps=True, centre=True, columns=False, sign=1.0
+):
     def of(rewards, group, epsilon=1e-4):
         r = rewards.view(group, -1).T if columns else rewards.view(-1, group)
         out = sign * (r - r.mean(1, keepdim=True) * centre) / (scale(r) + epsilon * eps)
@@ -39,7 +41,9 @@ def logprobs(shift=1, first=0, raw=False, how=lambda x: x, dim=-1, start=None):
     def of(logits, ids, prompt):
         at = prompt + first if start is None else start
         table = logits if raw else logits.log_softmax(dim)
-        return how(table[:, at - shift : ids.shape[1] - shift].gather(-1, ids[:, at:, None])[..., 0])
+        return how(
+            table[:, at - shift : ids.shape[1] - shift].gather(-1, ids[:, at:, None])[..., 0]
+        )
 
     return of
 
@@ -74,38 +78,84 @@ RIGHT = [
     (checks.masked_mean, right.masked_mean),
     (
         checks.masked_mean,
-        lambda x, m: torch.stack([row[k.bool()].sum() / max(1, int(k.sum())) for row, k in zip(x, m, strict=True)]).mean(),
+        lambda x, m: torch.stack(
+            [row[k.bool()].sum() / max(1, int(k.sum())) for row, k in zip(x, m, strict=True)]
+        ).mean(),
     ),
     (checks.stop_at, right.stop_at),
     (checks.stop_at, stop()),
 ]
 
 WRONG = [
-    (checks.group_advantages, advantages(lambda r: torch.ones(len(r), 1), eps=False), "forgot to divide by the group's standard deviation"),
-    (checks.group_advantages, advantages(lambda r: r.std(1, keepdim=True, correction=0)), "population's standard deviation"),
-    (checks.group_advantages, advantages(lambda r: r.var(1, keepdim=True)), "divided by the variance"),
+    (
+        checks.group_advantages,
+        advantages(lambda r: torch.ones(len(r), 1), eps=False),
+        "forgot to divide by the group's standard deviation",
+    ),
+    (
+        checks.group_advantages,
+        advantages(lambda r: r.std(1, keepdim=True, correction=0)),
+        "population's standard deviation",
+    ),
+    (
+        checks.group_advantages,
+        advantages(lambda r: r.var(1, keepdim=True)),
+        "divided by the variance",
+    ),
     (checks.group_advantages, advantages(eps=False), "0/0: add eps"),
-    (checks.group_advantages, advantages(lambda r: (r.var(1, keepdim=True) + 1e-4).sqrt(), eps=False), "outside any root"),
-    (checks.group_advantages, lambda r, g, eps=1e-4: (r - r.mean()) / (r.std() + eps), "mean of all rewards"),
+    (
+        checks.group_advantages,
+        advantages(lambda r: (r.var(1, keepdim=True) + 1e-4).sqrt(), eps=False),
+        "outside any root",
+    ),
+    (
+        checks.group_advantages,
+        lambda r, g, eps=1e-4: (r - r.mean()) / (r.std() + eps),
+        "mean of all rewards",
+    ),
     (checks.group_advantages, advantages(columns=True), "groups are mixed up"),
     (checks.group_advantages, advantages(sign=-1.0), "sign is wrong"),
     (checks.group_advantages, advantages(centre=False), "subtract the group's mean"),
-    (checks.group_advantages, lambda r, g, eps=1e-4: right.group_advantages(r, g, eps).view(-1, g), "flatten it again"),
+    (
+        checks.group_advantages,
+        lambda r, g, eps=1e-4: right.group_advantages(r, g, eps).view(-1, g),
+        "flatten it again",
+    ),
     (checks.clipped_surrogate, surrogate(sign=-1.0), "sign is wrong"),
     (checks.clipped_surrogate, surrogate(pick=torch.maximum), "took the maximum"),
     (checks.clipped_surrogate, surrogate(pick=lambda a, b: a), "nothing is clipped"),
     (checks.clipped_surrogate, surrogate(pick=lambda a, b: b), "always clip"),
-    (checks.clipped_surrogate, surrogate(lambda logp, old: logp - old), "the ratio is its exponential"),
+    (
+        checks.clipped_surrogate,
+        surrogate(lambda logp, old: logp - old),
+        "the ratio is its exponential",
+    ),
     (checks.clipped_surrogate, surrogate(lambda logp, old: (old - logp).exp()), "upside down"),
-    (checks.clipped_surrogate, surrogate(lambda logp, old: (logp.detach() - old).exp() + 0 * logp), "do not detach"),
+    (
+        checks.clipped_surrogate,
+        surrogate(lambda logp, old: (logp.detach() - old).exp() + 0 * logp),
+        "do not detach",
+    ),
     (checks.clipped_surrogate, clip_of_the_product, "clipped the product"),
-    (checks.clipped_surrogate, lambda logp, old, a, epsilon=0.2: right.clipped_surrogate(logp, old, a), "ignores epsilon"),
-    (checks.clipped_surrogate, lambda logp, old, a, epsilon=0.2: (logp - old).exp() * a, "do not fit together"),
+    (
+        checks.clipped_surrogate,
+        lambda logp, old, a, epsilon=0.2: right.clipped_surrogate(logp, old, a),
+        "ignores epsilon",
+    ),
+    (
+        checks.clipped_surrogate,
+        lambda logp, old, a, epsilon=0.2: (logp - old).exp() * a,
+        "do not fit together",
+    ),
     (checks.kl_k3, lambda logp, ref: right.kl_k3(ref, logp), "swapped"),
     (checks.kl_k3, lambda logp, ref: logp - ref, "that is k1"),
     (checks.kl_k3, lambda logp, ref: (logp - ref) ** 2 / 2, "that is k2"),
     (checks.kl_k3, lambda logp, ref: right.kl_k3(logp, ref) + 1, "forgot the - 1"),
-    (checks.kl_k3, lambda logp, ref: torch.exp(ref - logp) + (ref - logp) - 1, "middle term has the wrong sign"),
+    (
+        checks.kl_k3,
+        lambda logp, ref: torch.exp(ref - logp) + (ref - logp) - 1,
+        "middle term has the wrong sign",
+    ),
     (checks.kl_k3, lambda logp, ref: right.kl_k3(logp, ref).mean(), "keep the shape"),
     (checks.kl_k3, lambda logp, ref: logp.exp() * (logp - ref), "weighted by the probability"),
     (checks.completion_logprobs, logprobs(shift=0), "forgot to shift by one"),
@@ -120,7 +170,11 @@ WRONG = [
         lambda logits, ids, p: logits.log_softmax(-1)[:, p - 1 : -1].gather(-1, ids[:, p:]),
         "the shapes do not meet",
     ),
-    (checks.completion_logprobs, lambda logits, ids, p: logits.log_softmax(-1)[:, p - 1 : -1].max(-1).values, "best word at each place"),
+    (
+        checks.completion_logprobs,
+        lambda logits, ids, p: logits.log_softmax(-1)[:, p - 1 : -1].max(-1).values,
+        "best word at each place",
+    ),
     (checks.masked_mean, lambda x, m: x.mean(), "the mask has no effect"),
     (checks.masked_mean, lambda x, m: (x * m).mean(), "still divide by all words"),
     (checks.masked_mean, lambda x, m: (x * m).sum() / m.sum(), "long chains weigh more"),
@@ -147,7 +201,9 @@ def test_right_functions_pass(check, student, capsys):
     assert said[0], said[1]
 
 
-@pytest.mark.parametrize(("check", "student", "words"), WRONG, ids=[f"{c.__name__}: {w}" for c, _, w in WRONG])
+@pytest.mark.parametrize(
+    ("check", "student", "words"), WRONG, ids=[f"{c.__name__}: {w}" for c, _, w in WRONG]
+)
 def test_each_mistake_is_named(check, student, words, capsys):
     assert not check(student)
     said = capsys.readouterr().out

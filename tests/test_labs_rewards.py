@@ -12,17 +12,29 @@ from realsr_r1.first import experts, rewards
 def labels(places=None, divide=lambda k, said: k / 5, tidy=str.strip):
     def share(said, true):
         a, b = ([tidy(p) for p in t.split(",")] for t in (said, true))
-        hits = sum(p in b for p in a) if places == "any" else sum(x == y for x, y in zip(a, b, strict=False))
+        hits = (
+            sum(p in b for p in a)
+            if places == "any"
+            else sum(x == y for x, y in zip(a, b, strict=False))
+        )
         return divide(hits, [p for p in a if p])
 
     return share
 
 
 def package_degradation(said, true):
-    return rewards.degradation_reward([f"<degradation> {said} </degradation>"], degradation=[true])[0]
+    return rewards.degradation_reward([f"<degradation> {said} </degradation>"], degradation=[true])[
+        0
+    ]
 
 
-def recall(find=lambda t, text: re.search(rf"\b{re.escape(t)}\b", text), divide=None, unique=True, lower=True, empty=0.0):
+def recall(
+    find=lambda t, text: re.search(rf"\b{re.escape(t)}\b", text),
+    divide=None,
+    unique=True,
+    lower=True,
+    empty=0.0,
+):
     def of(text, tags):
         text, tags = (text.lower(), [t.lower() for t in tags]) if lower else (text, tags)
         tags = sorted(set(tags)) if unique else tags
@@ -35,7 +47,9 @@ def recall(find=lambda t, text: re.search(rf"\b{re.escape(t)}\b", text), divide=
 
 
 def package_recall(text, tags):
-    return rewards.understanding_reward([f"<rough_understand> {text} </rough_understand>"], tags=[tags])[0]
+    return rewards.understanding_reward(
+        [f"<rough_understand> {text} </rough_understand>"], tags=[tags]
+    )[0]
 
 
 def f1(score, guard=True):
@@ -46,7 +60,15 @@ def f1(score, guard=True):
     return of
 
 
-def hinge(sign=1, least=None, slope=None, margin=None, cut=F.relu, mean=lambda h, pairs: h[pairs].mean(), safe=True):
+def hinge(
+    sign=1,
+    least=None,
+    slope=None,
+    margin=None,
+    cut=F.relu,
+    mean=lambda h, pairs: h[pairs].mean(),
+    safe=True,
+):
     def of(logits, away, known, steep, ahead):
         worse, lead = away[None] - away[:, None], sign * (logits[:, None] - logits[None])
         pairs = worse > (known if least is None else least)
@@ -80,14 +102,22 @@ WRONG = [
     (checks.degradation_share, labels(divide=lambda k, said: k), "divide it by 5"),
     (checks.degradation_share, labels(divide=lambda k, said: float(k == 5)), "all five or nothing"),
     (checks.degradation_share, labels("any"), "place by place"),
-    (checks.degradation_share, labels(divide=lambda k, said: k / max(1, len(said))), "divide by the labels that were said"),
+    (
+        checks.degradation_share,
+        labels(divide=lambda k, said: k / max(1, len(said))),
+        "divide by the labels that were said",
+    ),
     (checks.degradation_share, labels(tidy=str), "strip each part"),
     (checks.degradation_share, lambda said, true: None, "returns nothing"),
     (checks.tag_recall, recall(lambda t, text: t in text), '"car" in "scarf"'),
     (checks.tag_recall, recall(lower=False), "capitals must not matter"),
     (checks.tag_recall, recall(lambda t, text: t in text.split()), "split at spaces"),
     (checks.tag_recall, recall(lambda t, text: t in re.findall(r"\w+", text)), "several words"),
-    (checks.tag_recall, recall(divide=lambda hits, text: hits / len(text.split())), "divide by the words of the text"),
+    (
+        checks.tag_recall,
+        recall(divide=lambda hits, text: hits / len(text.split())),
+        "divide by the words of the text",
+    ),
     (checks.tag_recall, recall(divide=lambda hits, text: hits), "number of tags found"),
     (checks.tag_recall, recall(empty=None), "divide by zero"),
     (checks.tag_recall, recall(empty=1.0), "no tags at all must give 0"),
@@ -110,12 +140,28 @@ WRONG = [
     (checks.ranking_hinge, hinge(mean=lambda h, pairs: h[pairs].mean().detach()), "no gradient"),
     (checks.ranking_hinge, hinge(margin=0), "left out the margin"),
     (checks.ranking_hinge, hinge(safe=False), "NaN"),
-    (checks.zero_spread_share, lambda r: float((r.amax(1) == r.amin(1)).sum()), "divide by the number of groups"),
+    (
+        checks.zero_spread_share,
+        lambda r: float((r.amax(1) == r.amin(1)).sum()),
+        "divide by the number of groups",
+    ),
     (checks.zero_spread_share, lambda r: 1 - dead(r), "alive"),
     (checks.zero_spread_share, lambda r: float((r == 0).all(1).float().mean()), "just as dead"),
-    (checks.zero_spread_share, lambda r: float((r.amax(0) == r.amin(0)).float().mean()), "wrong axis"),
-    (checks.zero_spread_share, lambda r: float((r.amax(1) == r.amin(1)).float().mean()), "rounding"),
-    (checks.zero_spread_share, lambda r: float((r.std(1) < 0.01).float().mean()), "threshold is too wide"),
+    (
+        checks.zero_spread_share,
+        lambda r: float((r.amax(0) == r.amin(0)).float().mean()),
+        "wrong axis",
+    ),
+    (
+        checks.zero_spread_share,
+        lambda r: float((r.amax(1) == r.amin(1)).float().mean()),
+        "rounding",
+    ),
+    (
+        checks.zero_spread_share,
+        lambda r: float((r.std(1) < 0.01).float().mean()),
+        "threshold is too wide",
+    ),
 ]
 
 

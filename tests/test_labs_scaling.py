@@ -1,4 +1,5 @@
-"""The checks of notebook 07 name the mistakes they know, and the right answers are the package's own."""
+"""The checks of notebook 07 name the mistakes they know, and the right answers are the package's
+own."""
 
 import pytest
 import torch
@@ -41,12 +42,23 @@ def in_place(codes):
 def zero(parts=(12, 2, 2), late=0, order=1, skip=()):
     def of(n, devices, stage):
         rows = list(enumerate(parts))[::order]
-        return float(sum(n * b / (devices if stage > k + late and i not in skip else 1) for k, (i, b) in enumerate(rows)))
+        return float(
+            sum(
+                n * b / (devices if stage > k + late and i not in skip else 1)
+                for k, (i, b) in enumerate(rows)
+            )
+        )
 
     return of
 
 
-def accept(keep=lambda p, q, u: u * q < p, left=lambda p, q: (p - q).clamp(min=0), scale=True, redraw=True, best=False):
+def accept(
+    keep=lambda p, q, u: u * q < p,
+    left=lambda p, q: (p - q).clamp(min=0),
+    scale=True,
+    redraw=True,
+    best=False,
+):
     def of(p, q, x, u, v):
         if keep(p[x], q[x], u) or not redraw:
             return x
@@ -60,7 +72,17 @@ def accept(keep=lambda p, q, u: u * q < p, left=lambda p, q: (p - q).clamp(min=0
 
 def cost_of(time=1.0, group=True, gpus=1, share=-1, pay=True):
     def of(photos, epochs, g, tokens, rate, part, n, price):
-        hours = time * photos * epochs * (g if group else 1) * tokens / rate / n**gpus * part**share / 3600
+        hours = (
+            time
+            * photos
+            * epochs
+            * (g if group else 1)
+            * tokens
+            / rate
+            / n**gpus
+            * part**share
+            / 3600
+        )
         return hours, hours * price * (n if pay else 1)
 
     return of
@@ -81,20 +103,56 @@ WRONG = [
     ("code_to_id", lambda c: c.tolist(), "return a tensor"),
     ("code_to_id", in_place, "wrote into the codes"),
     ("code_to_id", lambda c: c + 4, "one range does not do"),
-    ("code_to_id", lambda c: torch.where(c < 8192, c, c - 8192 + 65_536), "the first code has the id 4"),
+    (
+        "code_to_id",
+        lambda c: torch.where(c < 8192, c, c - 8192 + 65_536),
+        "the first code has the id 4",
+    ),
     ("code_to_id", lambda c: torch.where(c < 8192, c + 4, c + 65_536), "subtract 8,192"),
-    ("code_to_id", lambda c: torch.where(c < 8192, c, c + 57_344) + 4, "the 4 belongs to the first range"),
-    ("code_to_id", lambda c: torch.where(c <= 8192, c + 4, c + 57_344), "already belongs to the second"),
+    (
+        "code_to_id",
+        lambda c: torch.where(c < 8192, c, c + 57_344) + 4,
+        "the 4 belongs to the first range",
+    ),
+    (
+        "code_to_id",
+        lambda c: torch.where(c <= 8192, c + 4, c + 57_344),
+        "already belongs to the second",
+    ),
     ("code_to_id", lambda c: torch.where(c < 8191, c + 4, c + 57_344), "last of the first range"),
     ("code_to_id", lambda c: right.code_to_id(c).float(), "floating type"),
-    ("cache_bytes", lambda layers, h, d, t, c, w=2: layers * h * d * t * c * w, "a key and a value"),
+    (
+        "cache_bytes",
+        lambda layers, h, d, t, c, w=2: layers * h * d * t * c * w,
+        "a key and a value",
+    ),
     ("cache_bytes", lambda layers, h, d, t, c, w=2: 2 * h * d * t * c * w, "every layer"),
-    ("cache_bytes", lambda layers, h, d, t, c, w=2: 2 * layers * d * t * c * w, "every key-value head"),
+    (
+        "cache_bytes",
+        lambda layers, h, d, t, c, w=2: 2 * layers * d * t * c * w,
+        "every key-value head",
+    ),
     ("cache_bytes", lambda layers, h, d, t, c, w=2: 2 * layers * h * t * c * w, "a whole vector"),
-    ("cache_bytes", lambda layers, h, d, t, c, w=2: 2 * layers * h * d * t * w, "that is one chain"),
-    ("cache_bytes", lambda layers, h, d, t, c, w=2: 2 * layers * h * d * t * t * c * w, "not with their square"),
-    ("cache_bytes", lambda layers, h, d, t, c, w=2: 16 * layers * h * d * t * c * w, "those are bits"),
-    ("cache_bytes", lambda layers, h, d, t, c, w=2: 2 * layers * h * d * t * c, "you count no bytes"),
+    (
+        "cache_bytes",
+        lambda layers, h, d, t, c, w=2: 2 * layers * h * d * t * w,
+        "that is one chain",
+    ),
+    (
+        "cache_bytes",
+        lambda layers, h, d, t, c, w=2: 2 * layers * h * d * t * t * c * w,
+        "not with their square",
+    ),
+    (
+        "cache_bytes",
+        lambda layers, h, d, t, c, w=2: 16 * layers * h * d * t * c * w,
+        "those are bits",
+    ),
+    (
+        "cache_bytes",
+        lambda layers, h, d, t, c, w=2: 2 * layers * h * d * t * c,
+        "you count no bytes",
+    ),
     ("cache_bytes", lambda layers, h, d, t, c, w=2: 4 * layers * h * d * t * c, "has no effect"),
     ("zero_bytes", zero(parts=(8, 2, 2)), "left out the float32 copy"),
     ("zero_bytes", zero(parts=(4, 2, 2)), "12 bytes a parameter"),
@@ -157,8 +215,12 @@ def test_the_right_answers_are_the_packages_own():
     assert torch.equal(right.code_to_id(codes), layout.code_ids)
     assert right.chain_budget(512, 0, [128], [])[0] == reference.image_tokens(512) + 2
     shape, run = cost.chameleon(), cost.Run("grpo", 5000, 6000, group=5, precision="bfloat16")
-    assert right.cache_bytes(shape.layers, shape.kv_heads, shape.head_dim, run.length, 5) == cost.cache(shape, run)
-    held = cost.memory(shape, cost.Run("sft", **budget.REFERENCE, sharded=True, devices=8)).moments["update"]
+    assert right.cache_bytes(
+        shape.layers, shape.kv_heads, shape.head_dim, run.length, 5
+    ) == cost.cache(shape, run)
+    held = cost.memory(shape, cost.Run("sft", **budget.REFERENCE, sharded=True, devices=8)).moments[
+        "update"
+    ]
     assert right.zero_bytes(shape.parameters, 8, 3) == pytest.approx(sum(held.values()))
 
 

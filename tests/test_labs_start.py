@@ -22,11 +22,20 @@ def tiles_needed(width, height):
 
 
 def chain_tokens(text_words, image_sides):
-    return sum(text_words) + sum(n * (n + 1) + 4 for n in image_sides) + 2 * (len(text_words) + len(image_sides)) + 1
+    return (
+        sum(text_words)
+        + sum(n * (n + 1) + 4 for n in image_sides)
+        + 2 * (len(text_words) + len(image_sides))
+        + 1
+    )
 
 
 def covering(trace, x, y, width=32, inclusive=0):
-    return [t for t in trace["tiles"] if 0 <= x - t["x"] < width + inclusive and 0 <= y - t["y"] < width + inclusive]
+    return [
+        t
+        for t in trace["tiles"]
+        if 0 <= x - t["x"] < width + inclusive and 0 <= y - t["y"] < width + inclusive
+    ]
 
 
 def corner_only(trace, x, y, tag):
@@ -66,7 +75,7 @@ WRONG = [
     ("chain_tokens", lambda t, s: chain_tokens(t, s) - 1, "end word"),
     ("chain_tokens", lambda t, s: chain_tokens(t, s) - sum(t), "words of the texts"),
     ("chain_tokens", lambda t, s: 424, "for one chain only"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("name, function, says", WRONG, ids=[f"{n}-{s[:20]}" for n, _, s in WRONG])
@@ -76,7 +85,9 @@ def test_a_mistake_is_named(capsys, name, function, says):
     assert out.startswith(f"✗ {name}") and says in out, out
 
 
-@pytest.mark.parametrize("function", [part_at, tiles_needed, chain_tokens], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "function", [part_at, tiles_needed, chain_tokens], ids=lambda f: f.__name__
+)
 def test_a_right_answer_passes(capsys, function):
     assert getattr(checks, function.__name__)(function)
     assert capsys.readouterr().out.startswith("✓")
@@ -92,6 +103,13 @@ def test_a_stub_is_not_written_yet(capsys):
 
 
 def test_token_count_is_that_of_a_rendered_chain():
-    chain = vlcot.Chain("medium blur, downsample", "a bird", torch.zeros(4, 4, dtype=int), "a white bird", torch.zeros(8, 8, dtype=int),
-                        "a large white bird", torch.zeros(16, 16, dtype=int))  # fmt: skip
+    chain = vlcot.Chain(
+        "medium blur, downsample",
+        "a bird",
+        torch.zeros(4, 4, dtype=int),
+        "a white bird",
+        torch.zeros(8, 8, dtype=int),
+        "a large white bird",
+        torch.zeros(16, 16, dtype=int),
+    )
     assert len(vlcot.render(chain).split()) + 1 == chain_tokens([4, 2, 3, 4], [4, 8, 16])

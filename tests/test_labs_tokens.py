@@ -46,13 +46,33 @@ WRONG = [
     ("image_tokens", lambda n, s: (n // s) * (n // s + 1) + 2, "left some out"),
     ("image_tokens", lambda n, s: (n / s) * (n / s + 1) + 4, "integer"),
     ("image_tokens", lambda n, s: (n // 8) * (n // 8 + 1) + 4, "hard-coded"),
-    ("nearest_code", lambda z, b: (F.normalize(z, dim=1) @ F.normalize(b, dim=1).T).argmax(0), "wrong axis"),
-    ("nearest_code", lambda z, b: (F.normalize(z, dim=1) @ F.normalize(b, dim=1).T).amax(1), "return the index"),
+    (
+        "nearest_code",
+        lambda z, b: (F.normalize(z, dim=1) @ F.normalize(b, dim=1).T).argmax(0),
+        "wrong axis",
+    ),
+    (
+        "nearest_code",
+        lambda z, b: (F.normalize(z, dim=1) @ F.normalize(b, dim=1).T).amax(1),
+        "return the index",
+    ),
     ("nearest_code", lambda z, b: (z @ F.normalize(b, dim=1).T).argmin(1), "argmax, not argmin"),
     ("nearest_code", lambda z, b: (z @ b.T).argmax(1), "did not normalise the codebook"),
-    ("nearest_code", lambda z, b: torch.cdist(z, b).argmin(1), "Euclidean distance of the raw vectors"),
-    ("nearest_code", lambda z, b: torch.cdist(F.normalize(z, dim=1), b).argmin(1), "codes that are not normalised"),
-    ("nearest_code", lambda z, b: (F.normalize(z, dim=0) @ F.normalize(b, dim=0).T).argmax(1), "dim=1"),
+    (
+        "nearest_code",
+        lambda z, b: torch.cdist(z, b).argmin(1),
+        "Euclidean distance of the raw vectors",
+    ),
+    (
+        "nearest_code",
+        lambda z, b: torch.cdist(F.normalize(z, dim=1), b).argmin(1),
+        "codes that are not normalised",
+    ),
+    (
+        "nearest_code",
+        lambda z, b: (F.normalize(z, dim=0) @ F.normalize(b, dim=0).T).argmax(1),
+        "dim=1",
+    ),
     ("straight_through", lambda z, q: q, "no gradient reaches z"),
     ("straight_through", lambda z, q: z, "still z"),
     ("straight_through", lambda z, q: z + (q - z), "no gradient reaches z"),
@@ -60,7 +80,13 @@ WRONG = [
     ("straight_through", lambda z, q: z + q - z.detach(), "also reaches q"),
     ("straight_through", lambda z, q: 2 * z + (q - 2 * z).detach(), "unchanged"),
     ("straight_through", lambda z, q: (z + q) / 2, "exactly q"),
-    ("perplexity", lambda c, n: (-(p := torch.bincount(c.flatten(), minlength=n) / c.numel()) * p.log()).sum().exp(), "nan"),
+    (
+        "perplexity",
+        lambda c, n: (
+            (-(p := torch.bincount(c.flatten(), minlength=n) / c.numel()) * p.log()).sum().exp()
+        ),
+        "nan",
+    ),
     ("perplexity", entropy, "this is the entropy:"),
     ("perplexity", lambda c, n: torch.tensor(-entropy(c, n)).exp(), "sign"),
     ("perplexity", lambda c, n: torch.tensor(entropy(c, n, 2.0)).exp(), "mix bases"),
@@ -68,14 +94,34 @@ WRONG = [
     ("perplexity", lambda c, n: len(c.unique()), "counts the codes in use"),
     ("perplexity", lambda c, n: torch.tensor(entropy(c, n)).exp() / n, "do not divide"),
     ("revive", lambda w, u, p, t, g: rows_of(p, len(w), g), "replaced every code"),
-    ("revive", lambda w, u, p, t, g: moved(w, u >= t, rows_of(p, int((u >= t).sum()), g)), "kept the dead"),
+    (
+        "revive",
+        lambda w, u, p, t, g: moved(w, u >= t, rows_of(p, int((u >= t).sum()), g)),
+        "kept the dead",
+    ),
     ("revive", lambda w, u, p, t, g: moved(w, u < t, rows_of(p, 1, g)), "the same vector"),
-    ("revive", lambda w, u, p, t, g: moved(w, u < t, p[torch.randperm(len(p), generator=g)[: int((u < t).sum())]]), "any length"),
-    ("revive", lambda w, u, p, t, g: moved(w, u < t, F.normalize(torch.randn(int((u < t).sum()), 3, generator=g), dim=1)), "not encoder outputs"),
-    ("revive", lambda w, u, p, t, g: moved(w, u < t, F.normalize(p[: int((u < t).sum())], dim=1)), "with the generator"),
+    (
+        "revive",
+        lambda w, u, p, t, g: moved(
+            w, u < t, p[torch.randperm(len(p), generator=g)[: int((u < t).sum())]]
+        ),
+        "any length",
+    ),
+    (
+        "revive",
+        lambda w, u, p, t, g: moved(
+            w, u < t, F.normalize(torch.randn(int((u < t).sum()), 3, generator=g), dim=1)
+        ),
+        "not encoder outputs",
+    ),
+    (
+        "revive",
+        lambda w, u, p, t, g: moved(w, u < t, F.normalize(p[: int((u < t).sum())], dim=1)),
+        "with the generator",
+    ),
     ("revive", in_place, "clone it first"),
     ("revive", lambda w, u, p, t, g: w.clone(), "no code moved"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("name", RIGHT)

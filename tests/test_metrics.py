@@ -13,7 +13,16 @@ from realsr_r1 import images as photos
 from realsr_r1.evaluation import metrics
 from realsr_r1.first import experts, perceptual, scenes
 
-READY = ("psnr_y", "psnr_rgb", "ssim_y", "ssim_rgb", "lpips", "fsim", "niqe", "piqe")  # what a fresh clone can compute
+READY = (
+    "psnr_y",
+    "psnr_rgb",
+    "ssim_y",
+    "ssim_rgb",
+    "lpips",
+    "fsim",
+    "niqe",
+    "piqe",
+)  # what a fresh clone can compute
 EVAL = scenes.ASSETS / "eval"
 
 
@@ -24,9 +33,14 @@ def photo(name: str, side: int = 128) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def pair():
-    """Two photos with noise of a standard deviation of 8 and 20 of 255, as 8-bit values: (noisy, original)."""
+    """Two photos with noise of a standard deviation of 8 and 20 of 255, as 8-bit values: (noisy,
+    original)."""
     x = torch.cat([photo("scikit-image-chelsea"), photo("scikit-image-astronaut")])
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)) * torch.tensor([8.0, 20.0]).view(2, 1, 1, 1) / 255
+    noise = (
+        torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+        * torch.tensor([8.0, 20.0]).view(2, 1, 1, 1)
+        / 255
+    )
     return ((x + noise).clamp(0, 1) * 255).round() / 255, x
 
 
@@ -46,7 +60,8 @@ def luma(x: torch.Tensor) -> np.ndarray:
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> float:
-    """SSIM of two (h, w) pictures of 255 by its definition (Wang et al. 2004): Gaussian window 11, sigma 1.5, inside only."""
+    """SSIM of two (h, w) pictures of 255 by its definition (Wang et al. 2004): Gaussian window 11,
+    sigma 1.5, inside only."""
     taps = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
     taps /= taps.sum()
 
@@ -55,7 +70,9 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
 
     ma, mb, c1, c2 = mean(a), mean(b), (0.01 * 255) ** 2, (0.03 * 255) ** 2
     va, vb, cov = mean(a * a) - ma**2, mean(b * b) - mb**2, mean(a * b) - ma * mb
-    return float(((2 * ma * mb + c1) * (2 * cov + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2))).mean())
+    return float(
+        ((2 * ma * mb + c1) * (2 * cov + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2))).mean()
+    )
 
 
 # ---------------------------------------------------------------- with the original
@@ -68,19 +85,30 @@ def test_psnr_of_a_known_error_on_rgb_and_on_luma():
     assert float(metrics.load("psnr_rgb")(gray, x)) == pytest.approx(20.0, abs=1e-4)
     assert float(metrics.load("psnr_rgb")(red, x)) == pytest.approx(20 + 10 * np.log10(3), abs=1e-4)
     # On luma a grey error shrinks to 219/255 of itself, a red one to 65.481/255.
-    assert float(metrics.load("psnr_y")(gray, x)) == pytest.approx(20 + 20 * np.log10(255 / 219), abs=1e-3)
-    assert float(metrics.load("psnr_y")(red, x)) == pytest.approx(20 + 20 * np.log10(255 / 65.481), abs=1e-3)
+    assert float(metrics.load("psnr_y")(gray, x)) == pytest.approx(
+        20 + 20 * np.log10(255 / 219), abs=1e-3
+    )
+    assert float(metrics.load("psnr_y")(red, x)) == pytest.approx(
+        20 + 20 * np.log10(255 / 65.481), abs=1e-3
+    )
 
 
 def test_psnr_on_luma_of_photos_is_that_of_the_formula(pair):
     mse = ((luma(pair[0]) - luma(pair[1])) ** 2).mean((1, 2))
-    assert metrics.load("psnr_y")(*pair).tolist() == pytest.approx((10 * np.log10(255**2 / mse)).tolist(), abs=1e-3)
+    assert metrics.load("psnr_y")(*pair).tolist() == pytest.approx(
+        (10 * np.log10(255**2 / mse)).tolist(), abs=1e-3
+    )
     assert torch.allclose(metrics.load("psnr_rgb")(*pair), perceptual.psnr(*pair), atol=1e-3)
 
 
 def test_ssim_on_luma_and_on_rgb_is_that_of_the_formula(pair):
     on_y = [ssim(a, b) for a, b in zip(*(luma(x).round() for x in pair), strict=True)]
-    on_rgb = [np.mean([ssim(a, b) for a, b in zip(*(255 * x[i].double().numpy() for x in pair), strict=True)]) for i in range(2)]
+    on_rgb = [
+        np.mean(
+            [ssim(a, b) for a, b in zip(*(255 * x[i].double().numpy() for x in pair), strict=True)]
+        )
+        for i in range(2)
+    ]
     assert metrics.load("ssim_y")(*pair).tolist() == pytest.approx(on_y, abs=1e-4)
     assert metrics.load("ssim_rgb")(*pair).tolist() == pytest.approx(on_rgb, abs=1e-4)
 
@@ -95,7 +123,9 @@ def test_the_original_is_best_and_more_noise_is_worse(name, pair):
     same, noisy = score(x, x), score(*pair)
     better = torch.gt if metrics.METRICS[name].higher else torch.lt
     assert better(same, noisy).all() and better(noisy[0], noisy[1])
-    best = {"psnr_y": 80.0, "psnr_rgb": 80.0, "lpips": 0.0}.get(name, 1.0)  # pyiqa's PSNR ends at 80 dB
+    best = {"psnr_y": 80.0, "psnr_rgb": 80.0, "lpips": 0.0}.get(
+        name, 1.0
+    )  # pyiqa's PSNR ends at 80 dB
     assert same.tolist() == pytest.approx([best] * 2, abs=1e-4)
 
 
@@ -113,9 +143,12 @@ def test_heavy_noise_is_worse_without_the_original_too(name):
 def test_niqe_ships_in_double_precision_and_gives_what_the_calibrated_one_gave(hub):
     found = load_file(experts.NIQE)
     mean, cov = found["mu_prisparam"], found["cov_prisparam"]
-    assert mean.shape == (1, 36) and cov.shape == (36, 36) and mean.dtype == cov.dtype == torch.float64
+    assert (
+        mean.shape == (1, 36) and cov.shape == (36, 36) and mean.dtype == cov.dtype == torch.float64
+    )
     assert torch.equal(cov, cov.T) and torch.linalg.eigvalsh(cov).min() > 0
-    # These parameters give the published values on pyiqa's calibration pictures (test below), and these on two shipped photos;
+    # These parameters give the published values on pyiqa's calibration pictures (test below), and
+    # these on two shipped photos;
     # in half precision it would be 4.314 and 3.286.
     x = torch.cat([photo("scikit-image-astronaut", 288), photo("libjxl-testdata-flower", 288)])
     assert metrics.load("niqe")(x).tolist() == pytest.approx([4.3008, 3.3006], rel=2e-3)
@@ -130,7 +163,8 @@ def test_a_flat_picture_has_no_number_and_does_not_take_the_batch():
     assert score[0] > 0 and torch.isnan(score[1])
 
 
-# Published values: pyiqa's calibration table, for the distorted pictures I03, I04, I06, I08 and I19 beside their originals.
+# Published values: pyiqa's calibration table, for the distorted pictures I03, I04, I06, I08 and I19
+# beside their originals.
 PUBLISHED = {
     "psnr_rgb": (21.11, 20.99, 27.01, 23.30, 21.62),
     "lpips": (0.7237, 0.2572, 0.0508, 0.0520, 0.4253),
@@ -145,7 +179,8 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_calibration(name):
-    """With pyiqa's ten calibration pictures, which its wheel brings (or CALIBRATION/ref_dir and dist_dir), the published numbers."""
+    """With pyiqa's ten calibration pictures, which its wheel brings (or CALIBRATION/ref_dir and
+    dist_dir), the published numbers."""
     import pyiqa
 
     folder = Path(os.environ.get("CALIBRATION", Path(pyiqa.__file__).parents[1] / "ResultsCalibra"))
@@ -153,9 +188,18 @@ def test_published_calibration(name):
         pytest.skip(f"{folder} lacks pyiqa's calibration pictures: set CALIBRATION to their folder")
     if metrics.missing_files(name):
         pytest.skip(f"{name} needs {metrics.missing_files(name)}")
-    out, hr = (torch.cat([photos.to_tensor(photos.open_photo(folder / side / f"I{i}.bmp"))[None] for i in ("03", "04", "06", "08", "19")])
-               for side in ("dist_dir", "ref_dir"))  # fmt: skip
-    assert metrics.load(name)(out, hr).tolist() == pytest.approx(PUBLISHED[name], rel=1e-3, abs=1e-3)
+    out, hr = (
+        torch.cat(
+            [
+                photos.to_tensor(photos.open_photo(folder / side / f"I{i}.bmp"))[None]
+                for i in ("03", "04", "06", "08", "19")
+            ]
+        )
+        for side in ("dist_dir", "ref_dir")
+    )
+    assert metrics.load(name)(out, hr).tolist() == pytest.approx(
+        PUBLISHED[name], rel=1e-3, abs=1e-3
+    )
 
 
 # ---------------------------------------------------------------- the table, files and refusals
@@ -174,18 +218,27 @@ def test_the_table_agrees_with_pyiqa_on_which_way_is_better_and_what_needs_the_o
 def test_the_files_are_those_that_the_installed_pyiqa_reads():
     from pyiqa.archs import dists_arch, inception
 
-    for name, url in (("dists", dists_arch.default_model_urls["url"]), ("fid", inception.FID_WEIGHTS_URL)):
+    for name, url in (
+        ("dists", dists_arch.default_model_urls["url"]),
+        ("fid", inception.FID_WEIGHTS_URL),
+    ):
         assert f"pyiqa/{url.rsplit('/', 1)[1]}" in metrics.METRICS[name].files
 
 
 @pytest.mark.parametrize("name", [k for k in metrics.METRICS if k not in (*READY, "fid")])
 def test_absent_files_are_named_with_their_folder_and_not_downloaded(hub, monkeypatch, name):
     monkeypatch.setattr(experts.huggingface_hub, "try_to_load_from_cache", lambda *a: None)
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **k: pytest.fail("a download was tried"))
+    monkeypatch.setattr(
+        torch.hub, "download_url_to_file", lambda *a, **k: pytest.fail("a download was tried")
+    )
     with pytest.raises(FileNotFoundError) as e:
         metrics.load(name)
     said = str(e.value)
-    assert said.startswith(f"{name}: files are missing and nothing is downloaded") and str(hub) in said and "\n" not in said
+    assert (
+        said.startswith(f"{name}: files are missing and nothing is downloaded")
+        and str(hub) in said
+        and "\n" not in said
+    )
     assert len(metrics.missing_files(name)) == said.count("; ") + 1 >= 1
 
 
@@ -201,20 +254,28 @@ def test_the_smallest_picture_works_and_a_smaller_one_is_refused_in_a_sentence(n
     score = metrics.load(name)
     assert torch.isfinite(score(x, y)).all()
     if n > 1:
-        with pytest.raises(ValueError, match=rf"{name} needs pictures of {n} px or more, got {n - 1}x{n + 3}"):
+        with pytest.raises(
+            ValueError, match=rf"{name} needs pictures of {n} px or more, got {n - 1}x{n + 3}"
+        ):
             score(x[..., 1:], y[..., 1:])
 
 
 def test_values_outside_the_range_are_clipped(pair):
     x = pair[1]
-    assert metrics.load("psnr_rgb")(x * 3 - 1, x).tolist() == metrics.load("psnr_rgb")((x * 3 - 1).clamp(0, 1), x).tolist()
+    assert (
+        metrics.load("psnr_rgb")(x * 3 - 1, x).tolist()
+        == metrics.load("psnr_rgb")((x * 3 - 1).clamp(0, 1), x).tolist()
+    )
 
 
 def test_wrong_calls_are_refused_in_a_sentence(pair):
     x = pair[1]
     with pytest.raises(ValueError, match="no metric 'psnr'; choose among psnr_y, psnr_rgb"):
         metrics.load("psnr")
-    with pytest.raises(ValueError, match="psnr_y compares with the original and there is none: choose among niqe, brisque"):
+    with pytest.raises(
+        ValueError,
+        match="psnr_y compares with the original and there is none: choose among niqe, brisque",
+    ):
         metrics.load("psnr_y")(x)
     with pytest.raises(ValueError, match=r"one size, got \(2, 3, 128, 128\) and \(2, 3, 64, 128\)"):
         metrics.load("ssim_y")(x, x[..., :64, :])
@@ -237,7 +298,9 @@ def test_fid_refuses_few_pictures_and_then_asks_for_its_file(hub):
 def test_fid_hands_over_two_folders_of_every_picture_and_warns(tmp_path, monkeypatch):
     for name, level in (("out", 10), ("hr", 200)):
         (tmp_path / name).mkdir()
-        Image.new("RGB", (8, 8), (level,) * 3).save(tmp_path / name / "same.png")  # one name twice: neither may be lost
+        Image.new("RGB", (8, 8), (level,) * 3).save(
+            tmp_path / name / "same.png"
+        )  # one name twice: neither may be lost
     seen = []
 
     def fake(outputs, originals, **how):
@@ -248,5 +311,8 @@ def test_fid_hands_over_two_folders_of_every_picture_and_warns(tmp_path, monkeyp
     monkeypatch.setattr(metrics, "missing_files", lambda name: [])
     monkeypatch.setattr(metrics.experts, "create", lambda name, device: fake)
     with pytest.warns(UserWarning, match="FID of 100 pictures is biased"):
-        assert metrics.fid([tmp_path / "out" / "same.png"] * 100, [tmp_path / "hr" / "same.png"] * 120) == 12.5
+        assert (
+            metrics.fid([tmp_path / "out" / "same.png"] * 100, [tmp_path / "hr" / "same.png"] * 120)
+            == 12.5
+        )
     assert [len(side) for side in seen] == [100, 120] and not seen[0][0].exists()

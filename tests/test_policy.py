@@ -9,14 +9,19 @@ from realsr_r1.first.policy import Sampling
 
 @pytest.fixture(scope="module")
 def prompts(tiny):
-    return tiny[2].vocabulary.prompts(torch.randint(0, 32, (3, 16, 16), generator=torch.Generator().manual_seed(0)))
+    return tiny[2].vocabulary.prompts(
+        torch.randint(0, 32, (3, 16, 16), generator=torch.Generator().manual_seed(0))
+    )
 
 
 def test_entropy_top_k_as_published():
-    # H = 0 (one certain word), H = 5 nats (uniform over e^5 ≈ 148 words), H ≥ 10 (uniform over 40,000 words)
+    # H = 0 (one certain word), H = 5 nats (uniform over e^5 ≈ 148 words), H ≥ 10 (uniform over
+    # 40,000 words)
     certain = torch.full((1, 8), -1e9)
     certain[0, 3] = 0
-    assert policy.entropy_k(certain).item() == 1 + int(1999 * torch.sigmoid(torch.tensor(-5.0))) == 14
+    assert (
+        policy.entropy_k(certain).item() == 1 + int(1999 * torch.sigmoid(torch.tensor(-5.0))) == 14
+    )
     assert abs(policy.entropy_k(torch.zeros(1, 148)).item() - 1000) < 3
     assert policy.entropy_k(torch.zeros(1, 40000)).item() == 1987
     masked = torch.zeros(1, 300)
@@ -31,7 +36,10 @@ def test_keep_top_k_by_hand():
 
 def test_sampling_is_reproducible_and_in_form(tiny, prompts):
     model = tiny[2]
-    a, b, c = (policy.sample(model, prompts, Sampling.rollout(), torch.Generator().manual_seed(s)).ids for s in (1, 1, 2))
+    a, b, c = (
+        policy.sample(model, prompts, Sampling.rollout(), torch.Generator().manual_seed(s)).ids
+        for s in (1, 1, 2)
+    )
     assert torch.equal(a, b) and not torch.equal(a, c)
     assert all(vlcot.well_formed(model.vocabulary.decode(row)) for row in a)
 
@@ -50,18 +58,36 @@ def test_logprobs_of_sampling_equal_one_forward_pass(tiny, prompts):
 def test_greedy_text_is_the_same_for_all_samples_of_a_prompt(tiny, prompts):
     same = prompts[:1].repeat(4, 1)
     for greedy, distinct in ((True, 1), (False, 4)):
-        ids = policy.sample(tiny[2], same, Sampling(greedy_text=greedy), torch.Generator().manual_seed(0), max_new=20).ids
+        ids = policy.sample(
+            tiny[2],
+            same,
+            Sampling(greedy_text=greedy),
+            torch.Generator().manual_seed(0),
+            max_new=20,
+        ).ids
         assert len({tuple(r) for r in ids.tolist()}) == distinct
 
 
 def test_free_sampling_of_an_untrained_model_is_not_a_chain(tiny, prompts):
-    ids = policy.sample(tiny[2], prompts, Sampling.rollout(), torch.Generator().manual_seed(0), use_grammar=False, max_new=40).ids
+    ids = policy.sample(
+        tiny[2],
+        prompts,
+        Sampling.rollout(),
+        torch.Generator().manual_seed(0),
+        use_grammar=False,
+        max_new=40,
+    ).ids
     assert not any(vlcot.well_formed(tiny[2].vocabulary.decode(r)) for r in ids)
 
 
 def test_guidance_at_one_is_off_and_elsewhere_changes_images(tiny, prompts):
     runs = {
-        g: policy.sample(tiny[2], prompts, Sampling(guidance=g, entropy_top_k=False), torch.Generator().manual_seed(0)).ids
+        g: policy.sample(
+            tiny[2],
+            prompts,
+            Sampling(guidance=g, entropy_top_k=False),
+            torch.Generator().manual_seed(0),
+        ).ids
         for g in (1.0, 0.8)
     }
     assert runs[1.0].shape == runs[0.8].shape and not torch.equal(runs[1.0], runs[0.8])
@@ -71,7 +97,9 @@ def test_guidance_at_one_is_off_and_elsewhere_changes_images(tiny, prompts):
 def test_prefix_fixes_the_first_words(tiny, prompts):
     v = tiny[2].vocabulary
     prefix = torch.tensor([v.encode("<degradation> no blur")]).repeat(3, 1)
-    ids = policy.sample(tiny[2], prompts, generator=torch.Generator().manual_seed(0), prefix=prefix, max_new=6).ids
+    ids = policy.sample(
+        tiny[2], prompts, generator=torch.Generator().manual_seed(0), prefix=prefix, max_new=6
+    ).ids
     assert torch.equal(ids[:, :3], prefix)
 
 
@@ -82,9 +110,13 @@ def test_bad_temperature(tiny, prompts):
 
 def test_code_embeddings_start_like_their_codebooks(tiny):
     vq, reader, _ = tiny
-    model = policy.build(policy.PolicyConfig(hidden=64, layers=1, heads=2, mlp=64, codes=64, lr_codes=32))
+    model = policy.build(
+        policy.PolicyConfig(hidden=64, layers=1, heads=2, mlp=64, codes=64, lr_codes=32)
+    )
     policy.embed_codebooks(model, vq, reader)
-    e = torch.nn.functional.normalize(model.get_input_embeddings().weight[model.vocabulary.first_code :][:64], dim=1)
+    e = torch.nn.functional.normalize(
+        model.get_input_embeddings().weight[model.vocabulary.first_code :][:64], dim=1
+    )
     q = torch.nn.functional.normalize(vq.quantize.weight, dim=1)
     pair = torch.corrcoef(torch.stack([(e @ e.T).flatten(), (q @ q.T).flatten()]))
     assert pair[0, 1] > 0.7
@@ -113,7 +145,9 @@ def test_blend_lies_between_its_two_policies(tiny, tmp_path):
     assert all(torch.allclose(c[k], a[k] + 0.25, atol=2e-3) for k in a)  # saved in half precision
     with pytest.raises(ValueError, match="between 0"):
         policy.blend(tmp_path / "a", tmp_path / "b", 1.5, tmp_path / "d")
-    policy.save(policy.build(replace(model.nano, mlp=2 * model.nano.mlp), model.vocabulary), tmp_path / "e")
+    policy.save(
+        policy.build(replace(model.nano, mlp=2 * model.nano.mlp), model.vocabulary), tmp_path / "e"
+    )
     with pytest.raises(ValueError, match="different shapes"):
         policy.blend(tmp_path / "a", tmp_path / "e", 0.5, tmp_path / "d")
 

@@ -1,4 +1,5 @@
-"""A tiny Chameleon with the real vocabulary, saved as the hub's checkpoints are: old-style configuration, one row of norms."""
+"""A tiny Chameleon with the real vocabulary, saved as the hub's checkpoints are: old-style
+configuration, one row of norms."""
 
 import json
 import re
@@ -19,16 +20,36 @@ from realsr_r1.reference import chameleon as C
 from realsr_r1.reference import restoring as R
 
 VOCAB = 73_728
-VQ = {"base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1, "embed_dim": 8, "num_embeddings": 16, "latent_channels": 32}
+VQ = {
+    "base_channels": 32,
+    "channel_multiplier": [1],
+    "num_res_blocks": 1,
+    "embed_dim": 8,
+    "num_embeddings": 16,
+    "latent_channels": 32,
+}
 CONFIG = {
-    "architectures": ["ChameleonForConditionalGeneration"], "model_type": "chameleon", "vocab_size": VOCAB, "hidden_size": 32,
-    "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "rope_theta": 25000.0,
-    "rope_scaling": None, "max_position_embeddings": 4096, "mask_image_logits": False, "dropout": 0.05, "swin_norm": False, "vq_config": VQ,
-}  # fmt: skip
+    "architectures": ["ChameleonForConditionalGeneration"],
+    "model_type": "chameleon",
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "rope_theta": 25000.0,
+    "rope_scaling": None,
+    "max_position_embeddings": 4096,
+    "mask_image_logits": False,
+    "dropout": 0.05,
+    "swin_norm": False,
+    "vq_config": VQ,
+}
 
 
 def all_names():
-    """Every id's name: the published ones, 256 bytes for text (any text then comes back exactly), fillers."""
+    """Every id's name: the published ones, 256 bytes for text (any text then comes back exactly),
+    fillers."""
     names = C.published_names() | {"</s>": 2, "<unk>": 3, "<image>": 8711}
     taken = set(names.values())
     letters = [b for b in sorted(pre_tokenizers.ByteLevel.alphabet()) if b not in names]
@@ -39,9 +60,14 @@ def all_names():
 
 def tokenizer(names):
     inner = Tokenizer(models.BPE(names, []))
-    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    inner.pre_tokenizer, inner.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     inner.add_special_tokens([AddedToken(t) for t in (*C.PUBLISHED_IDS, "</s>")])
-    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token=C.BOS, eos_token="</s>", pad_token=C.PAD)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token=C.BOS, eos_token="</s>", pad_token=C.PAD
+    )
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +80,10 @@ def folder(tmp_path_factory):
     tokenizer(names).save_pretrained(path)
     torch.manual_seed(0)
     model = ChameleonForConditionalGeneration(C.ChameleonConfig.from_pretrained(path))
-    state = {k: v[:1].contiguous() if re.search(r"[qk]_norm", k) else v.contiguous() for k, v in model.state_dict().items()}
+    state = {
+        k: v[:1].contiguous() if re.search(r"[qk]_norm", k) else v.contiguous()
+        for k, v in model.state_dict().items()
+    }
     save_file(state, path / "model.safetensors", metadata={"format": "pt"})
     return path
 
@@ -66,7 +95,8 @@ def model(folder):
 
 @pytest.fixture
 def scripted(folder):
-    """Without attention and MLP the next word depends on the last alone, so that its embedding can say what it is."""
+    """Without attention and MLP the next word depends on the last alone, so that its embedding can
+    say what it is."""
     model = C.load(folder, "cpu", bits=32)
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight.data.zero_()
@@ -74,7 +104,9 @@ def scripted(folder):
 
     def follow(pairs):
         for a, b in pairs:
-            model.lm_head.weight.data[b] = 10 * torch.nn.functional.normalize(model.model.embed_tokens.weight.data[a], dim=0)
+            model.lm_head.weight.data[b] = 10 * torch.nn.functional.normalize(
+                model.model.embed_tokens.weight.data[a], dim=0
+            )
 
     return model, follow
 
@@ -82,18 +114,35 @@ def scripted(folder):
 def chain(sizes=(4, 8, 12), codes=16_384):
     g = torch.Generator().manual_seed(1)
     a, b, c = (torch.randint(0, codes, (n, n), generator=g) for n in sizes)
-    return vlcot.Chain("medium blur, downsample, heavy noise", "a bird on grass", a, "a white bird, 2 trees", b, "größer: a bird (left)", c)
+    return vlcot.Chain(
+        "medium blur, downsample, heavy noise",
+        "a bird on grass",
+        a,
+        "a white bird, 2 trees",
+        b,
+        "größer: a bird (left)",
+        c,
+    )
 
 
 def same(a, b):
-    return all(torch.equal(x, y) if isinstance(x := getattr(a, t), torch.Tensor) else x == y for t in vlcot.TAGS for y in (getattr(b, t),))
+    return all(
+        torch.equal(x, y) if isinstance(x := getattr(a, t), torch.Tensor) else x == y
+        for t in vlcot.TAGS
+        for y in (getattr(b, t),)
+    )
 
 
 def test_vocabulary_map_as_published():
     layout = C.Layout.of(C.published_names(), VOCAB)
     assert layout.codes == 16_384 and layout.factor == 8 and layout.unit == 4
     assert layout.code_ids[[0, 8191, 8192, 16383]].tolist() == [4, 8195, 65536, 73727]
-    assert (layout.names[C.END], layout.names[C.START], layout.names[C.TURN], layout.names[C.ROW]) == (8196, 8197, 8710, 8803)
+    assert (
+        layout.names[C.END],
+        layout.names[C.START],
+        layout.names[C.TURN],
+        layout.names[C.ROW],
+    ) == (8196, 8197, 8710, 8803)
     assert layout.names[C.size_name(16)] == 8804 + 16 and layout.sizes[8804 + 16] == 64
     assert C.code_name(17) == "IMGIMGBHZ" and C.code_name(8191) == "IMGIMGIBJBZ"
     assert layout.code_of[[4, 65536, 8196, 9000]].tolist() == [0, 8192, -1, -1]
@@ -104,7 +153,9 @@ def test_the_checkpoints_own_names_decide():
     swapped[C.code_name(0)], swapped[C.code_name(9)] = 13, 4
     assert C.Layout.of(swapped, VOCAB).code_ids[[0, 9]].tolist() == [13, 4]
     half = {n: i for n, i in C.published_names().items() if not n.startswith("IMGIMG") or i < 9000}
-    assert C.Layout.of(half, 65_536).codes == 8192 and C.Layout.of(half, 65_536).unit == 2  # Lumina-mGPT: 16 pixels a code
+    assert (
+        C.Layout.of(half, 65_536).codes == 8192 and C.Layout.of(half, 65_536).unit == 2
+    )  # Lumina-mGPT: 16 pixels a code
     assert C.Layout.of(half, VOCAB).code_ids[8192] == 65_536  # PURE's extension, unnamed
 
 
@@ -138,7 +189,16 @@ def test_render_then_parse_gives_the_chain_back(model):
     assert same(R.parse(ids, model), chain()) and vlcot.well_formed(R.text_of(ids, model))
     assert ids[-1] == 8710 and (ids == 8197).sum() == 3
     assert (
-        len(ids) == sum(len(f"<{t}></{t}>") for t in vlcot.TAGS) + 36 + 15 + 21 + len("größer: a bird (left)".encode()) + 24 + 76 + 160 + 1
+        len(ids)
+        == sum(len(f"<{t}></{t}>") for t in vlcot.TAGS)
+        + 36
+        + 15
+        + 21
+        + len("größer: a bird (left)".encode())
+        + 24
+        + 76
+        + 160
+        + 1
     )
 
 
@@ -147,7 +207,9 @@ def test_a_cut_or_mislaid_image_is_not_read(model):
     last = len(ids) - 1 - ids[::-1].index(8197)
     cut = R.parse(ids[: last + 50], model)
     assert cut.final_image is None and cut.middle_image is not None
-    assert R.final_codes(R.text_of(ids[: last + 50], model)) is None  # the middle image does not stand in
+    assert (
+        R.final_codes(R.text_of(ids[: last + 50], model)) is None
+    )  # the middle image does not stand in
     shifted = ids.copy()
     shifted[last + 1] = 8804 + 2  # says 64 pixels high, holds 96
     assert R.parse(shifted, model).final_image is None
@@ -156,7 +218,12 @@ def test_a_cut_or_mislaid_image_is_not_read(model):
 
 def test_without_tags_the_last_image_answers(model):
     a, b = chain().rough_image, chain().middle_image
-    ids = [*model.words.encode("a bird"), *model.layout.image_ids(a), *model.layout.image_ids(b), 8710]
+    ids = [
+        *model.words.encode("a bird"),
+        *model.layout.image_ids(a),
+        *model.layout.image_ids(b),
+        8710,
+    ]
     assert torch.equal(R.final_codes(R.text_of(ids, model)), b)
     assert R.final_codes(R.text_of(ids[:-5], model)) is None and R.final_codes("a bird") is None
 
@@ -169,11 +236,16 @@ def test_prompt_layout(model):
 
 
 def test_keys_are_the_published_ones(model, folder):
-    """Names from the conversion script in Lumina-mGPT's repository (convert_chameleon_weights_to_hf.py)."""
-    parts = [f"self_attn.{p}_proj.weight" for p in "qkvo"] + [f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")]
+    """Names from the conversion script in Lumina-mGPT's repository
+    (convert_chameleon_weights_to_hf.py)."""
+    parts = [f"self_attn.{p}_proj.weight" for p in "qkvo"] + [
+        f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")
+    ]
     parts += ["input_layernorm.weight", "post_attention_layernorm.weight"]
     parts += [f"self_attn.{n}_norm.{p}" for n in "qk" for p in ("weight", "bias")]
-    keys = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"} | {f"model.layers.{i}.{p}" for i in range(2) for p in parts}
+    keys = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"} | {
+        f"model.layers.{i}.{p}" for i in range(2) for p in parts
+    }
     assert set(model.state_dict()) == keys
     stored = load_file(folder / "model.safetensors")
     assert keys < set(stored) and any(k.startswith("model.vqmodel.encoder") for k in stored)
@@ -192,7 +264,11 @@ def test_logits_are_transformers_own_but_for_the_mask(model, folder):
     assert torch.allclose(a.logits[..., ~image], b.logits[..., ~image], atol=1e-5)
     assert (b.logits[..., image] < -1e30).all() and a.logits[..., image].abs().max() < 100
     expected = torch.nn.functional.cross_entropy(a.logits[0, :-1], ids[0, 1:])
-    assert abs(a.loss - expected) < 1e-4 and model(ids, logits_to_keep=2).logits.shape == (1, 2, VOCAB)
+    assert abs(a.loss - expected) < 1e-4 and model(ids, logits_to_keep=2).logits.shape == (
+        1,
+        2,
+        VOCAB,
+    )
 
 
 def run(grammar, ids):
@@ -210,13 +286,22 @@ def test_grammar_admits_a_chain_and_bars_everything_else(model):
     ids = R.render(chain((4, 8, 12)), model).tolist()
     for sizes in (None, (32, 64, 96)):
         kinds = run(R.Grammar(model.layout, sizes), ids)
-        assert kinds.count(R.CODE) == 16 + 64 + 144 and kinds.count(R.ROW_END) == 24 and kinds.count(R.IMAGE_END) == 3
+        assert (
+            kinds.count(R.CODE) == 16 + 64 + 144
+            and kinds.count(R.ROW_END) == 24
+            and kinds.count(R.IMAGE_END) == 3
+        )
         text = R.TEXT if sizes is None else R.LAST_TEXT
         assert kinds[-1] == text
     masks = R.Grammar(model.layout, (32,)).masks
     assert masks.sum(1).tolist()[2:] == [32, 16_384, 1, 1, 1] and masks[R.FORCED, 8805]
     free = masks[R.TEXT]
-    assert free[8197] and free[8710] and not masks[R.LAST_TEXT, 8197] and not free[[4, 65_536, 8196, 8803, 8810, 1, 0]].any()
+    assert (
+        free[8197]
+        and free[8710]
+        and not masks[R.LAST_TEXT, 8197]
+        and not free[[4, 65_536, 8196, 8803, 8810, 1, 0]].any()
+    )
 
 
 def test_grammar_moves_rows_on_their_own(model):
@@ -224,7 +309,9 @@ def test_grammar_moves_rows_on_their_own(model):
     g.start(2)
     for words in ([8197, 9000], [8805, 8197], [8805, 8805], [4, 8806], [5, 4]):
         g.step(torch.tensor(words))
-    assert g.kind().tolist() == [R.CODE, R.CODE] and g.w.tolist() == [4, 8] and g.h.tolist() == [4, 4]
+    assert (
+        g.kind().tolist() == [R.CODE, R.CODE] and g.w.tolist() == [4, 8] and g.h.tolist() == [4, 4]
+    )
     for _ in range(2):
         g.step(torch.tensor([6, 6]))
     assert g.kind().tolist() == [R.ROW_END, R.CODE]
@@ -235,11 +322,19 @@ def test_grammar_moves_rows_on_their_own(model):
 def test_text_is_free_of_codes_and_greedy_or_seeded(model):
     prompts = torch.tensor([[0, 9000, 8710], [0, 9001, 8710]])
     for how in (R.PURE, Sampling.rollout()):
-        ids = R.generate(model, prompts, how, torch.Generator().manual_seed(0), sizes=(32,), max_new=12)
+        ids = R.generate(
+            model, prompts, how, torch.Generator().manual_seed(0), sizes=(32,), max_new=12
+        )
         assert ids.shape == (2, 12) and not (model.layout.code_of[ids] >= 0).any()
-    again = [R.generate(model, prompts, Sampling.rollout(), torch.Generator().manual_seed(s), (32,), 12) for s in (1, 1, 2)]
+    again = [
+        R.generate(model, prompts, Sampling.rollout(), torch.Generator().manual_seed(s), (32,), 12)
+        for s in (1, 1, 2)
+    ]
     assert torch.equal(again[0], again[1]) and not torch.equal(again[0], again[2])
-    greedy = [R.generate(model, prompts, R.PURE, torch.Generator().manual_seed(s), max_new=6) for s in (1, 2)]
+    greedy = [
+        R.generate(model, prompts, R.PURE, torch.Generator().manual_seed(s), max_new=6)
+        for s in (1, 2)
+    ]
     assert torch.equal(*greedy)  # text is greedy
 
 
@@ -247,8 +342,20 @@ def test_text_is_free_of_codes_and_greedy_or_seeded(model):
 def test_a_scripted_model_draws_its_image_and_ends(scripted, window):
     model, follow = scripted
     follow([(8710, 9000), (9000, 8197), (8196, 9001), (9001, 8710)])
-    ids = R.generate(model, torch.tensor([[0, 8710]]), R.PURE, torch.Generator().manual_seed(0), sizes=(64,), max_new=200, window=window)[0]
-    assert ids[:4].tolist() == [9000, 8197, 8806, 8806] and ids[-3:].tolist() == [8196, 9001, 8710] and len(ids) == 1 + 76 + 2
+    ids = R.generate(
+        model,
+        torch.tensor([[0, 8710]]),
+        R.PURE,
+        torch.Generator().manual_seed(0),
+        sizes=(64,),
+        max_new=200,
+        window=window,
+    )[0]
+    assert (
+        ids[:4].tolist() == [9000, 8197, 8806, 8806]
+        and ids[-3:].tolist() == [8196, 9001, 8710]
+        and len(ids) == 1 + 76 + 2
+    )
     assert R.final_codes(R.text_of(ids, model)).shape == (8, 8)
     short = R.generate(model, torch.tensor([[0, 8710]]), sizes=(64,), max_new=20, window=window)[0]
     assert len(short) <= 20 and R.final_codes(R.text_of(short, model)) is None
@@ -257,12 +364,20 @@ def test_a_scripted_model_draws_its_image_and_ends(scripted, window):
 def test_rows_of_a_batch_that_end_early_are_padded(scripted):
     model, follow = scripted
     follow([(9000, 8197), (8196, 8710), (9100, 8710)])
-    ids = R.generate(model, torch.tensor([[0, 9000], [0, 9100]]), R.PURE, torch.Generator().manual_seed(0), (32,), 60)
+    ids = R.generate(
+        model,
+        torch.tensor([[0, 9000], [0, 9100]]),
+        R.PURE,
+        torch.Generator().manual_seed(0),
+        (32,),
+        60,
+    )
     assert ids.shape == (2, 25) and ids[1].tolist() == [8710] + [1] * 24 and ids[0, -1] == 8710
 
 
 def test_guidance_reads_each_image_from_its_start(model):
-    """The second reading of rows that begin images at different words equals a fresh forward pass over the image alone."""
+    """The second reading of rows that begin images at different words equals a fresh forward pass
+    over the image alone."""
     free = R.ImageOnly(model)
     rows = torch.tensor([[9000, 8197, 8805, 8805, 7, 8], [8197, 8805, 8805, 9, 10, 11]])
     with torch.no_grad():
@@ -271,28 +386,42 @@ def test_guidance_reads_each_image_from_its_start(model):
         for r, first in ((0, 1), (1, 0)):
             expected = model(rows[r : r + 1, first:]).logits[0, -1]
             assert torch.allclose(got[r], expected, atol=1e-4)
-    assert free.logits(rows[:, 0], rows[:, 0] == 0, torch.tensor([False, False])) is None and free.cache is None
+    assert (
+        free.logits(rows[:, 0], rows[:, 0] == 0, torch.tensor([False, False])) is None
+        and free.cache is None
+    )
 
 
 def test_the_processor_mixes_both_readings(model, monkeypatch):
-    """The distribution of one code, by hand: guidance, then the grammar, then top-k, then the temperature."""
+    """The distribution of one code, by hand: guidance, then the grammar, then top-k, then the
+    temperature."""
     prompt, start = torch.tensor([[0, 9000, 8710]]), torch.tensor([[8197, 8805, 8805]])
     with torch.no_grad():
-        conditional, alone = (model(x).logits[0, -1] for x in (torch.cat([prompt, start], 1), start))
+        conditional, alone = (
+            model(x).logits[0, -1] for x in (torch.cat([prompt, start], 1), start)
+        )
     codes = model.layout.code_ids
     top = (alone + 3 * (conditional - alone))[codes].topk(5)
     drawn, real = [], R.draw
     monkeypatch.setattr(R, "draw", lambda scores, u: drawn.append(scores) or real(scores, u))
     how = Sampling(temperature=0.5, guidance=3.0, entropy_top_k=False, top_k=5)
-    processor, ids = R.Interleaved(model, R.Grammar(model.layout), how, torch.Generator().manual_seed(0)), prompt
+    processor, ids = (
+        R.Interleaved(model, R.Grammar(model.layout), how, torch.Generator().manual_seed(0)),
+        prompt,
+    )
     for word in start[0]:
         processor(ids, torch.zeros(1, VOCAB))
         ids = torch.cat([ids, word[None, None]], 1)
     chosen = processor(ids, conditional[None])
     assert len(drawn) == 1  # text is greedy, so the code alone was drawn
     probability = torch.zeros(VOCAB).scatter(0, processor.grammar.columns, drawn[0].softmax(-1)[0])
-    assert torch.allclose(probability[codes[top.indices]], (top.values / 0.5).softmax(0), atol=1e-4) and (probability > 0).sum() == 5
-    assert chosen.argmax().item() in codes[top.indices].tolist() and torch.isfinite(chosen).sum() == 1
+    assert (
+        torch.allclose(probability[codes[top.indices]], (top.values / 0.5).softmax(0), atol=1e-4)
+        and (probability > 0).sum() == 5
+    )
+    assert (
+        chosen.argmax().item() in codes[top.indices].tolist() and torch.isfinite(chosen).sum() == 1
+    )
 
 
 def test_speculative_decoding_needs_sizes_and_one_row(model):
@@ -315,7 +444,11 @@ def test_lora_trains_saves_and_loads(folder, tmp_path):
     lora.save_pretrained(tmp_path / "adapter")
     back = C.load(folder, "cpu", bits=32, adapter=tmp_path / "adapter")
     with torch.no_grad():
-        a, b, base = lora.eval()(ids).logits, back(ids).logits, C.load(folder, "cpu", bits=32)(ids).logits
+        a, b, base = (
+            lora.eval()(ids).logits,
+            back(ids).logits,
+            C.load(folder, "cpu", bits=32)(ids).logits,
+        )
     assert torch.allclose(a, b, atol=1e-5) and not torch.allclose(a, base, atol=1e-3)
     assert R.generate(back, torch.tensor([[0, 8710]]), max_new=3).shape == (1, 3)
     with pytest.raises(FileNotFoundError, match=r"no adapter_config\.json"):
@@ -323,11 +456,16 @@ def test_lora_trains_saves_and_loads(folder, tmp_path):
 
 
 def test_memory_estimate_by_hand(folder, monkeypatch):
-    config = C.ChameleonConfig(vocab_size=VOCAB, vocabulary_map={})  # 7B: 32 layers of 4·4096² + 3·4096·11008, and two tables
+    config = C.ChameleonConfig(
+        vocab_size=VOCAB, vocabulary_map={}
+    )  # 7B: 32 layers of 4·4096² + 3·4096·11008, and two tables
     weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
     assert C.needed_bytes(config, 16, 0) == 2 * (weights + 2 * VOCAB * 4096)
     assert C.needed_bytes(config, 4, 0) == weights // 2 + 2 * 2 * VOCAB * 4096
-    assert C.needed_bytes(config, 16, 1000, 3) - C.needed_bytes(config, 16, 0) == 3000 * 32 * 2 * 4096 * 2
+    assert (
+        C.needed_bytes(config, 16, 1000, 3) - C.needed_bytes(config, 16, 0)
+        == 3000 * 32 * 2 * 4096 * 2
+    )
     monkeypatch.setattr(C, "available_bytes", lambda device: 1_000)
     with pytest.raises(RuntimeError, match=r"has 0\.0 GB free: take --bits 8"):
         C.load(folder, "cpu")
@@ -337,7 +475,9 @@ def test_bfloat16_is_the_default_and_the_stored_norms_are_kept(folder):
     model = C.load(folder, "cpu")
     assert model.dtype == torch.bfloat16 and model.config.qk_norm_rows == 1 and not model.training
     assert model.model.layers[0].self_attn.q_norm.weight.shape == (1, 16)
-    assert model.config.rope_parameters["rope_theta"] == 25_000  # old configurations have it at the top
+    assert (
+        model.config.rope_parameters["rope_theta"] == 25_000
+    )  # old configurations have it at the top
 
 
 def test_its_own_save_loads_again(folder, tmp_path):
@@ -358,7 +498,9 @@ def damaged(folder, tmp_path):
         for path in folder.iterdir():
             (tmp_path / path.name).write_bytes(path.read_bytes())
         if config:
-            (tmp_path / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | config))
+            (tmp_path / "config.json").write_text(
+                json.dumps(json.loads((folder / "config.json").read_text()) | config)
+            )
         if state:
             tensors = load_file(folder / "model.safetensors")
             state(tensors)
@@ -380,7 +522,9 @@ def test_missing_keys(damaged):
 
 def test_a_configuration_without_names_takes_the_tokenizers(damaged):
     model = C.load(damaged({"vocabulary_map": None}), "cpu")
-    assert model.layout.codes == 16_384 and R.generate(model, torch.tensor([[0, 8710]]), max_new=2).shape == (1, 2)
+    assert model.layout.codes == 16_384 and R.generate(
+        model, torch.tensor([[0, 8710]]), max_new=2
+    ).shape == (1, 2)
 
 
 def test_wrong_shape(damaged):
@@ -425,11 +569,16 @@ def test_no_network_no_gpu_no_bitsandbytes(folder, monkeypatch):
 
 @pytest.fixture
 def small(scripted, monkeypatch):
-    """Tiles of 16 LR pixels instead of 128, the scripted model (one image of 64 pixels), a random LlamaGen-shaped tokenizer."""
+    """Tiles of 16 LR pixels instead of 128, the scripted model (one image of 64 pixels), a random
+    LlamaGen-shaped tokenizer."""
     model, follow = scripted
     follow([(8710, 8197), (8196, 8710)])
     torch.manual_seed(0)
-    vq = VQModel(TokenizerConfig(codes=16_384, fold=1, base=32, multiplier=(1, 1, 1, 1), res_blocks=1, latent=32)).eval()
+    vq = VQModel(
+        TokenizerConfig(
+            codes=16_384, fold=1, base=32, multiplier=(1, 1, 1, 1), res_blocks=1, latent=32
+        )
+    ).eval()
     monkeypatch.setattr(R, "TILE", 16)
     monkeypatch.setattr(R, "STRIDE", 12)
     return R.Reference(model, vq)
@@ -440,11 +589,22 @@ def photo(w, h, seed=0):
 
 
 def test_restore_tiles_a_photo(small):
-    out, trace = R.restore_reference(photo(20, 10), small, seed=3, batch=2, progress=False, sizes=(64,), max_new=100)
-    assert out.size == (80, 40) and trace["complete"] and [(t["x"], t["y"]) for t in trace["tiles"]] == [(0, 0), (4, 0)]
+    out, trace = R.restore_reference(
+        photo(20, 10), small, seed=3, batch=2, progress=False, sizes=(64,), max_new=100
+    )
+    assert (
+        out.size == (80, 40)
+        and trace["complete"]
+        and [(t["x"], t["y"]) for t in trace["tiles"]] == [(0, 0), (4, 0)]
+    )
     assert all(t["restored"] and t["said"] == "<image>" for t in trace["tiles"])
     json.dumps(trace)
-    again, other = (R.restore_reference(photo(20, 10), small, seed=s, batch=2, progress=False, sizes=(64,), max_new=100)[0] for s in (3, 4))
+    again, other = (
+        R.restore_reference(
+            photo(20, 10), small, seed=s, batch=2, progress=False, sizes=(64,), max_new=100
+        )[0]
+        for s in (3, 4)
+    )
     assert np.array_equal(out, again) and not np.array_equal(out, other)
 
 
@@ -456,13 +616,17 @@ def test_colours_come_from_the_photo(small):
 
 def test_a_tile_without_a_final_image_stays_bicubic_and_says_so(small):
     picture = photo(16, 16)
-    out, trace = R.restore_reference(picture, small, progress=False, sizes=(32,), max_new=100)  # 32 pixels are no tile's size
+    out, trace = R.restore_reference(
+        picture, small, progress=False, sizes=(32,), max_new=100
+    )  # 32 pixels are no tile's size
     assert [t["restored"] for t in trace["tiles"]] == [False]
     assert np.abs(np.asarray(out, float) - R.photos.to_image(bicubic(picture))).max() <= 1
 
 
 def bicubic(picture):
-    up = torch.nn.functional.interpolate(R.photos.to_tensor(picture)[None], scale_factor=4, mode="bicubic", align_corners=False)
+    up = torch.nn.functional.interpolate(
+        R.photos.to_tensor(picture)[None], scale_factor=4, mode="bicubic", align_corners=False
+    )
     return up[0].clamp(0, 1)
 
 
@@ -478,14 +642,18 @@ def test_little_memory_and_ctrl_c(small, monkeypatch):
         return real(reference, up, *a, **k)
 
     monkeypatch.setattr(R, "restore_tiles", flaky)
-    _, trace = R.restore_reference(photo(20, 10), small, batch=2, progress=False, sizes=(64,), max_new=100)
+    _, trace = R.restore_reference(
+        photo(20, 10), small, batch=2, progress=False, sizes=(64,), max_new=100
+    )
     assert seen == [2, 1, 1] and not trace["complete"] and len(trace["tiles"]) == 1
     with pytest.raises(ValueError, match="over the limit"):
         R.restore_reference(photo(20, 10), small, max_pixels=100)
 
 
 def test_tokenizer_and_model_must_belong_together(folder, monkeypatch):
-    vq = VQModel(TokenizerConfig(codes=64, fold=1, base=32, multiplier=(1, 1, 1, 1), res_blocks=1, latent=32))
+    vq = VQModel(
+        TokenizerConfig(codes=64, fold=1, base=32, multiplier=(1, 1, 1, 1), res_blocks=1, latent=32)
+    )
     monkeypatch.setattr(R, "load_llamagen", lambda path: vq)
     with pytest.raises(ValueError, match="64 codes of 8 pixels and the model 16384 of 8"):
         R.load_reference(folder, device="cpu")
@@ -494,11 +662,40 @@ def test_tokenizer_and_model_must_belong_together(folder, monkeypatch):
 def test_command_line(small, tmp_path, monkeypatch, capsys):
     photo(16, 16).save(tmp_path / "x.png")
     asked = {}
-    monkeypatch.setattr(R, "load_reference", lambda name, **options: asked.update(name=name, **options) or small)
-    line = ["restore", str(tmp_path / "x.png"), "--reference", "some/model", "--sizes", "64", "--device", "cpu", "--bits", "8"]
+    monkeypatch.setattr(
+        R, "load_reference", lambda name, **options: asked.update(name=name, **options) or small
+    )
+    line = [
+        "restore",
+        str(tmp_path / "x.png"),
+        "--reference",
+        "some/model",
+        "--sizes",
+        "64",
+        "--device",
+        "cpu",
+        "--bits",
+        "8",
+    ]
     out, trace = tmp_path / "y.png", tmp_path / "t.json"
     assert main([*line, "-o", str(out), "--trace", str(trace), "--window", "4"]) == 0
-    assert Image.open(out).size == (64, 64) and json.loads(trace.read_text())["settings"]["window"] == 4
-    assert asked == {"name": "some/model", "tokenizer": None, "device": "cpu", "bits": 8, "adapter": None, "device_map": None}
-    assert main([*line, "-o", str(tmp_path / "no" / "y.png")]) == 2 and "cannot be written" in capsys.readouterr().err
-    assert main([*line, "-o", str(tmp_path / "y.doc")]) == 2 and "no picture suffix" in capsys.readouterr().err
+    assert (
+        Image.open(out).size == (64, 64)
+        and json.loads(trace.read_text())["settings"]["window"] == 4
+    )
+    assert asked == {
+        "name": "some/model",
+        "tokenizer": None,
+        "device": "cpu",
+        "bits": 8,
+        "adapter": None,
+        "device_map": None,
+    }
+    assert (
+        main([*line, "-o", str(tmp_path / "no" / "y.png")]) == 2
+        and "cannot be written" in capsys.readouterr().err
+    )
+    assert (
+        main([*line, "-o", str(tmp_path / "y.doc")]) == 2
+        and "no picture suffix" in capsys.readouterr().err
+    )

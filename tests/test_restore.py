@@ -52,9 +52,14 @@ def test_same_seed_same_picture_whatever_the_batch_before(models):
 
 
 def test_tiles_blend_without_seams(models, monkeypatch):
-    # A decoder that returns the upsampled tile must give the upsampled photo, whatever the weights of the blend.
+    # A decoder that returns the upsampled tile must give the upsampled photo, whatever the weights
+    # of the blend.
     photo = smooth_photo(75, 60)
-    monkeypatch.setattr(R, "decode_final", lambda m, c, lr, d: torch.nn.functional.interpolate(lr, scale_factor=4, mode="nearest"))
+    monkeypatch.setattr(
+        R,
+        "decode_final",
+        lambda m, c, lr, d: torch.nn.functional.interpolate(lr, scale_factor=4, mode="nearest"),
+    )
     out, _ = R.restore(photo, models, progress=False)
     nearest = photo.resize((300, 240), Image.Resampling.NEAREST)
     assert np.abs(np.asarray(out).astype(int) - np.asarray(nearest)).max() <= 1
@@ -103,13 +108,19 @@ def test_batches_are_even_cover_all_and_come_in_twos():
         jobs = R.even_batches(n, most)
         assert [i for a, b in jobs for i in range(a, b)] == list(range(n))
         sizes = [b - a for a, b in jobs]
-        assert max(sizes) <= most and max(sizes) - min(sizes) <= 1 and (len(jobs) % 2 == 0 or n == 1 or len(jobs) == n)
+        assert (
+            max(sizes) <= most
+            and max(sizes) - min(sizes) <= 1
+            and (len(jobs) % 2 == 0 or n == 1 or len(jobs) == n)
+        )
 
 
 def test_two_workers_make_what_one_makes(models, monkeypatch):
     photo, made = noise_photo(60, 60), []
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so that only the workers differ, not the order in which a matrix product is summed
+    torch.set_num_threads(
+        1
+    )  # so that only the workers differ, not the order in which a matrix product is summed
     for workers in (1, 2):
         monkeypatch.setattr(R, "workers_on", lambda device, workers=workers: workers)
         made.append(R.restore(photo, models, batch=1, progress=False))
@@ -139,9 +150,24 @@ def weights(models, tmp_path):
 def test_command_line(weights, tmp_path, capsys):
     noise_photo(20, 12).save(tmp_path / "x.png")
     go = lambda *a: main(["restore", *map(str, a), "--weights", str(weights), "--device", "cpu"])  # noqa: E731
-    assert go(tmp_path / "x.png", "-o", tmp_path / "y.png", "--trace", tmp_path / "t.json", "--seed", 3) == 0
+    assert (
+        go(
+            tmp_path / "x.png",
+            "-o",
+            tmp_path / "y.png",
+            "--trace",
+            tmp_path / "t.json",
+            "--seed",
+            3,
+        )
+        == 0
+    )
     trace = json.loads((tmp_path / "t.json").read_text())
-    assert Image.open(tmp_path / "y.png").size == (80, 48) and trace["settings"]["seed"] == 3 and set(vlcot.TAGS) < set(trace["tiles"][0])
+    assert (
+        Image.open(tmp_path / "y.png").size == (80, 48)
+        and trace["settings"]["seed"] == 3
+        and set(vlcot.TAGS) < set(trace["tiles"][0])
+    )
 
     def fails(sentence, *a):
         capsys.readouterr()
@@ -163,7 +189,9 @@ def test_read_only_folder(tmp_path, monkeypatch, models):
     noise_photo(8, 8).save(tmp_path / "x.png")
 
     def refuse(*a, **k):
-        raise PermissionError("read-only")  # as for a folder without write permission; a test as root would not see one
+        raise PermissionError(
+            "read-only"
+        )  # as for a folder without write permission; a test as root would not see one
 
     monkeypatch.setattr("pathlib.Path.touch", refuse)
     with pytest.raises(ValueError, match="cannot be written"):
@@ -171,7 +199,9 @@ def test_read_only_folder(tmp_path, monkeypatch, models):
 
 
 def test_tokenizer_and_policy_must_belong_together(weights, tiny):
-    other = tokenizer.VQModel(tokenizer.TokenizerConfig(codes=48, base=32, multiplier=(1, 1), latent=32))
+    other = tokenizer.VQModel(
+        tokenizer.TokenizerConfig(codes=48, base=32, multiplier=(1, 1), latent=32)
+    )
     weights_io.save(other, weights / "tokenizer.safetensors")
     with pytest.raises(ValueError, match="do not belong together"):
         R.load_models("cpu", weights)
@@ -179,7 +209,12 @@ def test_tokenizer_and_policy_must_belong_together(weights, tiny):
 
 @pytest.mark.parametrize("command", [[], ["restore"], ["demo"], ["train"], ["evaluate"]])
 def test_help(command):
-    done = subprocess.run([sys.executable, "-m", "realsr_r1.first", *command, "--help"], capture_output=True, text=True, env=os.environ)
+    done = subprocess.run(
+        [sys.executable, "-m", "realsr_r1.first", *command, "--help"],
+        capture_output=True,
+        text=True,
+        env=os.environ,
+    )
     assert done.returncode == 0 and "usage:" in done.stdout
 
 

@@ -21,14 +21,18 @@ def test_splits_share_no_cutout_and_no_photograph():
     for split in scenes.SPLITS:
         cutouts, backgrounds, photos = scenes._pools(split)
         used[split] = (
-            {n for names in cutouts.values() for n in names} | {n for regions in backgrounds.values() for n, _ in regions} | set(photos)
+            {n for names in cutouts.values() for n in names}
+            | {n for regions in backgrounds.values() for n, _ in regions}
+            | set(photos)
         )
-        assert set(cutouts) == set(scenes.PLACES) and set(backgrounds) == set(scenes.PREPOSITIONS), (
-            f"{split} lacks a category or a background"
-        )
+        assert set(cutouts) == set(scenes.PLACES) and set(backgrounds) == set(
+            scenes.PREPOSITIONS
+        ), f"{split} lacks a category or a background"
     for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
         assert not used[a] & used[b]
-    assert not {e["split"] for n, e in scenes.metadata()["photos"].items() if n in used["test"]} - {"test"}
+    assert not {e["split"] for n, e in scenes.metadata()["photos"].items() if n in used["test"]} - {
+        "test"
+    }
 
 
 def test_captions_grow_and_use_the_vocabulary():
@@ -38,14 +42,27 @@ def test_captions_grow_and_use_the_vocabulary():
         rough, middle, final = s.captions
         assert len(rough.split()) == 4 and len(middle.split()) == 6 and len(final.split()) == 13
         assert set(f"{rough} {middle} {final}".split()) <= vocabulary
-        assert s.category in rough and s.kind in middle and s.size in final and s.background in s.tags
+        assert (
+            s.category in rough and s.kind in middle and s.size in final and s.background in s.tags
+        )
 
 
 @pytest.mark.parametrize(
     ("rgb", "name"),
-    [((250, 250, 250), "white"), ((10, 10, 10), "black"), ((128, 128, 128), "gray"), ((220, 20, 20), "red"), ((30, 60, 220), "blue"), ((40, 180, 40), "green"),
-     ((250, 220, 30), "yellow"), ((250, 130, 10), "orange"), ((110, 70, 35), "brown"), ((240, 160, 170), "pink"), ((130, 30, 200), "purple")],
-)  # fmt: skip
+    [
+        ((250, 250, 250), "white"),
+        ((10, 10, 10), "black"),
+        ((128, 128, 128), "gray"),
+        ((220, 20, 20), "red"),
+        ((30, 60, 220), "blue"),
+        ((40, 180, 40), "green"),
+        ((250, 220, 30), "yellow"),
+        ((250, 130, 10), "orange"),
+        ((110, 70, 35), "brown"),
+        ((240, 160, 170), "pink"),
+        ((130, 30, 200), "purple"),
+    ],
+)
 def test_color_names(rgb, name):
     assert scenes.color_name(np.full((50, 3), rgb, np.uint8)) == name
 
@@ -64,7 +81,11 @@ def test_position_and_size_words_agree_with_the_pixels(monkeypatch):
 
     def marked(kind, name):
         image = real(kind, name)
-        return Image.new("RGBA", image.size, (255, 0, 255, 255)) if kind == "cutouts" else Image.new("RGB", image.size, (128, 128, 128))
+        return (
+            Image.new("RGBA", image.size, (255, 0, 255, 255))
+            if kind == "cutouts"
+            else Image.new("RGB", image.size, (128, 128, 128))
+        )
 
     monkeypatch.setattr(scenes, "_load", marked)
     for seed in range(60):
@@ -90,10 +111,17 @@ def test_cached_pairs_come_back_and_a_damaged_cache_is_made_again(tmp_path):
 def test_photo_folder_with_and_without_captions(tmp_path):
     Image.new("RGB", (300, 200), "red").save(tmp_path / "a.png")
     Image.new("RGB", (60, 40), "blue").save(tmp_path / "b.jpg")
-    (tmp_path / "captions.jsonl").write_text(json.dumps({"file": "a.png", "captions": ["x", "y", "z"], "tags": ["t"]}))
+    (tmp_path / "captions.jsonl").write_text(
+        json.dumps({"file": "a.png", "captions": ["x", "y", "z"], "tags": ["t"]})
+    )
     folder = photos.PhotoFolder(tmp_path)
     x, captions, tags = folder[0]
-    assert len(folder) == 2 and x.shape == (3, 128, 128) and captions == ["x", "y", "z"] and tags == ["t"]
+    assert (
+        len(folder) == 2
+        and x.shape == (3, 128, 128)
+        and captions == ["x", "y", "z"]
+        and tags == ["t"]
+    )
     assert folder[1][0].shape == (3, 128, 128) and folder[1][1] is None
     with pytest.raises(ValueError, match="holds no photos"):
         photos.PhotoFolder(tmp_path / "empty")
@@ -116,7 +144,11 @@ def save_photo(path, kind):
         rgb.putalpha(120)
         rgb.save(path)
     elif kind == "gif":
-        rgb.save(path.with_suffix(".gif"), save_all=True, append_images=[Image.new("RGB", (50, 40), "blue")])
+        rgb.save(
+            path.with_suffix(".gif"),
+            save_all=True,
+            append_images=[Image.new("RGB", (50, 40), "blue")],
+        )
         return path.with_suffix(".gif")
     return path
 
@@ -139,7 +171,9 @@ def test_bad_files_get_one_sentence(tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
     with pytest.raises(ValueError, match="not an image"):
         photos.open_photo(tmp_path / "notes.txt")
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 80, 3), np.uint8)).save(tmp_path / "x.jpg")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 80, 3), np.uint8)).save(
+        tmp_path / "x.jpg"
+    )
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "x.jpg").read_bytes()[:900])
     with pytest.raises(ValueError, match="damaged or cut short"):
         photos.open_photo(tmp_path / "cut.jpg")

@@ -59,7 +59,9 @@ def test_a_folder_of_archives_needs_no_unpacking(folder, tmp_path):
             note = tarfile.TarInfo(f"{part}/read.txt")
             tar.addfile(note, io.BytesIO())
     rows = sorted(sources.open_source(out), key=lambda r: r["file"])
-    assert [r["file"] for r in rows] == ALL  # the same names as of the unpacked folder, and no text file
+    assert [
+        r["file"] for r in rows
+    ] == ALL  # the same names as of the unpacked folder, and no text file
     assert np.array_equal(sources.open_row(rows[5]), Image.open(folder / "b" / "5.png"))
     parts = [names(sources.open_source(out, shard=(i, 2))) for i in range(2)]
     assert [{f[0] for f in p} for p in parts] == [{"a"}, {"b"}]
@@ -70,12 +72,19 @@ def test_a_folder_of_archives_needs_no_unpacking(folder, tmp_path):
 
 
 def test_parquet_as_on_the_hub(folder, tmp_path):
-    as_parquet(folder, tmp_path / "named", file_name=lambda files: files, label=lambda files: [0] * len(files))
+    as_parquet(
+        folder,
+        tmp_path / "named",
+        file_name=lambda files: files,
+        label=lambda files: [0] * len(files),
+    )
     rows = list(sources.open_source(tmp_path / "named"))
     assert [r["file"] for r in rows] == ALL and set(rows[0]) == {"file", "path", "bytes"}
     assert np.array_equal(sources.open_row(rows[2]), Image.open(folder / "a" / "2.png"))
     as_parquet(folder, tmp_path / "unnamed", column="hr")
-    assert names(sources.open_source(tmp_path / "unnamed")) == [f"{i}.png" for i in range(7)]  # the images' own paths
+    assert names(sources.open_source(tmp_path / "unnamed")) == [
+        f"{i}.png" for i in range(7)
+    ]  # the images' own paths
     datasets.Dataset.from_dict({"text": ["x"]}).to_parquet(tmp_path / "text" / "x.parquet")
     with pytest.raises(ValueError, match="has no column of images, only text"):
         sources.open_source(tmp_path / "text")
@@ -84,7 +93,9 @@ def test_parquet_as_on_the_hub(folder, tmp_path):
 def test_a_photo_without_any_name_is_named_by_its_content(folder):
     def rows(order):
         data = [{"image": {"bytes": (folder / ALL[i]).read_bytes(), "path": None}} for i in order]
-        return datasets.Dataset.from_list(data, features=datasets.Features({"image": datasets.Image()})).to_iterable_dataset()
+        return datasets.Dataset.from_list(
+            data, features=datasets.Features({"image": datasets.Image()})
+        ).to_iterable_dataset()
 
     first, second = (names(sources._from_column(rows(o), "x")) for o in ((0, 1, 2), (2, 0, 1)))
     assert len(set(first)) == 3 and second == [first[2], first[0], first[1]]
@@ -96,14 +107,20 @@ def test_hub_datasets_are_streamed(folder, tmp_path, monkeypatch):
 
     def hub(name, split, streaming):
         asked.append((name, split, streaming))
-        return local("parquet", data_files=str(tmp_path / "hub" / "*.parquet"), split="train", streaming=True)
+        return local(
+            "parquet", data_files=str(tmp_path / "hub" / "*.parquet"), split="train", streaming=True
+        )
 
     monkeypatch.setattr(sources, "load_dataset", hub)
     assert names(sources.open_source("hf:owner/photos", "validation")) == ALL
     assert asked == [("owner/photos", "validation", True)]
     rows = [{"image": {"path": "hf://datasets/owner/photos@0123abc/train/x.png", "bytes": None}}]
-    data = datasets.Dataset.from_list(rows, features=datasets.Features({"image": datasets.Image()})).to_iterable_dataset()
-    assert names(sources._from_column(data, "x")) == ["train/x.png"]  # neither repository nor revision is in the name
+    data = datasets.Dataset.from_list(
+        rows, features=datasets.Features({"image": datasets.Image()})
+    ).to_iterable_dataset()
+    assert names(sources._from_column(data, "x")) == [
+        "train/x.png"
+    ]  # neither repository nor revision is in the name
 
 
 def test_a_remote_path_is_fetched(folder):
@@ -121,15 +138,23 @@ def test_shards_are_a_partition(folder, tmp_path, kind, number):
     where = folder if kind == "folder" else tmp_path / "p"
     parts = [names(sources.open_source(where, shard=(i, number))) for i in range(number)]
     assert sorted(f for p in parts for f in p) == ALL
-    assert max(map(len, parts)) - min(map(len, parts)) <= (3 if kind == "parquet" and number == 2 else 1)
+    assert max(map(len, parts)) - min(map(len, parts)) <= (
+        3 if kind == "parquet" and number == 2 else 1
+    )
 
 
 @pytest.mark.parametrize(
     ("where", "match"),
     [
-        ("lsdir", r"lsdir is not a folder: get hub repository ofsoundof/LSDIR .* and give its folder"),
+        (
+            "lsdir",
+            r"lsdir is not a folder: get hub repository ofsoundof/LSDIR .* and give its folder",
+        ),
         ("nowhere", r"nowhere is not a folder: give a folder, or hf:OWNER/NAME"),
-        ("hf:owner/absent", r"hf:owner/absent could not be streamed .* check name, split and network"),
+        (
+            "hf:owner/absent",
+            r"hf:owner/absent could not be streamed .* check name, split and network",
+        ),
     ],
 )
 def test_nothing_to_read_says_what_to_do(where, match):
@@ -151,10 +176,19 @@ def test_pairs_do_not_depend_on_company_or_order(folder):
     rows = list(sources.open_source(folder))
     recipe = sources.Recipe(size=32, copies=2)
     data, skipped = sources.pairs(rows, recipe)
-    assert skipped == [] and data.hr.shape == (14, 3, 32, 32) and data.lr.shape == (14, 3, 8, 8) and data.hr.dtype == torch.uint8
+    assert (
+        skipped == []
+        and data.hr.shape == (14, 3, 32, 32)
+        and data.lr.shape == (14, 3, 8, 8)
+        and data.hr.dtype == torch.uint8
+    )
     assert [s.file for s in data.scenes[:4]] == ["a/0.png", "a/0.png", "a/1.png", "a/1.png"]
     alone, _ = sources.pairs([rows[3]], recipe)
-    assert torch.equal(alone.hr, data.hr[6:8]) and torch.equal(alone.lr, data.lr[6:8]) and alone.labels == data.labels[6:8]
+    assert (
+        torch.equal(alone.hr, data.hr[6:8])
+        and torch.equal(alone.lr, data.lr[6:8])
+        and alone.labels == data.labels[6:8]
+    )
     assert not torch.equal(alone.hr[0], alone.hr[1])  # copies are other crops
     other, _ = sources.pairs([rows[3]], sources.Recipe(size=32, seed=1))
     assert not torch.equal(other.lr[0], alone.lr[0])
@@ -164,18 +198,27 @@ def test_a_pair_is_its_crop_degraded(folder):
     """By hand: the crop of that seed, then the preset's degradation of that seed."""
     data, _ = sources.pairs([next(iter(sources.open_source(folder)))], sources.Recipe(size=32))
     seed = sources.seed_of(sources.Recipe(size=32), "a/0.png", 0)
-    crop = photos.to_tensor(photos.largest_square(photos.open_photo(folder / "a" / "0.png"), 32, seed))
+    crop = photos.to_tensor(
+        photos.largest_square(photos.open_photo(folder / "a" / "0.png"), 32, seed)
+    )
     lr = degradation.degrade(crop[None], "nano", torch.Generator().manual_seed(seed)).lr
-    assert torch.equal(data.hr[0].float() / 255, crop) and torch.equal((lr[0] * 255).round().byte(), data.lr[0])
+    assert torch.equal(data.hr[0].float() / 255, crop) and torch.equal(
+        (lr[0] * 255).round().byte(), data.lr[0]
+    )
 
 
 def test_broken_photos_and_those_without_captions_are_left_out_by_name(folder):
     (folder / "a" / "1.png").write_bytes(b"broken")
     notes = {f: {"file": f, "captions": ["x", "y", "z"], "tags": ["t"]} for f in ALL[:3]}
     data, skipped = sources.pairs(sources.open_source(folder), sources.Recipe(size=32), notes)
-    assert [(s.file, s.captions, s.tags) for s in data.scenes] == [(f, ("x", "y", "z"), ("t",)) for f in ("a/0.png", "a/2.png")]
+    assert [(s.file, s.captions, s.tags) for s in data.scenes] == [
+        (f, ("x", "y", "z"), ("t",)) for f in ("a/0.png", "a/2.png")
+    ]
     why = {s["file"]: s["why"] for s in skipped}
-    assert "is not an image that Pillow can read" in why["a/1.png"] and [why[f] for f in ALL[3:]] == ["no captions"] * 4
+    assert (
+        "is not an image that Pillow can read" in why["a/1.png"]
+        and [why[f] for f in ALL[3:]] == ["no captions"] * 4
+    )
     assert sources.pairs([], sources.Recipe(size=32)) == (None, [])
 
 
@@ -193,7 +236,11 @@ def test_captions_join_by_file_name_in_folder_and_parquet(folder, tmp_path):
     for where in (folder, tmp_path / "p"):
         assert sources.check_join(names(sources.open_source(where)), notes) == 1
     assert photos.PhotoFolder(folder)[5][1] == ["x", "y", "z"]  # the same name for PhotoFolder
-    with pytest.raises(ValueError, match=r"none of 2 photos is named .* first photo is '5\.png', the first caption's file 'b/5\.png'"):
+    with pytest.raises(
+        ValueError,
+        match=r"none of 2 photos is named .* first photo is '5\.png', the first caption's file "
+        r"'b/5\.png'",
+    ):
         sources.check_join(["5.png", "6.png"], notes)
 
 
@@ -203,9 +250,15 @@ def test_captions_of_several_processes_and_broken_lines(tmp_path):
 
     (tmp_path / "captions.jsonl").write_text(line("a.png", "old"))
     (tmp_path / "captions.0-of-2.jsonl").write_text(line("a.png", "new") + line("b.png", "b"))
-    (tmp_path / "captions.1-of-2.jsonl").write_text(line("c.png", "c") + '{"file": "d.png", "capt')  # killed while writing
+    (tmp_path / "captions.1-of-2.jsonl").write_text(
+        line("c.png", "c") + '{"file": "d.png", "capt'
+    )  # killed while writing
     notes = photos.read_captions(tmp_path)
-    assert {f: n["captions"][0] for f, n in notes.items()} == {"a.png": "new", "b.png": "b", "c.png": "c"}
+    assert {f: n["captions"][0] for f, n in notes.items()} == {
+        "a.png": "new",
+        "b.png": "b",
+        "c.png": "c",
+    }
     assert photos.read_captions(tmp_path / "captions.jsonl")["a.png"]["captions"][0] == "old"
     (tmp_path / "captions.jsonl").write_text('{"file": "a.png"}\n' + line("b.png", "b"))
     with pytest.raises(ValueError, match=r"line 1 of captions\.jsonl is not"):

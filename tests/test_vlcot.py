@@ -9,13 +9,22 @@ from realsr_r1.first import vlcot
 def chain(seed=0, sizes=(4, 8, 16)):
     g = torch.Generator().manual_seed(seed)
     images = [torch.randint(0, 64, (n, n), generator=g) for n in sizes]
-    return vlcot.Chain("medium blur, downsample, heavy noise, light compression, upsample", "a bird on grass", images[0], "a white bird on green grass", images[1],
-                       "a large white bird at the lower left on green grass with trees", images[2])  # fmt: skip
+    return vlcot.Chain(
+        "medium blur, downsample, heavy noise, light compression, upsample",
+        "a bird on grass",
+        images[0],
+        "a white bird on green grass",
+        images[1],
+        "a large white bird at the lower left on green grass with trees",
+        images[2],
+    )
 
 
 def same(a, b):
     return all(
-        torch.equal(x, y) if isinstance(x := getattr(a, t), torch.Tensor) else x == (y := getattr(b, t))
+        torch.equal(x, y)
+        if isinstance(x := getattr(a, t), torch.Tensor)
+        else x == (y := getattr(b, t))
         for t in vlcot.TAGS
         if (y := getattr(b, t)) is not None
     )
@@ -38,12 +47,16 @@ def spoil(kind):
     t = vlcot.render(chain())
     return {
         "tag missing": t.replace("<middle_understand>", ""),
-        "order": t.replace("rough_understand", "X").replace("middle_understand", "rough_understand").replace("X", "middle_understand"),
+        "order": t.replace("rough_understand", "X")
+        .replace("middle_understand", "rough_understand")
+        .replace("X", "middle_understand"),
         "twice": t + " " + t,
         "cut short": t[: len(t) // 2],
         "words between": t.replace("</degradation>", "</degradation> hello"),
         "words before": "so " + t,
-        "one code short": t.replace(" <c", " ", 1) if False else t[: t.rindex("<c")] + t[t.rindex("<row>") :],
+        "one code short": t.replace(" <c", " ", 1)
+        if False
+        else t[: t.rindex("<c")] + t[t.rindex("<row>") :],
         "row end missing": t.replace(" <row>", "", 1),
         "empty part": t.replace("a bird on grass", ""),
         "empty": "",
@@ -72,7 +85,12 @@ def test_what_is_not_a_chain(kind):
 
 def test_a_cut_chain_keeps_its_whole_parts():
     half = vlcot.parse(spoil("cut short"))
-    assert half.degradation and half.rough_image is not None and half.final_image is None and not half.complete
+    assert (
+        half.degradation
+        and half.rough_image is not None
+        and half.final_image is None
+        and not half.complete
+    )
 
 
 @given(st.text(alphabet="<>/abc ", max_size=80))
@@ -83,7 +101,9 @@ def test_nonsense_never_raises(text):
 
 def test_vocabulary_round_trip_and_unknown_words(words):
     text = vlcot.render(chain())
-    assert words.decode(words.encode(text.replace("bird", "seabird"))) == " ".join(text.replace("bird", "seabird").split())
+    assert words.decode(words.encode(text.replace("bird", "seabird"))) == " ".join(
+        text.replace("bird", "seabird").split()
+    )
     with pytest.raises(ValueError, match="zeppelin"):
         words.encode("a zeppelin")
     codes = torch.randint(0, 64, (2, 4, 4))
@@ -112,7 +132,10 @@ def test_whatever_the_grammar_allows_is_a_chain(words, seed):
 def test_the_grammar_allows_every_true_chain(words):
     grammar = vlcot.LayoutGrammar(words)
     state = grammar.start(1)
-    for word in [*words.encode(vlcot.render(chain()).replace("bird", "seabird")), words.ids[vlcot.EOS]]:
+    for word in [
+        *words.encode(vlcot.render(chain()).replace("bird", "seabird")),
+        words.ids[vlcot.EOS],
+    ]:
         assert grammar.allowed(state)[0, word], words.words[word]
         state = grammar.step(state, torch.tensor([word]))
     assert int(state) == grammar.final

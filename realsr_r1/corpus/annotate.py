@@ -1,10 +1,13 @@
-"""Captions and tags for photos that have none: what `scenes` knows exactly, pretrained models must guess here.
+"""Captions and tags for photos that have none: what `scenes` knows exactly, pretrained models must
+guess here.
 
-One JSON line a photo goes to captions.jsonl beside the photos, which `photos.PhotoFolder` and `sources` read:
-{"file", "captions": [rough, middle, final], "tags", "objects": [{"tag", "box" (fractions), "score"}]}. What is noted
-there is not done again, so the same command continues after a kill; several processes share the photos by `--shard`,
-each with a file of its own. The paper takes its tags from Grounded-SAM: `--tagger grounding-dino`, with `--masks` SAM's
-outlines. Simplification: Grounded-SAM looks for the words of a tagging network (RAM), here for those of the captions.
+One JSON line a photo goes to captions.jsonl beside the photos, which `photos.PhotoFolder` and
+`sources` read: {"file", "captions": [rough, middle, final], "tags", "objects": [{"tag", "box"
+(fractions), "score"}]}. What is noted there is not done again, so the same command continues after
+a kill; several processes share the photos by `--shard`, each with a file of its own. The paper
+takes its tags from Grounded-SAM: `--tagger grounding-dino`, with `--masks` SAM's outlines.
+Simplification: Grounded-SAM looks for the words of a tagging network (RAM), here for those of the
+captions.
 """
 
 import json
@@ -35,7 +38,8 @@ def append(path: Path, notes: list[dict]) -> None:
 
 
 def mend(path: Path) -> None:
-    """Cut off a last line that a killed process left unfinished, so that the next line begins on its own."""
+    """Cut off a last line that a killed process left unfinished, so that the next line begins on
+    its own."""
     if path.exists():
         with path.open("rb+") as f:
             whole = f.read()
@@ -43,16 +47,25 @@ def mend(path: Path) -> None:
 
 
 def note_of(file: str, captions: list[str], objects: list[dict]) -> dict:
-    """One photo's line. Captions are cleaned and put in order of their length, so that detail grows; boxes are rounded.
-    Raises ValueError if a caption is empty."""
+    """One photo's line. Captions are cleaned and put in order of their length, so that detail
+    grows; boxes are rounded. Raises ValueError if a caption is empty."""
     captions = sorted((captioners.clean_caption(c) for c in captions), key=lambda c: len(c.split()))
     if not all(captions):
         raise ValueError("the model gave an empty caption")
-    objects = [o | ({"box": [round(x, 4) for x in o["box"]]} if "box" in o else {}) for o in objects]
-    return {"file": file, "captions": captions, "tags": captioners.unique(o["tag"] for o in objects), "objects": objects}
+    objects = [
+        o | ({"box": [round(x, 4) for x in o["box"]]} if "box" in o else {}) for o in objects
+    ]
+    return {
+        "file": file,
+        "captions": captions,
+        "tags": captioners.unique(o["tag"] for o in objects),
+        "objects": objects,
+    }
 
 
-def look(images: list[Image.Image], captioner, tagger=None) -> tuple[list[list[str]], list[list[dict]]]:
+def look(
+    images: list[Image.Image], captioner, tagger=None
+) -> tuple[list[list[str]], list[list[dict]]]:
     """Captions and objects of some images, in one batch, or in halves where memory runs out."""
     try:
         captions = captioner.captions(images)
@@ -65,7 +78,9 @@ def look(images: list[Image.Image], captioner, tagger=None) -> tuple[list[list[s
     return first[0] + second[0], first[1] + second[1]
 
 
-def _batches(rows: Iterator[dict], size: int, left_out: dict[str, str]) -> Iterator[tuple[list[str], list[Image.Image]]]:
+def _batches(
+    rows: Iterator[dict], size: int, left_out: dict[str, str]
+) -> Iterator[tuple[list[str], list[Image.Image]]]:
     """Readable photos, shrunk to LONGEST, with their names; broken ones go to `left_out`."""
     while some := list(islice(rows, size)):
         names, images = [], []
@@ -82,15 +97,27 @@ def _batches(rows: Iterator[dict], size: int, left_out: dict[str, str]) -> Itera
             yield names, images
 
 
-def annotate(where: str | Path, captioner, tagger=None, out: str | Path | None = None, shard: tuple[int, int] = (0, 1), batch: int = 8,
-             split: str = "train", limit: int | None = None, sam: captioners.Sam | None = None, masks: Path | None = None) -> dict[str, int]:  # fmt: skip
-    """Note captions and tags of the photos of a source (see `sources.open_source`) that have none yet.
+def annotate(
+    where: str | Path,
+    captioner,
+    tagger=None,
+    out: str | Path | None = None,
+    shard: tuple[int, int] = (0, 1),
+    batch: int = 8,
+    split: str = "train",
+    limit: int | None = None,
+    sam: captioners.Sam | None = None,
+    masks: Path | None = None,
+) -> dict[str, int]:
+    """Note captions and tags of the photos of a source (see `sources.open_source`) that have none
+    yet.
 
-    `captioner` gives `captions(images)` and `objects(images, captions)`; `tagger` the latter (None: the captioner's). Lines go
-    to captions.jsonl in the folder `out` (None: the photos' own), or, of several processes, to captions.I-of-N.jsonl.
-    `limit`: photos at most. With `sam`, its masks go to the folder `masks` as 8-bit PNG: 1 + index in "objects".
-    Returns {"new", "known", "left out"}; photos that cannot be read or get no caption are left out, with a line in the log,
-    and tried again the next time. Raises ValueError if there is nowhere to write or nothing to read.
+    `captioner` gives `captions(images)` and `objects(images, captions)`; `tagger` the latter (None:
+    the captioner's). Lines go to captions.jsonl in the folder `out` (None: the photos' own), or, of
+    several processes, to captions.I-of-N.jsonl. `limit`: photos at most. With `sam`, its masks go
+    to the folder `masks` as 8-bit PNG: 1 + index in "objects". Returns {"new", "known", "left
+    out"}; photos that cannot be read or get no caption are left out, with a line in the log, and
+    tried again the next time. Raises ValueError if there is nowhere to write or nothing to read.
     """
     index, number = shard
     rows = iter(sources.open_source(where, split, shard))
@@ -98,7 +125,9 @@ def annotate(where: str | Path, captioner, tagger=None, out: str | Path | None =
     if out is None and not folder.is_dir():
         raise ValueError(f"{where} is not a folder here: give one for the captions with --out")
     if sam and masks.resolve().is_relative_to(Path(where).resolve()):
-        raise ValueError(f"masks in {masks} would be taken for photos of {where}: give another folder")
+        raise ValueError(
+            f"masks in {masks} would be taken for photos of {where}: give another folder"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ("captions.jsonl" if number == 1 else f"captions.{index}-of-{number}.jsonl")
     mend(path)
@@ -114,7 +143,9 @@ def annotate(where: str | Path, captioner, tagger=None, out: str | Path | None =
     progress = tqdm(desc=path.name, unit="photo", mininterval=5)
     for names, images in _batches(islice(unknown(), limit), batch, left_out):
         notes = []
-        for name, image, captions, objects in zip(names, images, *look(images, captioner, tagger), strict=True):
+        for name, image, captions, objects in zip(
+            names, images, *look(images, captioner, tagger), strict=True
+        ):
             try:
                 notes.append(note_of(name, captions, objects))
             except ValueError as e:

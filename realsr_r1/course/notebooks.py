@@ -1,12 +1,19 @@
-"""The course: what every notebook starts with, and the commands that run, save, share and re-address the notebooks.
+"""The course: what every notebook starts with, and the commands that run, save, share and
+re-address the notebooks.
 
-    python -m realsr_r1.course.notebooks run                 execute all in order into a temporary folder (make course)
-    python -m realsr_r1.course.notebooks execute NAME…       execute and save with outputs (all of them without a name)
-    python -m realsr_r1.course.notebooks student             the edition without solutions → editions/student
-    python -m realsr_r1.course.notebooks solutions           the edition with every exercise solved → editions/solutions
-    python -m realsr_r1.course.notebooks address OWNER/REPO  point badges and install lines to a fork
+    python -m realsr_r1.course.notebooks run                 execute all in order into a temporary
+      folder (make course)
+    python -m realsr_r1.course.notebooks execute NAME…       execute and save with outputs (all of
+      them without a name)
+    python -m realsr_r1.course.notebooks student             the edition without solutions →
+      editions/student
+    python -m realsr_r1.course.notebooks solutions           the edition with every exercise solved
+      → editions/solutions
+    python -m realsr_r1.course.notebooks address OWNER/REPO  point badges and install lines to a
+      fork
 
-A saved notebook carries a fingerprint of the code that made its outputs, so that a test sees when the two drift apart.
+A saved notebook carries a fingerprint of the code that made its outputs, so that a test sees when
+the two drift apart.
 """
 
 import argparse
@@ -38,9 +45,11 @@ SECONDS_A_CELL = 900  # no cell of the course comes near it, on any machine
 
 
 def start(seed: int = 0) -> tuple[torch.device, bool]:
-    """Seed everything, choose the device, and decide between the quick and the full form of a lesson.
+    """Seed everything, choose the device, and decide between the quick and the full form of a
+    lesson.
 
-    Returns (device, quick). `QUICK=1` or `QUICK=0` in the environment decides; without it a lesson is quick on a CPU.
+    Returns (device, quick). `QUICK=1` or `QUICK=0` in the environment decides; without it a lesson
+    is quick on a CPU.
     """
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  students may use it
@@ -48,7 +57,10 @@ def start(seed: int = 0) -> tuple[torch.device, bool]:
     warnings.filterwarnings("ignore", category=FutureWarning)
     device = device_of(None)
     quick = os.environ.get("QUICK", "1" if device.type == "cpu" else "0") != "0"
-    print(f"device {device}, seed {seed}, {'quick: training is shortened, no lesson is skipped' if quick else 'full length'}")
+    print(
+        f"device {device}, seed {seed}, "
+        f"{'quick: training is shortened, no lesson is skipped' if quick else 'full length'}"
+    )
     return device, quick
 
 
@@ -78,8 +90,13 @@ def write(nb, path: Path) -> None:
 
 
 def fingerprint(nb) -> str:
-    """SHA-256 of all code cells' sources, in order. The address in the set-up cell does not count: forks change it."""
-    sources = [re.sub(r"git\+https://github\.com/[\w.-]+/[\w.-]+", "ADDRESS", c.source) for c in nb.cells if c.cell_type == "code"]
+    """SHA-256 of all code cells' sources, in order. The address in the set-up cell does not count:
+    forks change it."""
+    sources = [
+        re.sub(r"git\+https://github\.com/[\w.-]+/[\w.-]+", "ADDRESS", c.source)
+        for c in nb.cells
+        if c.cell_type == "code"
+    ]
     return hashlib.sha256("\0".join(sources).encode()).hexdigest()
 
 
@@ -91,19 +108,33 @@ class Stopped(Exception):
 
 
 def run_through(nb, name: str):
-    """Execute a notebook object in a fresh kernel and an empty folder; returns it, or raises `Stopped`."""
+    """Execute a notebook object in a fresh kernel and an empty folder; returns it, or raises
+    `Stopped`."""
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
     with tempfile.TemporaryDirectory() as folder:
-        client = NotebookClient(nb, timeout=SECONDS_A_CELL, startup_timeout=600, kernel_name="python3", resources={"metadata": {"path": folder}},
-                                record_timing=False, store_widget_state=False, extra_arguments=["--log-level=40"])  # fmt: skip
+        client = NotebookClient(
+            nb,
+            timeout=SECONDS_A_CELL,
+            startup_timeout=600,
+            kernel_name="python3",
+            resources={"metadata": {"path": folder}},
+            record_timing=False,
+            store_widget_state=False,
+            extra_arguments=["--log-level=40"],
+        )
         at = [0]
         client.on_cell_start = lambda cell, cell_index: at.__setitem__(0, cell_index)
         # Python finds this checkout before any installed copy.
         paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-        # Waiting threads must sleep: on a busy machine two that spin slow each other down a hundredfold.
-        env = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        # Waiting threads must sleep: on a busy machine two that spin slow each other down a
+        # hundredfold.
+        env = (
+            {"OMP_WAIT_POLICY": "PASSIVE"}
+            | os.environ
+            | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        )
         try:
             client.execute(env=env)
         except CellExecutionError as e:
@@ -111,7 +142,10 @@ def run_through(nb, name: str):
         except CellTimeoutError:
             why = f"no end after {SECONDS_A_CELL} s"
         except DeadKernelError:
-            why = "the kernel died, most likely for want of memory: close other programs and run it again"
+            why = (
+                "the kernel died, most likely for want of memory: close other programs and run "
+                "it again"
+            )
         else:
             return nb
     first = next((line for line in nb.cells[at[0]].source.splitlines() if line.strip()), "")
@@ -119,19 +153,22 @@ def run_through(nb, name: str):
 
 
 def lighten(data: dict) -> None:
-    """Figures of photographs make huge PNGs: those above 100 kB become JPEG of high quality where that is smaller."""
+    """Figures of photographs make huge PNGs: those above 100 kB become JPEG of high quality where
+    that is smaller."""
     raw = base64.b64decode(data["image/png"])
     if len(raw) > 100_000:
         file = io.BytesIO()
-        Image.open(io.BytesIO(raw)).convert("RGB").save(file, "JPEG", quality=90, subsampling=0, optimize=True)
+        Image.open(io.BytesIO(raw)).convert("RGB").save(
+            file, "JPEG", quality=90, subsampling=0, optimize=True
+        )
         if file.tell() < len(raw):
             del data["image/png"]
             data["image/jpeg"] = base64.b64encode(file.getvalue()).decode()
 
 
 def tidy(nb) -> None:
-    """Make outputs fit to be committed: no progress bars; for a widget, which lives only in a running notebook, a note;
-    light figures."""
+    """Make outputs fit to be committed: no progress bars; for a widget, which lives only in a
+    running notebook, a note; light figures."""
     for cell in nb.cells:
         if cell.cell_type != "code":
             continue
@@ -141,7 +178,9 @@ def tidy(nb) -> None:
             if "application/vnd.jupyter.widget-view+json" in data:
                 if re.search(r"(Float|Int)Progress\(|\d+%\||\dit \[", data.get("text/plain", "")):
                     continue
-                out["data"] = {"text/plain": "(a widget: it appears, and moves, when the notebook runs)"}
+                out["data"] = {
+                    "text/plain": "(a widget: it appears, and moves, when the notebook runs)"
+                }
             if "image/png" in data:
                 lighten(data)
             kept.append(out)
@@ -152,21 +191,33 @@ def tidy(nb) -> None:
 
 
 def execute(paths: list[Path]) -> None:
-    """Execute and save notebooks in place, with the fingerprint of their code; the first failure stops, saving nothing of it."""
+    """Execute and save notebooks in place, with the fingerprint of their code; the first failure
+    stops, saving nothing of it."""
     for path in paths:
         began, nb = time.time(), read(path)
         run_through(nb, path.stem)
         tidy(nb)
         nb.metadata["realsr_r1"] = {"code": fingerprint(nb)}
         write(nb, path)
-        print(f"{path.stem}: {time.time() - began:.0f} s, {path.stat().st_size / 1e6:.2f} MB", flush=True)
-        noisy = [i + 1 for i, c in enumerate(nb.cells) if any(o.get("name") == "stderr" for o in c.get("outputs", []))]
+        print(
+            f"{path.stem}: {time.time() - began:.0f} s, {path.stat().st_size / 1e6:.2f} MB",
+            flush=True,
+        )
+        noisy = [
+            i + 1
+            for i, c in enumerate(nb.cells)
+            if any(o.get("name") == "stderr" for o in c.get("outputs", []))
+        ]
         if noisy:
-            print(f"  warnings in the outputs of cell {', '.join(map(str, noisy))}: silence their cause, the tests refuse them")
+            print(
+                f"  warnings in the outputs of cell {', '.join(map(str, noisy))}: silence their "
+                f"cause, the tests refuse them"
+            )
 
 
 def run(paths: list[Path]) -> None:
-    """Execute all notebooks in order, a line each; nothing in the checkout changes. Raises `Stopped` at the first failure."""
+    """Execute all notebooks in order, a line each; nothing in the checkout changes. Raises
+    `Stopped` at the first failure."""
     os.environ.setdefault("QUICK", "1")
     began = time.time()
     for i, path in enumerate(paths):
@@ -178,7 +229,10 @@ def run(paths: list[Path]) -> None:
             print("stopped")
             raise
         print(f"{time.time() - at:.0f} s", flush=True)
-    print(f"all {len(paths)} notebooks ran in {(time.time() - began) / 60:.1f} min; open them with `make lab`")
+    print(
+        f"all {len(paths)} notebooks ran in {(time.time() - began) / 60:.1f} min; open them "
+        f"with `make lab`"
+    )
 
 
 # Exercises and editions.
@@ -188,7 +242,8 @@ SOLUTION = re.compile(r"<details>\s*<summary>\s*Solution\s*</summary>.*?</detail
 
 @dataclass
 class Exercise:
-    """One exercise: the function's name, its stub, check and solution, and the stub's place among the cells."""
+    """One exercise: the function's name, its stub, check and solution, and the stub's place among
+    the cells."""
 
     name: str
     at: int
@@ -198,15 +253,21 @@ class Exercise:
 
 
 def function_in(source: str, name: str | None = None) -> ast.FunctionDef:
-    """The last top-level function of a cell, or the one of that name. Raises ValueError where there is none."""
-    found = [n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and name in (None, n.name)]
+    """The last top-level function of a cell, or the one of that name. Raises ValueError where there
+    is none."""
+    found = [
+        n
+        for n in ast.parse(source).body
+        if isinstance(n, ast.FunctionDef) and name in (None, n.name)
+    ]
     if not found:
         raise ValueError(f"no function {name or ''} in the cell that begins: {source[:60]!r}")
     return found[-1]
 
 
 def exercises(nb) -> list[Exercise]:
-    """The exercises of a notebook: a code cell tagged `exercise`, then its check, then its collapsed solution."""
+    """The exercises of a notebook: a code cell tagged `exercise`, then its check, then its
+    collapsed solution."""
     found = []
     for at, cell in enumerate(nb.cells):
         if cell.cell_type != "code" or "exercise" not in cell.metadata.get("tags", []):
@@ -230,13 +291,15 @@ def exercises(nb) -> list[Exercise]:
 
 
 def solved(exercise: Exercise) -> str:
-    """The exercise's cell with the solution's function in place of the stub's; lines around it stay."""
+    """The exercise's cell with the solution's function in place of the stub's; lines around it
+    stay."""
     node, lines = function_in(exercise.stub), exercise.stub.splitlines()
     return "\n".join([*lines[: node.lineno - 1], exercise.solution, *lines[node.end_lineno :]])
 
 
 def edition(nb, kind: str):
-    """A copy of the notebook without solutions and outputs: for `student` the stubs stay, for `solutions` they are solved."""
+    """A copy of the notebook without solutions and outputs: for `student` the stubs stay, for
+    `solutions` they are solved."""
     nb = copy.deepcopy(nb)
     if kind == "solutions":
         for e in exercises(nb):
@@ -260,7 +323,10 @@ def write_editions(kind: str, folder: Path | None = None) -> Path:
         nb = read(path)
         count += len(exercises(nb))
         write(edition(nb, kind), folder / path.name)
-    print(f"{len(notebooks())} notebooks, {count} exercises → {folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder}")
+    print(
+        f"{len(notebooks())} notebooks, {count} exercises → "
+        f"{folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder}"
+    )
     return folder
 
 
@@ -270,20 +336,35 @@ def write_editions(kind: str, folder: Path | None = None) -> Path:
 def repository(root: Path = ROOT) -> str:
     """OWNER/REPO of this checkout. Raises ValueError if pyproject.toml names none."""
     pyproject = root / "pyproject.toml"
-    urls = tomllib.loads(pyproject.read_text())["project"].get("urls", {}) if pyproject.exists() else {}
-    match = re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+?)(\.git)?/?", urls.get("Repository", ""))
+    urls = (
+        tomllib.loads(pyproject.read_text())["project"].get("urls", {})
+        if pyproject.exists()
+        else {}
+    )
+    match = re.fullmatch(
+        r"https://github\.com/([\w.-]+/[\w.-]+?)(\.git)?/?", urls.get("Repository", "")
+    )
     if not match:
-        raise ValueError('pyproject.toml has no [project.urls] Repository = "https://github.com/OWNER/REPO": add it')
+        raise ValueError(
+            'pyproject.toml has no [project.urls] Repository = "https://github.com/OWNER/REPO": '
+            "add it"
+        )
     return match[1]
 
 
 def set_address(new: str, root: Path = ROOT) -> list[Path]:
-    """Rewrite the repository's address in pyproject.toml, README.md and everything in notebooks/; returns the files changed."""
+    """Rewrite the repository's address in pyproject.toml, README.md and everything in notebooks/;
+    returns the files changed."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", new):
         raise ValueError(f"{new!r} is not of the form OWNER/REPO")
     old = re.compile(rf"(github\.com/|/github/){re.escape(repository(root))}(?![\w-])")
     changed = []
-    for path in [root / "pyproject.toml", root / "README.md", *sorted((root / "notebooks").glob("*.ipynb")), *sorted((root / "notebooks").glob("*.md"))]:  # fmt: skip
+    for path in [
+        root / "pyproject.toml",
+        root / "README.md",
+        *sorted((root / "notebooks").glob("*.ipynb")),
+        *sorted((root / "notebooks").glob("*.md")),
+    ]:
         text = path.read_text() if path.exists() else ""
         if (fresh := old.sub(rf"\g<1>{new}", text)) != text:
             path.write_text(fresh)
@@ -292,19 +373,31 @@ def set_address(new: str, root: Path = ROOT) -> list[Path]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(prog="realsr_r1.course.notebooks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        prog="realsr_r1.course.notebooks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     p.add_argument("command", choices=("run", "execute", "student", "solutions", "address"))
-    p.add_argument("names", nargs="*", help="notebooks, by name or a part of it; for address: OWNER/REPO")
+    p.add_argument(
+        "names", nargs="*", help="notebooks, by name or a part of it; for address: OWNER/REPO"
+    )
     a = p.parse_args(argv)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    chosen = [n for n in notebooks() if not a.names or any(x.removesuffix(".ipynb") in n.stem for x in a.names)]
+    chosen = [
+        n
+        for n in notebooks()
+        if not a.names or any(x.removesuffix(".ipynb") in n.stem for x in a.names)
+    ]
     try:
         if a.command == "address":
             if len(a.names) != 1:
                 raise ValueError("say where the notebooks live: make address REPO=OWNER/REPO")
             print(f"{len(set_address(a.names[0]))} files now point to github.com/{a.names[0]}")
         elif not chosen:
-            raise ValueError(f"no notebook is called {' or '.join(a.names) or 'anything'}: see notebooks/")
+            raise ValueError(
+                f"no notebook is called {' or '.join(a.names) or 'anything'}: see notebooks/"
+            )
         elif a.command in ("student", "solutions"):
             write_editions(a.command)
         else:

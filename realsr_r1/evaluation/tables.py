@@ -1,11 +1,16 @@
-"""The tables of a benchmark: scores, cost, paired differences to a baseline, and what the chains say rightly.
+"""The tables of a benchmark: scores, cost, paired differences to a baseline, and what the chains
+say rightly.
 
-They are made of one record (`benchmark.run` makes it), with every picture's numbers in the order of its items:
+They are made of one record (`benchmark.run` makes it), with every picture's numbers in the order of
+its items:
 
-    {"set", "baseline", "note", "ids": [...], "groups": [...], "skipped": {name: reason}, "remarks": [...],
-     "methods": {name: {"scores": {metric: [...]}, "said": {fact: [...]}, "seconds", "megapixels", "megabytes", "fid"?}}}
+    {"set", "baseline", "note", "ids": [...], "groups": [...], "skipped": {name: reason}, "remarks":
+      [...],
+     "methods": {name: {"scores": {metric: [...]}, "said": {fact: [...]}, "seconds", "megapixels",
+       "megabytes", "fid"?}}}
 
-Intervals resample photos, not pictures: one photo under three degradations is one draw, and its mean counts once.
+Intervals resample photos, not pictures: one photo under three degradations is one draw, and its
+mean counts once.
 """
 
 import csv
@@ -29,7 +34,8 @@ def write(path: Path, text: str) -> None:
 
 
 def grouped(values: Sequence[float | None], groups: Sequence[str]) -> np.ndarray:
-    """The mean of each group, pictures without a number left out: the items of one photo count as one."""
+    """The mean of each group, pictures without a number left out: the items of one photo count as
+    one."""
     sums: dict[str, list[float]] = {}
     for v, g in zip(values, groups, strict=True):
         if v is not None:
@@ -43,7 +49,8 @@ def difference(values: Sequence[float | None], base: Sequence[float | None]) -> 
 
 
 def mark(differences: np.ndarray, higher: bool) -> str:
-    """▲ (better than the baseline) or ▼ (worse) if the 95% interval of the mean is clear of zero, given FEWEST photos; else nothing."""
+    """▲ (better than the baseline) or ▼ (worse) if the 95% interval of the mean is clear of zero,
+    given FEWEST photos; else nothing."""
     if len(differences) < FEWEST:
         return ""
     _, low, high = evaluate.bootstrap(differences)
@@ -56,45 +63,122 @@ def row(*cells: str, head: bool = False) -> list[str]:
 
 
 def tables(record: dict) -> list[str]:
-    """Markdown: scores and cost of each method, differences to the baseline, and what the chains say rightly."""
+    """Markdown: scores and cost of each method, differences to the baseline, and what the chains
+    say rightly."""
     methods, groups, base = record["methods"], record["groups"], record["baseline"]
     names = list(next(iter(methods.values()))["scores"])
     fid = ["fid"] * any("fid" in m for m in methods.values())
-    digits = {k: 3 if np.abs(grouped(m["scores"][k], groups)).max(initial=0) < 2 else 2 for m in methods.values() for k in names}
+    digits = {
+        k: 3 if np.abs(grouped(m["scores"][k], groups)).max(initial=0) < 2 else 2
+        for m in methods.values()
+        for k in names
+    }
     heads = [f"{k} {metrics.arrow(k)}" for k in names]
-    lines = row("method", *heads, *(f"{k} {metrics.arrow(k)}" for k in fid), "s / megapixel", "peak MB", head=True)
+    lines = row(
+        "method",
+        *heads,
+        *(f"{k} {metrics.arrow(k)}" for k in fid),
+        "s / megapixel",
+        "peak MB",
+        head=True,
+    )
     for name, m in methods.items():
-        cells = [evaluate.cell(v, digits[k]) if len(v := grouped(m["scores"][k], groups)) else "–" for k in names]
-        cells += [f"{m['fid']:.1f}" for _ in fid] + [f"{m['seconds'] / m['megapixels']:.2f}", f"{m['megabytes']:.0f}"]
+        cells = [
+            evaluate.cell(v, digits[k]) if len(v := grouped(m["scores"][k], groups)) else "–"
+            for k in names
+        ]
+        cells += [f"{m['fid']:.1f}" for _ in fid] + [
+            f"{m['seconds'] / m['megapixels']:.2f}",
+            f"{m['megabytes']:.0f}",
+        ]
         lines += row(name, *cells)
     if base in methods and len(methods) > 1:
         lines += ["", *row(f"minus {base}, paired", *heads, head=True)]
         for name in (m for m in methods if m != base):
-            diffs = {k: grouped(difference(methods[name]["scores"][k], methods[base]["scores"][k]), groups) for k in names}
+            diffs = {
+                k: grouped(
+                    difference(methods[name]["scores"][k], methods[base]["scores"][k]), groups
+                )
+                for k in names
+            }
             marks = {k: mark(d, metrics.METRICS[k].higher) for k, d in diffs.items()}
-            lines += row(name, *(evaluate.cell(d, digits[k]) + marks[k] if len(d) else "–" for k, d in diffs.items()))
-        lines += ["", f"▲ better, ▼ worse than {base}, where the interval is clear of zero (given {FEWEST} photos or more)."]
+            lines += row(
+                name,
+                *(
+                    evaluate.cell(d, digits[k]) + marks[k] if len(d) else "–"
+                    for k, d in diffs.items()
+                ),
+            )
+        lines += [
+            "",
+            f"▲ better, ▼ worse than {base}, where the interval is clear of zero (given "
+            f"{FEWEST} photos or more).",
+        ]
     chains = {name: m["said"] for name, m in methods.items() if m["said"]}
     if chains:
         facts = list(next(iter(chains.values())))
         lines += ["", *row("the chain says rightly", *facts, head=True)]
         for name, s in chains.items():
-            lines += row(name, *(evaluate.cell(grouped(v, groups), percent=True) for v in s.values()))
-    return [*lines, "", *(f"{name}: {why}." for name, why in record["skipped"].items()), *record["remarks"], record["note"], ""]
+            lines += row(
+                name, *(evaluate.cell(grouped(v, groups), percent=True) for v in s.values())
+            )
+    return [
+        *lines,
+        "",
+        *(f"{name}: {why}." for name, why in record["skipped"].items()),
+        *record["remarks"],
+        record["note"],
+        "",
+    ]
 
 
 def save(record: dict, out: Path, name: str) -> None:
-    """Write name.md, name.csv (means, intervals, paired differences) and name.json (every picture's numbers)."""
+    """Write name.md, name.csv (means, intervals, paired differences) and name.json (every picture's
+    numbers)."""
     write(out / f"{name}.md", "\n".join(tables(record)))
     write(out / f"{name}.json", json.dumps(record))
     methods, groups, base = record["methods"], record["groups"], record["baseline"]
     with (out / f"{name}.csv").open("w", newline="") as f:
         w = csv.writer(f)
-        w.writerow(["method", "measure", "mean", "low", "high", "difference", "difference_low", "difference_high"])
+        w.writerow(
+            [
+                "method",
+                "measure",
+                "mean",
+                "low",
+                "high",
+                "difference",
+                "difference_low",
+                "difference_high",
+            ]
+        )
         for method, m in methods.items():
             for k, v in (m["scores"] | m["said"]).items():
-                other = (methods[base]["scores"] | methods[base]["said"]).get(k) if base in methods and method != base else None
-                both = [grouped(x, groups) for x in (v, difference(v, other) if other else [None] * len(v))]
-                w.writerow([method, k, *(c for x in both for c in (evaluate.bootstrap(x) if len(x) else ["", "", ""]))])
-            cost = {"seconds_per_megapixel": m["seconds"] / m["megapixels"], "peak_megabytes": m["megabytes"]}
-            w.writerows([method, k, v] for k, v in (cost | ({"fid": m["fid"]} if "fid" in m else {})).items())
+                other = (
+                    (methods[base]["scores"] | methods[base]["said"]).get(k)
+                    if base in methods and method != base
+                    else None
+                )
+                both = [
+                    grouped(x, groups)
+                    for x in (v, difference(v, other) if other else [None] * len(v))
+                ]
+                w.writerow(
+                    [
+                        method,
+                        k,
+                        *(
+                            c
+                            for x in both
+                            for c in (evaluate.bootstrap(x) if len(x) else ["", "", ""])
+                        ),
+                    ]
+                )
+            cost = {
+                "seconds_per_megapixel": m["seconds"] / m["megapixels"],
+                "peak_megabytes": m["megabytes"],
+            }
+            w.writerows(
+                [method, k, v]
+                for k, v in (cost | ({"fid": m["fid"]} if "fid" in m else {})).items()
+            )

@@ -1,1 +1,2 @@
-"""The first form of the method, which the apparatus and the lessons still use; it goes as they are moved to the second."""
+"""The first form of the method, which the apparatus and the lessons still use; it goes as they are
+moved to the second."""

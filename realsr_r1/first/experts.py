@@ -1,12 +1,18 @@
-"""Visual experts: how good a picture looks, without its original. `(b, 3, h, w) in [0, 1] → (b,) in [0, 1]`, higher is better.
+"""Visual experts: how good a picture looks, without its original. `(b, 3, h, w) in [0, 1] → (b,) in
+[0, 1]`, higher is better.
 
-nano     a small network of ours, trained by ranking (the idea of RankIQA, Liu et al. 2017, arXiv 1707.08347): of two pictures
-         it must prefer the one that LPIPS calls closer to its original, over degradations and over what a tokenizer and a
+nano     a small network of ours, trained by ranking (the idea of RankIQA, Liu et al. 2017, arXiv
+         1707.08347): of two pictures
+         it must prefer the one that LPIPS calls closer to its original, over degradations and over
+           what a tokenizer and a
          policy do wrong. Simplification: LPIPS stands in for people.
-niqe, brisque, piqe   classic statistics of natural pictures, through pyiqa. NIQE's parameters ship with the package.
-paper    the mean of TOPIQ-NR, MUSIQ/100, MANIQA-pipal and CLIPIQA through pyiqa, the reward of the released code.
+niqe, brisque, piqe   classic statistics of natural pictures, through pyiqa. NIQE's parameters ship
+                      with the package.
+paper    the mean of TOPIQ-NR, MUSIQ/100, MANIQA-pipal and CLIPIQA through pyiqa, the reward of the
+         released code.
 
-pyiqa is under the PolyForm-Noncommercial licence; it is imported only when one of its metrics is asked for.
+pyiqa is under the PolyForm-Noncommercial licence; it is imported only when one of its metrics is
+asked for.
 """
 
 import tempfile
@@ -32,76 +38,133 @@ from realsr_r1.first.tokenizer import GuidedDecoder, ResBlock, VQModel, guided_d
 from realsr_r1.first.weights import CLASSES, WEIGHTS, load, save
 
 Expert = Callable[[Tensor], Tensor]
-# Each metric: its value that scores 0, the one that scores 1 (straight in between, clipped beyond), and what pyiqa would fetch:
-# files in torch's hub folder, and whole repositories (timm/…) in the Hugging Face cache. The only place for scales and files.
-# NIQE is about 3 on large good photographs, 5 to 15 on good ones of 128 px, 30 and more on noise; the others state their range.
+# Each metric: its value that scores 0, the one that scores 1 (straight in between, clipped beyond),
+# and what pyiqa would fetch:
+# files in torch's hub folder, and whole repositories (timm/…) in the Hugging Face cache. The only
+# place for scales and files.
+# NIQE is about 3 on large good photographs, 5 to 15 on good ones of 128 px, 30 and more on noise;
+# the others state their range.
 METRICS = {
     "niqe": (40.0, 2.0, ("pyiqa/niqe_modelparameters.mat",)),
     "brisque": (120.0, 0.0, ("pyiqa/brisque_svm_weights.pth",)),
     "piqe": (100.0, 0.0, ()),
     "topiq_nr": (0.0, 1.0, ("pyiqa/cfanet_nr_koniq_res50-9a73138b.pth", "timm/resnet50.a1_in1k")),
     "musiq": (0.0, 100.0, ("pyiqa/musiq_koniq_ckpt-e95806b9.pth",)),
-    "maniqa-pipal": (0.0, 1.0, ("pyiqa/MANIQA_PIPAL-ae6d356b.pth", "timm/vit_base_patch8_224.augreg2_in21k_ft_in1k")),
+    "maniqa-pipal": (
+        0.0,
+        1.0,
+        ("pyiqa/MANIQA_PIPAL-ae6d356b.pth", "timm/vit_base_patch8_224.augreg2_in21k_ft_in1k"),
+    ),
     "clipiqa": (0.0, 1.0, ("clip/RN50.pt",)),
 }
-NIQE = WEIGHTS / "niqe.safetensors"  # mean (1, 36) and covariance (36, 36) of natural pictures, double precision
+NIQE = (
+    WEIGHTS / "niqe.safetensors"
+)  # mean (1, 36) and covariance (36, 36) of natural pictures, double precision
 PAPER = ("topiq_nr", "musiq", "maniqa-pipal", "clipiqa")
 NAMES = ("nano", "niqe", "brisque", "piqe", "paper")
-DECODED = ("codes", "near codes", "region", "LR codes", "guided")  # what a model puts out, as opposed to spoilt photographs
+DECODED = (
+    "codes",
+    "near codes",
+    "region",
+    "LR codes",
+    "guided",
+)  # what a model puts out, as opposed to spoilt photographs
 KINDS = (*DECODED, "degraded", "blur", "noise", "jpeg", "smooth", "sharpen")
 LEVELS = (0.1, 0.4, 0.7, 1.0)  # severities of a ladder
 
 
 class NanoExpert(nn.Module):
-    """Pictures (b, 3, h, w) in [0, 1] → quality (b,) in (0, 1). Of any size from 16 px up.
-    It sees the picture, its high-pass residual and the logarithm of the local contrast, folded to a quarter of the size, and
-    pools by mean, by standard deviation and over the worst quarter of the regions: one ruined corner spoils a picture.
+    """Pictures (b, 3, h, w) in [0, 1] → quality (b,) in (0, 1). Of any size from 16 px up. It sees
+    the picture, its high-pass residual and the logarithm of the local contrast, folded to a quarter
+    of the size, and pools by mean, by standard deviation and over the worst quarter of the regions:
+    one ruined corner spoils a picture.
     """
 
     def __init__(self, width: int = 48, worst: int = 16):
         super().__init__()
         self.config = {"width": width, "worst": worst}
         wide = 2 * width
-        self.fine = nn.Sequential(nn.Conv2d(7 * 16, width, 3, padding=1), nn.SiLU(), ResBlock(width), nn.SiLU())
+        self.fine = nn.Sequential(
+            nn.Conv2d(7 * 16, width, 3, padding=1), nn.SiLU(), ResBlock(width), nn.SiLU()
+        )
         self.coarse = nn.Sequential(
-            nn.Conv2d(width, wide, 3, 2, 1), nn.SiLU(), ResBlock(wide), nn.SiLU(), nn.Conv2d(wide, wide, 3, 2, 1), nn.SiLU())  # fmt: skip
+            nn.Conv2d(width, wide, 3, 2, 1),
+            nn.SiLU(),
+            ResBlock(wide),
+            nn.SiLU(),
+            nn.Conv2d(wide, wide, 3, 2, 1),
+            nn.SiLU(),
+        )
         self.local = nn.Conv2d(wide, worst, 1)
-        self.head = nn.Sequential(nn.Linear(2 * width + 2 * wide + worst, 64), nn.SiLU(), nn.Linear(64, 1))
+        self.head = nn.Sequential(
+            nn.Linear(2 * width + 2 * wide + worst, 64), nn.SiLU(), nn.Linear(64, 1)
+        )
 
     @staticmethod
     def inputs(x: Tensor) -> Tensor:
-        """(b, 3, h, w) → (b, 112, h/4, w/4): colours, high-pass residual and log local contrast, 4×4 pixels folded."""
+        """(b, 3, h, w) → (b, 112, h/4, w/4): colours, high-pass residual and log local contrast,
+        4×4 pixels folded."""
         x = F.pad(x, (0, -x.shape[-1] % 8, 0, -x.shape[-2] % 8), mode="replicate").float()
         high = x - F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
-        contrast = F.avg_pool2d(F.pad(high.square().mean(1, keepdim=True), (2, 2, 2, 2), mode="replicate"), 5, 1)
-        return F.pixel_unshuffle(torch.cat([x - 0.5, 8 * high, 0.3 * (contrast + 1e-6).log() + 2], 1), 4)
+        contrast = F.avg_pool2d(
+            F.pad(high.square().mean(1, keepdim=True), (2, 2, 2, 2), mode="replicate"), 5, 1
+        )
+        return F.pixel_unshuffle(
+            torch.cat([x - 0.5, 8 * high, 0.3 * (contrast + 1e-6).log() + 2], 1), 4
+        )
 
     def logits(self, x: Tensor) -> Tensor:
         """Quality before the sigmoid, (b,): what the ranking loss compares."""
         fine = self.fine(self.inputs(x))
         coarse = self.coarse(fine)
         local = self.local(coarse).flatten(2).sort(-1).values
-        pooled = [p for m in (fine.float(), coarse.float()) for p in (m.mean((2, 3)), (m.var((2, 3), correction=0) + 1e-6).sqrt())]
-        return self.head(torch.cat([*pooled, local[..., : max(1, local.shape[-1] // 4)].float().mean(-1)], 1)).flatten().float()
+        pooled = [
+            p
+            for m in (fine.float(), coarse.float())
+            for p in (m.mean((2, 3)), (m.var((2, 3), correction=0) + 1e-6).sqrt())
+        ]
+        return (
+            self.head(
+                torch.cat([*pooled, local[..., : max(1, local.shape[-1] // 4)].float().mean(-1)], 1)
+            )
+            .flatten()
+            .float()
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.sigmoid(self.logits(x))
 
 
 def _gaussian(x: Tensor, sigma: float) -> Tensor:
-    return degradation.blur(x, degradation.gaussian_kernel(2 * round(3 * sigma) + 3, sigma, sigma, 0.0).to(x.device).expand(len(x), -1, -1))
+    return degradation.blur(
+        x,
+        degradation.gaussian_kernel(2 * round(3 * sigma) + 3, sigma, sigma, 0.0)
+        .to(x.device)
+        .expand(len(x), -1, -1),
+    )
 
 
 def _degraded(hr: Tensor, severity: float, g: torch.Generator) -> Tensor:
-    """LR pictures of the nano preset's stage with blur, noise and compression all set to one severity."""
-    tops = {"blur_levels": (1.7, 0.05), "noise_levels": (40, 1), "jpeg_levels": (88, 5)}  # at severity 1, and left out below
-    fixed = {k: ((severity * top,) * 2 if severity * top > least else None,) for k, (top, least) in tops.items()}
+    """LR pictures of the nano preset's stage with blur, noise and compression all set to one
+    severity."""
+    tops = {
+        "blur_levels": (1.7, 0.05),
+        "noise_levels": (40, 1),
+        "jpeg_levels": (88, 5),
+    }  # at severity 1, and left out below
+    fixed = {
+        k: ((severity * top,) * 2 if severity * top > least else None,)
+        for k, (top, least) in tops.items()
+    }
     nano = degradation.PRESETS["nano"]
-    return degradation.degrade(hr.cpu(), replace(nano, stages=(replace(nano.stages[0], **fixed),)), g).lr.to(hr.device)
+    return degradation.degrade(
+        hr.cpu(), replace(nano, stages=(replace(nano.stages[0], **fixed),)), g
+    ).lr.to(hr.device)
 
 
 def _smooth(x: Tensor, severity: float) -> Tensor:
-    """Oil paint: the picture filtered by itself as the guide, flat areas flattened, strong edges kept (He et al. 2010)."""
+    """Oil paint: the picture filtered by itself as the guide, flat areas flattened, strong edges
+    kept (He et al. 2010)."""
     box = partial(F.avg_pool2d, kernel_size=7, stride=1, padding=3, count_include_pad=False)
     mean = box(x)
     var = (box(x * x) - mean * mean).clamp_min(0)
@@ -110,29 +173,47 @@ def _smooth(x: Tensor, severity: float) -> Tensor:
 
 
 def _near(codes: Tensor, severity: float, tokenizer: VQModel, g: torch.Generator) -> Tensor:
-    """Codes (b, h, w), a share of them replaced by neighbours in the codebook; severity makes it more and farther ones."""
+    """Codes (b, h, w), a share of them replaced by neighbours in the codebook; severity makes it
+    more and farther ones."""
     book = F.normalize(tokenizer.quantize.weight, dim=1)
-    close = (book[codes] @ book.T).topk(min(len(book), round(2 ** (1 + 5 * severity)) + 1), dim=-1).indices
+    close = (
+        (book[codes] @ book.T)
+        .topk(min(len(book), round(2 ** (1 + 5 * severity)) + 1), dim=-1)
+        .indices
+    )
     pick = torch.randint(1, close.shape[-1], codes.shape, generator=g).to(codes.device)
     moved = (torch.rand(codes.shape, generator=g) < 0.2 + 1.2 * severity).to(codes.device)
     return torch.where(moved, close.gather(-1, pick[..., None])[..., 0], codes)
 
 
 def _region(codes: Tensor, severity: float, vocabulary: int, g: torch.Generator) -> Tensor:
-    """Codes (b, h, w) with one rectangle of random codes that covers a share `severity` of the picture."""
+    """Codes (b, h, w) with one rectangle of random codes that covers a share `severity` of the
+    picture."""
     inside = torch.ones((), dtype=torch.bool)
     for n, shape in zip(codes.shape[1:], ((-1, 1), (1, -1)), strict=True):
         k = max(1, round(severity**0.5 * n))
         at = torch.arange(n) - torch.randint(0, n - k + 1, (), generator=g)
         inside = inside & ((at >= 0) & (at < k)).view(shape)
-    return torch.where(inside.to(codes.device), torch.randint(0, vocabulary, codes.shape, generator=g).to(codes.device), codes)
+    return torch.where(
+        inside.to(codes.device),
+        torch.randint(0, vocabulary, codes.shape, generator=g).to(codes.device),
+        codes,
+    )
 
 
 @torch.no_grad()
-def spoil(kind: str, severity: float, hr: Tensor, lr: Tensor, tokenizer: VQModel, g: torch.Generator,
-          guided: GuidedDecoder | None = None) -> Tensor:  # fmt: skip
-    """Pictures (b, 3, h, w) in [0, 1] spoilt in one of KINDS with a severity of 0 (least) to 1; `lr` and `guided` are for "guided".
-    For the kinds of DECODED, 0 is the decode of the true codes (for "LR codes": of the undegraded, merely small picture).
+def spoil(
+    kind: str,
+    severity: float,
+    hr: Tensor,
+    lr: Tensor,
+    tokenizer: VQModel,
+    g: torch.Generator,
+    guided: GuidedDecoder | None = None,
+) -> Tensor:
+    """Pictures (b, 3, h, w) in [0, 1] spoilt in one of KINDS with a severity of 0 (least) to 1;
+    `lr` and `guided` are for "guided". For the kinds of DECODED, 0 is the decode of the true codes
+    (for "LR codes": of the undegraded, merely small picture).
     """
     s, n = severity, tokenizer.config.codes
     photo = {
@@ -141,9 +222,14 @@ def spoil(kind: str, severity: float, hr: Tensor, lr: Tensor, tokenizer: VQModel
         "jpeg": lambda: torch.stack([degradation.jpeg(x, round(70 - 65 * s)) for x in hr]),
         "smooth": lambda: _smooth(hr, s),
         "sharpen": lambda: hr + (0.7 + 4.3 * s) * (hr - _gaussian(hr, 1.2)),
-        "degraded": lambda: F.interpolate(_degraded(hr, s, g), size=hr.shape[-2:], mode="bicubic", align_corners=False),
+        "degraded": lambda: F.interpolate(
+            _degraded(hr, s, g), size=hr.shape[-2:], mode="bicubic", align_corners=False
+        ),
     }
-    wrong = {"near codes": lambda c: _near(c, s, tokenizer, g), "region": lambda c: _region(c, s, n, g)}
+    wrong = {
+        "near codes": lambda c: _near(c, s, tokenizer, g),
+        "region": lambda c: _region(c, s, n, g),
+    }
     if kind not in KINDS:
         raise ValueError(f"no kind {kind!r}; choose one of {', '.join(KINDS)}")
     if kind in photo:
@@ -151,51 +237,118 @@ def spoil(kind: str, severity: float, hr: Tensor, lr: Tensor, tokenizer: VQModel
     codes = tokenizer.encode(photo["degraded"]().clamp(0, 1) if kind == "LR codes" else hr)
     if s > 0 and kind != "LR codes":
         codes = wrong.get(kind, lambda c: corrupt(c, torch.full((len(hr),), s), n, g))(codes)
-    return (guided_decode(guided, tokenizer, codes, lr) if kind == "guided" else tokenizer.decode(codes)).float().clamp(0, 1)
+    return (
+        (
+            guided_decode(guided, tokenizer, codes, lr)
+            if kind == "guided"
+            else tokenizer.decode(codes)
+        )
+        .float()
+        .clamp(0, 1)
+    )
 
 
 @torch.no_grad()
-def make_bank(data: scenes.Pairs, tokenizers: tuple[VQModel, ...], n: int, versions: int = 13, guided: GuidedDecoder | None = None,
-              seed: int = 0, chunk: int = 8) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Pictures (n, versions, 3, h, w), uint8, and their LPIPS to the original (n, versions): version 0 is the original, then come
-    pairs of one kind at two severities, every other pair a decoded kind; some pictures are spoilt twice."""
-    g, dev, n = torch.Generator().manual_seed(seed), next(tokenizers[0].parameters()).device, min(n, len(data))
+def make_bank(
+    data: scenes.Pairs,
+    tokenizers: tuple[VQModel, ...],
+    n: int,
+    versions: int = 13,
+    guided: GuidedDecoder | None = None,
+    seed: int = 0,
+    chunk: int = 8,
+) -> tuple[Tensor, Tensor]:
+    """Pictures (n, versions, 3, h, w), uint8, and their LPIPS to the original (n, versions):
+    version 0 is the original, then come pairs of one kind at two severities, every other pair a
+    decoded kind; some pictures are spoilt twice."""
+    g, dev, n = (
+        torch.Generator().manual_seed(seed),
+        next(tokenizers[0].parameters()).device,
+        min(n, len(data)),
+    )
     kinds = [k for k in KINDS if k != "guided" or guided is not None]
-    bank, away = torch.empty((n, versions, *data.hr.shape[1:]), dtype=torch.uint8), torch.zeros((n, versions))
+    bank, away = (
+        torch.empty((n, versions, *data.hr.shape[1:]), dtype=torch.uint8),
+        torch.zeros((n, versions)),
+    )
     for at in tqdm(range(0, n, chunk), desc="spoilt pictures", disable=n < 100, mininterval=10):
         hr, lr = (t[at : min(at + chunk, n)].to(dev).float() / 255 for t in (data.hr, data.lr))
         bank[at : at + len(hr), 0] = (hr * 255).round().byte().cpu()
         tokenizer = tokenizers[at // chunk % len(tokenizers)]
         kind, s = "", 0.0
         for v in range(1, versions):
-            pool, u = [k for k in kinds if (k in DECODED) == (v % 4 == 1)], float(torch.rand((), generator=g))
-            kind, s = (pool[int(torch.randint(0, len(pool), (), generator=g))], u) if v % 2 else (kind, (s + 0.2 + 0.6 * u) % 1)
+            pool, u = (
+                [k for k in kinds if (k in DECODED) == (v % 4 == 1)],
+                float(torch.rand((), generator=g)),
+            )
+            kind, s = (
+                (pool[int(torch.randint(0, len(pool), (), generator=g))], u)
+                if v % 2
+                else (kind, (s + 0.2 + 0.6 * u) % 1)
+            )
             with torch.autocast(dev.type, torch.bfloat16, enabled=fast_bfloat16(dev)):
                 y = spoil(kind, s, hr, lr, tokenizer, g, guided)
                 if torch.rand((), generator=g) < 0.15:
-                    y = spoil(KINDS[-5:][int(torch.randint(0, 5, (), generator=g))], 0.5 * s, y, lr, tokenizer, g)
+                    y = spoil(
+                        KINDS[-5:][int(torch.randint(0, 5, (), generator=g))],
+                        0.5 * s,
+                        y,
+                        lr,
+                        tokenizer,
+                        g,
+                    )
                 away[at : at + len(hr), v] = perceptual.distance(y, hr).float().cpu()
             bank[at : at + len(hr), v] = (y * 255).round().byte().cpu()
     return bank, away
 
 
-def ranking_loss(logits: Tensor, away: Tensor, *groups: Tensor, known: float = 0.02, slope: float = 6.0, margin: float = 0.2) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Hinge loss over all pairs whose LPIPS differs by more than `known`: the better one's logit must lead by `margin` and `slope` ×
-    that difference. The mean over all pairs plus, for each grouping, over those inside a group. Also the share in order."""
-    worse, lead = away[None] - away[:, None], logits[:, None] - logits[None]  # [i, j]: by how much j is worse than i
+def ranking_loss(
+    logits: Tensor,
+    away: Tensor,
+    *groups: Tensor,
+    known: float = 0.02,
+    slope: float = 6.0,
+    margin: float = 0.2,
+) -> tuple[Tensor, Tensor]:
+    """Hinge loss over all pairs whose LPIPS differs by more than `known`: the better one's logit
+    must lead by `margin` and `slope` × that difference. The mean over all pairs plus, for each
+    grouping, over those inside a group. Also the share in order."""
+    worse, lead = (
+        away[None] - away[:, None],
+        logits[:, None] - logits[None],
+    )  # [i, j]: by how much j is worse than i
     hinge, pairs = F.relu(slope * worse + margin - lead), worse > known
-    terms = [hinge[m].mean() for m in (pairs, *(pairs & (g[:, None] == g[None]) for g in groups)) if m.any()]
+    terms = [
+        hinge[m].mean()
+        for m in (pairs, *(pairs & (g[:, None] == g[None]) for g in groups))
+        if m.any()
+    ]
     return sum(terms, logits.sum() * 0), (lead[pairs] > 0).float().mean()
 
 
-def train_expert(data: scenes.Pairs, tokenizer: VQModel | tuple[VQModel, ...], out: Path = WEIGHTS / "expert.safetensors", steps: int = 3000, lr: float = 1e-3,
-                 batch: int = 28, seed: int = 0, device: str | None = None, guided: GuidedDecoder | None = None, bank: int = 800) -> NanoExpert:  # fmt: skip
-    """Train the nano expert on the first `bank` scenes, 13 versions each (0.6 MB a scene); a batch is seven versions of `batch` / 7 scenes.
-    Several tokenizers (same codes, other decoders) take turns, so that the expert does not learn the traces of one decoder.
+def train_expert(
+    data: scenes.Pairs,
+    tokenizer: VQModel | tuple[VQModel, ...],
+    out: Path = WEIGHTS / "expert.safetensors",
+    steps: int = 3000,
+    lr: float = 1e-3,
+    batch: int = 28,
+    seed: int = 0,
+    device: str | None = None,
+    guided: GuidedDecoder | None = None,
+    bank: int = 800,
+) -> NanoExpert:
+    """Train the nano expert on the first `bank` scenes, 13 versions each (0.6 MB a scene); a batch
+    is seven versions of `batch` / 7 scenes. Several tokenizers (same codes, other decoders) take
+    turns, so that the expert does not learn the traces of one decoder.
     """
     dev = device_of(device)
-    tokenizers = tuple(t.to(dev).eval() for t in (tokenizer if isinstance(tokenizer, tuple) else (tokenizer,)))
-    pictures, away = make_bank(data, tokenizers, bank, guided=guided and guided.to(dev).eval(), seed=seed)
+    tokenizers = tuple(
+        t.to(dev).eval() for t in (tokenizer if isinstance(tokenizer, tuple) else (tokenizer,))
+    )
+    pictures, away = make_bank(
+        data, tokenizers, bank, guided=guided and guided.to(dev).eval(), seed=seed
+    )
     torch.manual_seed(seed)
     model, last = NanoExpert().to(dev), {}
 
@@ -203,17 +356,29 @@ def train_expert(data: scenes.Pairs, tokenizer: VQModel | tuple[VQModel, ...], o
         g = torch.Generator().manual_seed(seed * 10_000_019 + step)
         i = torch.randint(0, len(pictures), (batch // 7,), generator=g)[:, None]
         pair = torch.rand((len(i), pictures.shape[1] // 2), generator=g).argsort(1)[:, :3]
-        v = torch.cat([torch.zeros_like(i), 2 * pair + 1, 2 * pair + 2], 1)  # the original and three pairs
+        v = torch.cat(
+            [torch.zeros_like(i), 2 * pair + 1, 2 * pair + 2], 1
+        )  # the original and three pairs
         x, d = pictures[i, v].flatten(0, 1).to(dev).float() / 255, away[i, v].flatten().to(dev)
-        x = x[:, torch.randperm(3, generator=g)].flip([k for k in (-1, -2) if torch.rand((), generator=g) < 0.5])
+        x = x[:, torch.randperm(3, generator=g)].flip(
+            [k for k in (-1, -2) if torch.rand((), generator=g) < 0.5]
+        )
         with torch.autocast(dev.type, torch.bfloat16, enabled=fast_bfloat16(dev)):
             logits = model.logits(x)
-        rank, right = ranking_loss(logits, d, *(t.flatten().to(dev) for t in (i.expand_as(v), 100 * i + (v + 1) // 2)))
-        # Ranking leaves the scale free: a light pull puts the original near 0.95 and an LPIPS of 0.9 near 0.05.
+        rank, right = ranking_loss(
+            logits, d, *(t.flatten().to(dev) for t in (i.expand_as(v), 100 * i + (v + 1) // 2))
+        )
+        # Ranking leaves the scale free: a light pull puts the original near 0.95 and an LPIPS of
+        # 0.9 near 0.05.
         anchor = (torch.sigmoid(logits) - (0.95 - 0.9 * (d / 0.9).clamp(0, 1))).abs().mean()
-        return rank + anchor, {"rank": float(rank.detach()), "anchor": float(anchor.detach()), "ordered": float(right)}
+        return rank + anchor, {
+            "rank": float(rank.detach()),
+            "anchor": float(anchor.detach()),
+            "ordered": float(right),
+        }
 
-    # The average of `fit` looks back 500 steps, too far in a run this short; the learning rate has come to rest by the end.
+    # The average of `fit` looks back 500 steps, too far in a run this short; the learning rate has
+    # come to rest by the end.
     keep = {steps - 1: lambda: last.update({k: t.clone() for k, t in model.state_dict().items()})}
     fit(model, loss_of, steps, Path(out), lr, seed, after_step=lambda step: keep.get(step, dict)())
     model.load_state_dict(last or model.state_dict())
@@ -222,18 +387,32 @@ def train_expert(data: scenes.Pairs, tokenizer: VQModel | tuple[VQModel, ...], o
 
 
 def absent(files: tuple[str, ...]) -> list[str]:
-    """Those of `files` (named as in METRICS) that are not on this machine, each with the folder where it goes."""
+    """Those of `files` (named as in METRICS) that are not on this machine, each with the folder
+    where it goes."""
     hub, cache, out = Path(torch.hub.get_dir()), huggingface_hub.constants.HF_HUB_CACHE, []
     for name in files:
         timm = name.startswith("timm/")
-        if not (huggingface_hub.try_to_load_from_cache(name, "model.safetensors") if timm else (hub / name).exists()):
-            out.append(f"{name} (a Hugging Face repository) in {cache}" if timm else f"{Path(name).name} in {(hub / name).parent}")
+        if not (
+            huggingface_hub.try_to_load_from_cache(name, "model.safetensors")
+            if timm
+            else (hub / name).exists()
+        ):
+            out.append(
+                f"{name} (a Hugging Face repository) in {cache}"
+                if timm
+                else f"{Path(name).name} in {(hub / name).parent}"
+            )
     return out
 
 
 def plain(reason: object) -> str:
-    """An error's sentence without this machine's folders and without its full stop, for a table that is shared."""
-    places = {"HUB": torch.hub.get_dir(), "HF_HUB_CACHE": huggingface_hub.constants.HF_HUB_CACHE, "~": Path.home()}
+    """An error's sentence without this machine's folders and without its full stop, for a table
+    that is shared."""
+    places = {
+        "HUB": torch.hub.get_dir(),
+        "HF_HUB_CACHE": huggingface_hub.constants.HF_HUB_CACHE,
+        "~": Path.home(),
+    }
     text = str(reason)
     for name, path in places.items():
         text = text.replace(str(path), name)
@@ -246,8 +425,9 @@ def missing_files(metric: str) -> list[str]:
 
 
 def create(metric: str, device: str | torch.device = "cpu", **options) -> Callable[..., Tensor]:
-    """One metric of pyiqa, by pyiqa's name, without any download; check for its files first. NIQE reads pyiqa's own file
-    where that is, and otherwise the parameters that ship here (BasicSR's, Apache-2.0), which give the published values."""
+    """One metric of pyiqa, by pyiqa's name, without any download; check for its files first. NIQE
+    reads pyiqa's own file where that is, and otherwise the parameters that ship here (BasicSR's,
+    Apache-2.0), which give the published values."""
     import pyiqa
 
     hub, constants = Path(torch.hub.get_dir()), huggingface_hub.constants
@@ -256,36 +436,50 @@ def create(metric: str, device: str | torch.device = "cpu", **options) -> Callab
         if metric in ("niqe", "brisque") and (hub / METRICS[metric][2][0]).exists():
             options["pretrained_model_path"] = str(hub / METRICS[metric][2][0])
         elif metric == "niqe":
-            with tempfile.TemporaryDirectory() as folder:  # pyiqa takes a path of a MATLAB file and reads it at once
+            with (
+                tempfile.TemporaryDirectory() as folder
+            ):  # pyiqa takes a path of a MATLAB file and reads it at once
                 options["pretrained_model_path"] = str(Path(folder) / "niqe.mat")
-                savemat(options["pretrained_model_path"], {k: v.numpy() for k, v in load_file(NIQE).items()})
+                savemat(
+                    options["pretrained_model_path"],
+                    {k: v.numpy() for k, v in load_file(NIQE).items()},
+                )
                 return pyiqa.create_metric(metric, device=device, **options)
         return pyiqa.create_metric(metric, device=device, **options)
     except ModuleNotFoundError as e:
-        raise ModuleNotFoundError(f"{metric}: pyiqa misses {e.name}, so run pip install 'setuptools<82' openai-clip") from e
+        raise ModuleNotFoundError(
+            f"{metric}: pyiqa misses {e.name}, so run pip install 'setuptools<82' openai-clip"
+        ) from e
     finally:
         constants.HF_HUB_OFFLINE = offline
 
 
 def numbers(metric: Callable[..., Tensor], *pictures: Tensor) -> Tensor:
-    """A metric's own values (b,) of batches (b, 3, h, w); NaN where it fails: such a picture must not take the batch with it."""
+    """A metric's own values (b,) of batches (b, 3, h, w); NaN where it fails: such a picture must
+    not take the batch with it."""
     try:
         v = metric(*pictures)
     except torch.linalg.LinAlgError:
         if len(pictures[0]) == 1:
             return pictures[0].new_full((1,), torch.nan)
-        return torch.cat([numbers(metric, *one) for one in zip(*(p.split(1) for p in pictures), strict=True)])
+        return torch.cat(
+            [numbers(metric, *one) for one in zip(*(p.split(1) for p in pictures), strict=True)]
+        )
     return (v[0] if isinstance(v, tuple) else v).reshape(-1).float()
 
 
 class PyiqaExpert:
-    """The mean of some pyiqa metrics, each on its scale of METRICS. A picture that a metric has no number for (a flat or a
-    black one) scores 0 there. Raises FileNotFoundError, in one sentence, where files are absent: nothing is downloaded."""
+    """The mean of some pyiqa metrics, each on its scale of METRICS. A picture that a metric has no
+    number for (a flat or a black one) scores 0 there. Raises FileNotFoundError, in one sentence,
+    where files are absent: nothing is downloaded."""
 
     def __init__(self, metrics: tuple[str, ...], device: str | torch.device = "cpu"):
         missing = [f for m in metrics for f in missing_files(m)]
         if missing:
-            raise FileNotFoundError(f"{', '.join(metrics)}: files are missing and nothing is downloaded, so put {'; '.join(missing)}")
+            raise FileNotFoundError(
+                f"{', '.join(metrics)}: files are missing and nothing is downloaded, so put "
+                f"{'; '.join(missing)}"
+            )
         # NIQE computes in double precision, which Apple's GPUs do not have.
         self.device = torch.device("cpu" if torch.device(device).type == "mps" else device)
         self.metrics = {m: create(m, self.device) for m in metrics}
@@ -294,71 +488,117 @@ class PyiqaExpert:
     def raw(self, x: Tensor) -> dict[str, Tensor]:
         """The metrics' own values on their own scales, (b,) each."""
         if "niqe" in self.metrics and min(x.shape[-2:]) < 96:
-            raise ValueError(f"NIQE needs pictures of 96 px or more, got {x.shape[-1]}x{x.shape[-2]}: take another expert")
-        return {m: numbers(self.metrics[m], x.to(self.device).float().clamp(0, 1)) for m in self.metrics}
+            raise ValueError(
+                f"NIQE needs pictures of 96 px or more, got {x.shape[-1]}x{x.shape[-2]}: take "
+                f"another expert"
+            )
+        return {
+            m: numbers(self.metrics[m], x.to(self.device).float().clamp(0, 1)) for m in self.metrics
+        }
 
     def __call__(self, x: Tensor) -> Tensor:
         ends = {m: METRICS[m][:2] for m in self.metrics}
-        scaled = [((v - ends[m][0]) / (ends[m][1] - ends[m][0])).nan_to_num(0.0).clamp(0, 1) for m, v in self.raw(x).items()]
+        scaled = [
+            ((v - ends[m][0]) / (ends[m][1] - ends[m][0])).nan_to_num(0.0).clamp(0, 1)
+            for m, v in self.raw(x).items()
+        ]
         return torch.stack(scaled).mean(0).to(x.device)
 
 
-def load_expert(name: str = "nano", device: str | torch.device = "cpu", path: str | Path = WEIGHTS / "expert.safetensors") -> Expert:
-    """One of NAMES; `path` is the nano expert's file. One-sentence errors: ValueError for another name or a file that is not
-    the nano expert's, FileNotFoundError where weights are absent."""
+def load_expert(
+    name: str = "nano",
+    device: str | torch.device = "cpu",
+    path: str | Path = WEIGHTS / "expert.safetensors",
+) -> Expert:
+    """One of NAMES; `path` is the nano expert's file. One-sentence errors: ValueError for another
+    name or a file that is not the nano expert's, FileNotFoundError where weights are absent."""
     if name not in NAMES:
         raise ValueError(f"no expert {name!r}; choose one of {', '.join(NAMES)}")
     if name != "nano":
         return PyiqaExpert(PAPER if name == "paper" else (name,), device)
-    CLASSES["NanoExpert"] = (NanoExpert, None)  # `weights` comes before this module and cannot know the class
+    CLASSES["NanoExpert"] = (
+        NanoExpert,
+        None,
+    )  # `weights` comes before this module and cannot know the class
     model = load(path, device)
     if not isinstance(model, NanoExpert):
-        raise ValueError(f"weights {Path(path).name} are not the nano expert's: point to the right file")
+        raise ValueError(
+            f"weights {Path(path).name} are not the nano expert's: point to the right file"
+        )
     return model.requires_grad_(False)
 
 
 def spearman(a, b) -> float:
     """Spearman's rank correlation of two lists of numbers; 0 where one of them is constant."""
-    return float(spearmanr(a, b).statistic) if np.ptp(np.asarray(a)) and np.ptp(np.asarray(b)) else 0.0
+    return (
+        float(spearmanr(a, b).statistic) if np.ptp(np.asarray(a)) and np.ptp(np.asarray(b)) else 0.0
+    )
 
 
 def in_order(scores: Tensor, away: Tensor | None = None, margin: float = 0.02) -> tuple[int, int]:
-    """Scores (levels, b), mildest level first → how many pairs of two levels of one scene are in order, and of how many.
-    With LPIPS `away` (levels, b) only the pairs count of which LPIPS says the same by more than `margin`.
+    """Scores (levels, b), mildest level first → how many pairs of two levels of one scene are in
+    order, and of how many. With LPIPS `away` (levels, b) only the pairs count of which LPIPS says
+    the same by more than `margin`.
     """
     first, second = torch.triu_indices(len(scores), len(scores), 1)
-    known = torch.ones_like(scores[first]).bool() if away is None else away[second] - away[first] > margin
+    known = (
+        torch.ones_like(scores[first]).bool()
+        if away is None
+        else away[second] - away[first] > margin
+    )
     return int((scores[first] > scores[second])[known].sum()), int(known.sum())
 
 
 def ordered_pairs(expert: Expert, ladder: Tensor) -> float:
-    """Share of the pairs of different severity in a ladder (levels, b, 3, h, w), mildest first, that the expert ranks right."""
+    """Share of the pairs of different severity in a ladder (levels, b, 3, h, w), mildest first,
+    that the expert ranks right."""
     right, known = in_order(torch.stack([expert(level).cpu() for level in ladder]))
     return right / known
 
 
 @torch.no_grad()
-def calibrate(expert: Expert, data: scenes.Pairs, tokenizer: VQModel, guided: GuidedDecoder | None = None, levels: tuple[float, ...] = LEVELS,
-              batch: int = 16, seed: int = 0) -> dict:  # fmt: skip
-    """How far an expert can be trusted on held-out scenes, over ladders of the original and each kind at rising severity.
-    `ordered` and `by_kind`: share of the pairs of one scene and kind ranked by severity where LPIPS agrees by 0.02; `ordered_all`:
-    of all pairs. `spearman`: rank correlation with LPIPS over decoded pictures, -1 is perfect; `spearman_scene`: its mean within
-    a scene, as a GRPO group sees it. `rows`: (kind, severity, scene, score, LPIPS) of every picture; severity 0 is the original.
+def calibrate(
+    expert: Expert,
+    data: scenes.Pairs,
+    tokenizer: VQModel,
+    guided: GuidedDecoder | None = None,
+    levels: tuple[float, ...] = LEVELS,
+    batch: int = 16,
+    seed: int = 0,
+) -> dict:
+    """How far an expert can be trusted on held-out scenes, over ladders of the original and each
+    kind at rising severity. `ordered` and `by_kind`: share of the pairs of one scene and kind
+    ranked by severity where LPIPS agrees by 0.02; `ordered_all`: of all pairs. `spearman`: rank
+    correlation with LPIPS over decoded pictures, -1 is perfect; `spearman_scene`: its mean within a
+    scene, as a GRPO group sees it. `rows`: (kind, severity, scene, score, LPIPS) of every picture;
+    severity 0 is the original.
     """
     dev, rows, pairs, every = next(tokenizer.parameters()).device, [], {}, np.zeros(2)
-    for at in tqdm(range(0, len(data), batch), desc="calibrate", disable=len(data) < 64, mininterval=10):
+    for at in tqdm(
+        range(0, len(data), batch), desc="calibrate", disable=len(data) < 64, mininterval=10
+    ):
         hr, lr = (t[at : at + batch].to(dev).float() / 255 for t in (data.hr, data.lr))
         g, best = torch.Generator().manual_seed(seed + at), expert(hr).cpu()
         for kind in (k for k in KINDS if k != "guided" or guided is not None):
             ladder = [spoil(kind, s, hr, lr, tokenizer, g, guided) for s in levels]
             scores = torch.stack([best, *(expert(level).cpu() for level in ladder)])
-            away = torch.stack([torch.zeros(len(hr)), *(perceptual.distance(level, hr).cpu() for level in ladder)])
+            away = torch.stack(
+                [torch.zeros(len(hr)), *(perceptual.distance(level, hr).cpu() for level in ladder)]
+            )
             pairs[kind] = pairs.get(kind, 0) + np.array(in_order(scores, away))
             every += in_order(scores)
             for s, score, d in zip((0.0, *levels), scores.tolist(), away.tolist(), strict=True):
                 rows += [(kind, s, at + i, *v) for i, v in enumerate(zip(score, d, strict=True))]
     right, known = sum(pairs.values())
-    decoded = np.array([(scene, score, d) for kind, s, scene, score, d in rows if kind in DECODED and s > 0])
+    decoded = np.array(
+        [(scene, score, d) for kind, s, scene, score, d in rows if kind in DECODED and s > 0]
+    )
     own = [spearman(*decoded[decoded[:, 0] == i, 1:].T) for i in range(len(data))]
-    return {"ordered": float(right / known), "ordered_all": float(every[0] / every[1]), "by_kind": {k: float(a / n) for k, (a, n) in pairs.items()},
-            "spearman": spearman(*decoded[:, 1:].T), "spearman_scene": float(np.mean(own)), "rows": rows}  # fmt: skip
+    return {
+        "ordered": float(right / known),
+        "ordered_all": float(every[0] / every[1]),
+        "by_kind": {k: float(a / n) for k, (a, n) in pairs.items()},
+        "spearman": spearman(*decoded[:, 1:].T),
+        "spearman_scene": float(np.mean(own)),
+        "rows": rows,
+    }

@@ -1,15 +1,16 @@
 """Photo collages and labelled photos: an image, three captions of growing detail, and tags.
 
-A collage puts a real cut-out photograph on a real background photograph, so the object, its colour, size and
-position and the background are known exactly; captions and rewards have exact ground truth, without a captioner.
-Captions are controlled English of fixed length, one template a level:
+A collage puts a real cut-out photograph on a real background photograph, so the object, its colour,
+size and position and the background are known exactly; captions and rewards have exact ground
+truth, without a captioner. Captions are controlled English of fixed length, one template a level:
 
     rough   a bird on grass
     middle  a white seabird on green grass
     final   a large white seabird at the lower left on green grass with trees
 
 Whole labelled photographs (windmills, monuments, fish, coral, solar panels) use the same templates.
-Splits are by cut-out and by background photograph: what is validated or tested was never seen in training.
+Splits are by cut-out and by background photograph: what is validated or tested was never seen in
+training.
 """
 
 import json
@@ -28,7 +29,19 @@ from realsr_r1.first import degradation
 from realsr_r1.images import Dice, square
 
 ASSETS = Path(__file__).parents[1] / "assets"
-COLORS = ("black", "gray", "white", "red", "orange", "brown", "yellow", "green", "blue", "purple", "pink")
+COLORS = (
+    "black",
+    "gray",
+    "white",
+    "red",
+    "orange",
+    "brown",
+    "yellow",
+    "green",
+    "blue",
+    "purple",
+    "pink",
+)
 # Hue ranges in degrees.
 HUES = (
     (0, 18, "red"),
@@ -42,8 +55,17 @@ HUES = (
 )
 SIZES = ("small", "medium", "large")
 VERTICAL, HORIZONTAL = ("upper", "central", "lower"), ("left", "middle", "right")
-PREPOSITIONS = {"grass": "on", "sand": "on", "road": "on", "wall": "against", "sky": "against", "water": "in", "leaves": "among"}
-# Where each category is met. "Ground" backgrounds get an object that stands on them and casts a shadow.
+PREPOSITIONS = {
+    "grass": "on",
+    "sand": "on",
+    "road": "on",
+    "wall": "against",
+    "sky": "against",
+    "water": "in",
+    "leaves": "among",
+}
+# Where each category is met. "Ground" backgrounds get an object that stands on them and casts a
+# shadow.
 PLACES = {
     "bird": ("grass", "sand", "road", "sky", "leaves"),
     "mammal": ("grass", "sand", "road", "wall"),
@@ -65,7 +87,17 @@ KIND_PLACES = {
     "ship": ("water",),
     "penguin": ("sand", "road", "water"),
 }
-FLYING = {"songbird", "parrot", "seabird", "raptor", "pigeon", "wader", "plane", "balloon", "waterfowl"}
+FLYING = {
+    "songbird",
+    "parrot",
+    "seabird",
+    "raptor",
+    "pigeon",
+    "wader",
+    "plane",
+    "balloon",
+    "waterfowl",
+}
 GROUND = {"grass", "sand", "road"}
 SPLITS = ("train", "val", "test")
 
@@ -92,7 +124,8 @@ class Scene:
         return (
             f"a {self.category} {prep} {self.background}",
             f"a {self.color} {self.kind} {prep} {self.background_color} {self.background}",
-            f"a {self.size} {self.color} {self.kind} at the {self.vertical} {self.horizontal} {prep} {self.background_color} {self.background} with {self.detail}",
+            f"a {self.size} {self.color} {self.kind} at the {self.vertical} {self.horizontal} "
+            f"{prep} {self.background_color} {self.background} with {self.detail}",
         )
 
     @property
@@ -103,17 +136,32 @@ class Scene:
 
 @lru_cache(maxsize=1)
 def metadata() -> dict:
-    """assets/scenes.json: category, kind and split of each cut-out, region and class of each background, photo labels."""
+    """assets/scenes.json: category, kind and split of each cut-out, region and class of each
+    background, photo labels."""
     path = ASSETS / "scenes.json"
     if not path.exists():
-        raise FileNotFoundError(f"{path.name} is missing from the package's assets: reinstall realsr_r1 from a complete checkout")
+        raise FileNotFoundError(
+            f"{path.name} is missing from the package's assets: reinstall realsr_r1 from a "
+            f"complete checkout"
+        )
     return json.loads(path.read_text())
 
 
 def vocabulary() -> list[str]:
     """Every word the captions can use, sorted: the policy's text vocabulary is built from it."""
     m = metadata()
-    words = {"a", "at", "the", "with", *COLORS, *SIZES, *VERTICAL, *HORIZONTAL, *PREPOSITIONS, *PREPOSITIONS.values()}
+    words = {
+        "a",
+        "at",
+        "the",
+        "with",
+        *COLORS,
+        *SIZES,
+        *VERTICAL,
+        *HORIZONTAL,
+        *PREPOSITIONS,
+        *PREPOSITIONS.values(),
+    }
     for e in (*m["cutouts"].values(), *(p for p in m["photos"].values() if "category" in p)):
         words |= {e["category"], e["kind"]} | ({e["detail"]} if "detail" in e else set())
     words |= {r["detail"] for regions in m["backgrounds"].values() for r in regions}
@@ -121,16 +169,24 @@ def vocabulary() -> list[str]:
 
 
 def color_name(pixels: np.ndarray) -> str:
-    """Name the dominant colour of (n, 3) pixels in [0, 255]: a vote of the pixels, each named by hue and brightness."""
+    """Name the dominant colour of (n, 3) pixels in [0, 255]: a vote of the pixels, each named by
+    hue and brightness."""
     if len(pixels) == 0:
         return "gray"
     # At most about 3,000 evenly spaced pixels vote: more do not change the winner.
-    r, g, b = np.ascontiguousarray(pixels[:: max(1, len(pixels) // 3000)].T).astype(np.float32) / 255
+    r, g, b = (
+        np.ascontiguousarray(pixels[:: max(1, len(pixels) // 3000)].T).astype(np.float32) / 255
+    )
     hi, lo = np.maximum(np.maximum(r, g), b), np.minimum(np.minimum(r, g), b)
     chroma = hi - lo
     sat = chroma / np.maximum(hi, 1e-6)
     safe = np.maximum(chroma, 1e-6)
-    hue = np.where(hi == r, ((g - b) / safe) % 6, np.where(hi == g, (b - r) / safe + 2, (r - g) / safe + 4)) * 60
+    hue = (
+        np.where(
+            hi == r, ((g - b) / safe) % 6, np.where(hi == g, (b - r) / safe + 2, (r - g) / safe + 4)
+        )
+        * 60
+    )
     index = {c: i for i, c in enumerate(COLORS)}
     name = np.full(len(r), index["gray"])
     name[hi < 0.22] = index["black"]
@@ -152,7 +208,8 @@ def _load(kind: str, name: str) -> Image.Image:
 
 @lru_cache(maxsize=8)
 def _pools(split: str) -> tuple[dict, dict, list]:
-    """For one split: category → cut-out names, background class → (photo, region), labelled photos."""
+    """For one split: category → cut-out names, background class → (photo, region),
+    labelled photos."""
     if split not in SPLITS:
         raise ValueError(f"no split {split!r}; choose one of {', '.join(SPLITS)}")
     m, cutouts, backgrounds = metadata(), {}, {}
@@ -168,7 +225,8 @@ def _pools(split: str) -> tuple[dict, dict, list]:
 
 
 def collage(seed: int, split: str = "train", size: int = 128) -> Scene:
-    """The collage of this seed: same seed, split and size, same picture (numpy's generator; no global state)."""
+    """The collage of this seed: same seed, split and size, same picture (numpy's generator; no
+    global state)."""
     d = Dice(seed)
     cutouts, backgrounds, _ = _pools(split)
     categories = sorted(cutouts)
@@ -176,10 +234,20 @@ def collage(seed: int, split: str = "train", size: int = 128) -> Scene:
     category = d.pick(categories, p / p.sum())
     name = d.pick(sorted(cutouts[category]))
     kind = metadata()["cutouts"][name]["kind"]
-    places = [b for b in KIND_PLACES.get(kind, PLACES[category]) if b in backgrounds and (b != "sky" or kind in FLYING)]
+    places = [
+        b
+        for b in KIND_PLACES.get(kind, PLACES[category])
+        if b in backgrounds and (b != "sky" or kind in FLYING)
+    ]
     place = d.pick(places)
     photo, region = d.pick(backgrounds[place])
-    canvas = square(_load("photos", photo), region["box"], size, d, (0.75, 1.0) if place in GROUND else (0.5, 1.0))
+    canvas = square(
+        _load("photos", photo),
+        region["box"],
+        size,
+        d,
+        (0.75, 1.0) if place in GROUND else (0.5, 1.0),
+    )
     canvas = np.asarray(canvas, dtype=np.float32)
     canvas = np.clip(canvas * d.uniform(0.85, 1.12), 0, 255)
 
@@ -191,7 +259,9 @@ def collage(seed: int, split: str = "train", size: int = 128) -> Scene:
     lo, hi = {"small": (0.34, 0.44), "medium": (0.48, 0.62), "large": (0.68, 0.88)}[word]
     longest = d.uniform(lo, hi) * size
     f = longest / max(cut.size)
-    cut = cut.resize((max(8, round(cut.width * f)), max(8, round(cut.height * f))), Image.Resampling.LANCZOS)
+    cut = cut.resize(
+        (max(8, round(cut.width * f)), max(8, round(cut.height * f))), Image.Resampling.LANCZOS
+    )
     w, h = cut.size
     x = d.uniform(0.02 * size, max(0.02 * size + 1, size * 0.98 - w))
     if place in GROUND:
@@ -209,8 +279,15 @@ def collage(seed: int, split: str = "train", size: int = 128) -> Scene:
         canvas = canvas * (1 - _shadow(layer, place in GROUND, y + h, size))
     inside = alpha[..., 0] > 0.5
     # Mild colour matching: move the object's brightness and tint a little towards the scene's.
-    target, own = canvas.mean((0, 1)), rgba[..., :3][inside].mean(0) if inside.any() else canvas.mean((0, 1))
-    matched = np.clip(rgba[..., :3] * (1 + 0.15 * (target.mean() / max(own.mean(), 1) - 1)).clip(0.8, 1.15), 0, 255)
+    target, own = (
+        canvas.mean((0, 1)),
+        rgba[..., :3][inside].mean(0) if inside.any() else canvas.mean((0, 1)),
+    )
+    matched = np.clip(
+        rgba[..., :3] * (1 + 0.15 * (target.mean() / max(own.mean(), 1) - 1)).clip(0.8, 1.15),
+        0,
+        255,
+    )
     matched = 0.94 * matched + 0.06 * target
     image = canvas * (1 - alpha) + matched * alpha
     if place == "water":  # under water everything takes on some of the water's colour
@@ -218,26 +295,46 @@ def collage(seed: int, split: str = "train", size: int = 128) -> Scene:
     pixels = np.clip(np.round(image), 0, 255).astype(np.uint8)
     cy, cx = (y + h / 2) / size, (x + w / 2) / size
     return Scene(
-        torch.from_numpy(pixels).permute(2, 0, 1).float() / 255, category, kind, color_name(pixels[inside]), word,
-        VERTICAL[min(2, int(cy * 3))], HORIZONTAL[min(2, int(cx * 3))], place, color_name(pixels[alpha[..., 0] < 0.1]), region["detail"],
-    )  # fmt: skip
+        torch.from_numpy(pixels).permute(2, 0, 1).float() / 255,
+        category,
+        kind,
+        color_name(pixels[inside]),
+        word,
+        VERTICAL[min(2, int(cy * 3))],
+        HORIZONTAL[min(2, int(cx * 3))],
+        place,
+        color_name(pixels[alpha[..., 0] < 0.1]),
+        region["detail"],
+    )
 
 
 def _shadow(layer: Image.Image, ground: bool, bottom: int, size: int) -> np.ndarray:
-    """(size, size, 1) darkening: a flattened, blurred silhouette at the feet, or a soft halo on a wall."""
+    """(size, size, 1) darkening: a flattened, blurred silhouette at the feet, or a soft halo on a
+    wall."""
     alpha = layer.getchannel("A")
     if ground:
         squash = 0.18
         flat = alpha.transform(
-            (size, size), Image.Transform.AFFINE, (1, 0.5, -0.5 * bottom * 1.0, 0, 1 / squash, bottom * (1 - 1 / squash))
+            (size, size),
+            Image.Transform.AFFINE,
+            (1, 0.5, -0.5 * bottom * 1.0, 0, 1 / squash, bottom * (1 - 1 / squash)),
         )
-        return np.asarray(flat.filter(ImageFilter.GaussianBlur(2.0)), dtype=np.float32)[..., None] / 255 * 0.45
+        return (
+            np.asarray(flat.filter(ImageFilter.GaussianBlur(2.0)), dtype=np.float32)[..., None]
+            / 255
+            * 0.45
+        )
     moved = alpha.transform((size, size), Image.Transform.AFFINE, (1, 0, -3, 0, 1, -3))
-    return np.asarray(moved.filter(ImageFilter.GaussianBlur(3.0)), dtype=np.float32)[..., None] / 255 * 0.3
+    return (
+        np.asarray(moved.filter(ImageFilter.GaussianBlur(3.0)), dtype=np.float32)[..., None]
+        / 255
+        * 0.3
+    )
 
 
 def photo_scene(seed: int, split: str = "train", size: int = 128) -> Scene:
-    """A whole labelled photograph, randomly cropped; colours from the pixels of its centre and its border."""
+    """A whole labelled photograph, randomly cropped; colours from the pixels of its centre and its
+    border."""
     d = Dice(seed)
     photos = _pools(split)[2]
     name = d.pick(photos)
@@ -246,25 +343,38 @@ def photo_scene(seed: int, split: str = "train", size: int = 128) -> Scene:
     centre = np.zeros((size, size), bool)
     centre[size // 4 : -size // 4, size // 4 : -size // 4] = True
     return Scene(
-        torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255, e["category"], e["kind"], color_name(pixels[centre]), "large",
-        "central", "middle", e["background"], color_name(pixels[~centre]), e["detail"],
-    )  # fmt: skip
+        torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255,
+        e["category"],
+        e["kind"],
+        color_name(pixels[centre]),
+        "large",
+        "central",
+        "middle",
+        e["background"],
+        color_name(pixels[~centre]),
+        e["detail"],
+    )
 
 
 def scene(seed: int, split: str = "train", size: int = 128, photo_share: float = 0.1) -> Scene:
     """A collage or, for `photo_share` of the seeds, a whole labelled photograph."""
-    return (photo_scene if Dice(seed ^ 0x5EED).uniform(0, 1) < photo_share else collage)(seed, split, size)
+    return (photo_scene if Dice(seed ^ 0x5EED).uniform(0, 1) < photo_share else collage)(
+        seed, split, size
+    )
 
 
 def crop(seed: int, split: str = "train", size: int = 128) -> Tensor:
-    """A random square of any shipped photograph of the split, (3, size, size) in [0, 1]; no caption needed."""
+    """A random square of any shipped photograph of the split, (3, size, size) in [0, 1]; no caption
+    needed."""
     d = Dice(seed)
     names = sorted(n for n, e in metadata()["photos"].items() if e["split"] == split)
     image = square(_load("photos", d.pick(names)), (0, 0, 1, 1), size, d, (0.45, 1.0))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
-def stack(seeds: range | list[int], split: str = "train", size: int = 128, photo_share: float = 0.1) -> tuple[Tensor, list[Scene]]:
+def stack(
+    seeds: range | list[int], split: str = "train", size: int = 128, photo_share: float = 0.1
+) -> tuple[Tensor, list[Scene]]:
     """Scenes of several seeds as one batch (b, 3, size, size) and the list of them."""
     scenes = [scene(s, split, size, photo_share) for s in seeds]
     return torch.stack([s.image for s in scenes]), scenes
@@ -272,7 +382,8 @@ def stack(seeds: range | list[int], split: str = "train", size: int = 128, photo
 
 @dataclass
 class Pairs:
-    """HR and LR images of some scenes with all that is known: `hr` (n, 3, s, s) and `lr` (n, 3, s/4, s/4), uint8."""
+    """HR and LR images of some scenes with all that is known: `hr` (n, 3, s, s) and `lr` (n, 3,
+    s/4, s/4), uint8."""
 
     hr: Tensor
     lr: Tensor
@@ -284,12 +395,19 @@ class Pairs:
 
 
 def pairs(
-    seeds: range | list[int], split: str = "train", preset: str = "nano", size: int = 128, photo_share: float = 0.1, crops: bool = False
+    seeds: range | list[int],
+    split: str = "train",
+    preset: str = "nano",
+    size: int = 128,
+    photo_share: float = 0.1,
+    crops: bool = False,
 ) -> Pairs:
-    """Scenes of these seeds, each degraded by a draw of its own seed: the same seed always gives the same pair.
+    """Scenes of these seeds, each degraded by a draw of its own seed: the same seed always gives
+    the same pair.
 
-    With `crops` the pictures are random squares of all the split's photographs, which have labels but no scene (`scenes`
-    is empty): degradation can be learnt from any picture, and more pictures teach it better.
+    With `crops` the pictures are random squares of all the split's photographs, which have labels
+    but no scene (`scenes` is empty): degradation can be learnt from any picture, and more pictures
+    teach it better.
     """
     hr, lr, labels, scenes = [], [], [], []
     for seed in tqdm(seeds, desc=f"{split} pairs", disable=len(seeds) < 1000, mininterval=5):
@@ -309,10 +427,18 @@ def pairs(
 FIRST_SEED = {"train": 0, "val": 1_000_000, "test": 2_000_000}
 
 
-def cached_pairs(n: int, split: str = "train", preset: str = "nano", cache: str | Path | None = None, crops: bool = False) -> Pairs:
-    """The first `n` pairs of a split, kept in the folder `cache` (if given) and read from there the next time.
+def cached_pairs(
+    n: int,
+    split: str = "train",
+    preset: str = "nano",
+    cache: str | Path | None = None,
+    crops: bool = False,
+) -> Pairs:
+    """The first `n` pairs of a split, kept in the folder `cache` (if given) and read from there the
+    next time.
 
-    A cache that holds at least `n` pairs of this split and preset is used; a damaged one is made again.
+    A cache that holds at least `n` pairs of this split and preset is used; a damaged one is made
+    again.
     """
     path = Path(cache) / f"{split}_{preset}{'_crops' * crops}.pt" if cache else None
     if path and path.exists():
@@ -320,12 +446,19 @@ def cached_pairs(n: int, split: str = "train", preset: str = "nano", cache: str 
             saved = torch.load(path, weights_only=True)
             if len(saved["hr"]) >= n:
                 known = [json.loads(line) for line in saved["known"][:n]]
-                return Pairs(saved["hr"][:n], saved["lr"][:n], [k[0] for k in known], [Scene(None, **k[1]) for k in known if k[1]])
+                return Pairs(
+                    saved["hr"][:n],
+                    saved["lr"][:n],
+                    [k[0] for k in known],
+                    [Scene(None, **k[1]) for k in known if k[1]],
+                )
         except (RuntimeError, OSError, KeyError, ValueError, pickle.UnpicklingError):
             path.unlink()
     made = pairs(range(FIRST_SEED[split], FIRST_SEED[split] + n), split, preset, crops=crops)
     if path:
-        whole = [{k: v for k, v in asdict(s).items() if k != "image"} for s in made.scenes] or [None] * len(made)
+        whole = [{k: v for k, v in asdict(s).items() if k != "image"} for s in made.scenes] or [
+            None
+        ] * len(made)
         known = [json.dumps(pair) for pair in zip(made.labels, whole, strict=True)]
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save({"hr": made.hr, "lr": made.lr, "known": known}, path.with_suffix(".part"))

@@ -1,7 +1,8 @@
 """What fits where, what the paper's recipe costs, and measured peaks beside the counted ones.
 
-`python -m realsr_r1.first cost` prints one run's memory; with --table all tables, with --measure the comparison. Tables are
-counts (`cost`), except the measured column: there the real trainers ran in a process of their own.
+`python -m realsr_r1.first cost` prints one run's memory; with --table all tables, with --measure
+the comparison. Tables are counts (`cost`), except the measured column: there the real trainers ran
+in a process of their own.
 """
 
 import argparse
@@ -45,18 +46,25 @@ from realsr_r1.planning.cost import (
 )
 from realsr_r1.reference import qwen as middle
 
-# The reference chain at its longest: the limits of the release's RL script (prompt 5,000, completion 7,000 words).
+# The reference chain at its longest: the limits of the release's RL script (prompt 5,000,
+# completion 7,000 words).
 REFERENCE = {"prompt": 5_000, "completion": 7_000, "precision": "bfloat16", "checkpointing": True}
 PNG = 1.6  # bytes a pixel
 
 
 def plans() -> dict[str, tuple[Shape, Run]]:
-    """Runs whose fit is tabled. 128 and 256 px: this project's chain with 20 words a text; 7 B: the paper's chain."""
+    """Runs whose fit is tabled. 128 and 256 px: this project's chain with 20 words a text; 7 B: the
+    paper's chain."""
     p, c = chain_tokens(128)
     p2, c2 = chain_tokens(256)
     ours, both = qwen3(len(Vocabulary())), qwen3(151_936 + len(Vocabulary()))
     full = {"precision": "mixed", "checkpointing": True}
-    lora = {"precision": "bfloat16", "checkpointing": True, "lora": 16, "new_rows": len(Vocabulary())}
+    lora = {
+        "precision": "bfloat16",
+        "checkpointing": True,
+        "lora": 16,
+        "new_rows": len(Vocabulary()),
+    }
     shards = REFERENCE | {"sharded": True}
     return {
         "nano, SFT, batch 64": (nano(), Run("sft", p, c, 64, optimizer="muon")),
@@ -66,11 +74,20 @@ def plans() -> dict[str, tuple[Shape, Run]]:
         "0.6 B, GRPO, LoRA, 2 × 8, micro-batch 4": (both, Run("grpo", p, c, 4, 4, 2, 8, **lora)),
         "the same, own words only": (ours, Run("grpo", p, c, 4, 4, 2, 8, **lora)),
         "the same, 256 px, micro-batch 1": (ours, Run("grpo", p2, c2, 1, 16, 2, 8, **lora)),
-        "0.6 B, GRPO, all weights, KL, 2 × 8, micro-batch 4": (both, Run("grpo", p, c, 4, 4, 2, 8, checkpointing=True)),
+        "0.6 B, GRPO, all weights, KL, 2 × 8, micro-batch 4": (
+            both,
+            Run("grpo", p, c, 4, 4, 2, 8, checkpointing=True),
+        ),
         "7 B, SFT, LoRA": (chameleon(), Run("sft", **REFERENCE, lora=16)),
-        "7 B, GRPO, LoRA, group 5": (chameleon(), Run("grpo", **REFERENCE, lora=16, group=5, accumulate=5)),
+        "7 B, GRPO, LoRA, group 5": (
+            chameleon(),
+            Run("grpo", **REFERENCE, lora=16, group=5, accumulate=5),
+        ),
         "7 B, SFT, all weights, FSDP2 or ZeRO-3": (chameleon(), Run("sft", **shards)),
-        "7 B, GRPO, all weights, sharded, group 8": (chameleon(), Run("grpo", **shards, reference=False)),
+        "7 B, GRPO, all weights, sharded, group 8": (
+            chameleon(),
+            Run("grpo", **shards, reference=False),
+        ),
         "the same, KL and offload": (chameleon(), Run("grpo", **shards, offload=True)),
     }
 
@@ -80,8 +97,12 @@ def fits(need: Memory, card: Card) -> bool:
 
 
 def fit_table(cards: tuple[Card, ...] = CARDS) -> str:
-    """Markdown: whether each plan fits on each card, and the GB (2^30 bytes) a device needs. Sharded plans use all devices of a card's row."""
-    rows = [f"| run (peak GB a device) | {' | '.join(c.name for c in cards)} |", f"|---|{'---|' * len(cards)}"]
+    """Markdown: whether each plan fits on each card, and the GB (2^30 bytes) a device needs.
+    Sharded plans use all devices of a card's row."""
+    rows = [
+        f"| run (peak GB a device) | {' | '.join(c.name for c in cards)} |",
+        f"|---|{'---|' * len(cards)}",
+    ]
     for name, (shape, run) in plans().items():
         cells = []
         for card in cards:
@@ -92,45 +113,73 @@ def fit_table(cards: tuple[Card, ...] = CARDS) -> str:
     return "\n".join(rows)
 
 
-def storage(photos: int, pixels: int = 512, tokens: int = 11_000, crops: int = 1, captions: float = 800) -> dict[str, float]:
-    """Bytes of a prepared set: crops as PNG at `PNG` bytes a pixel (the shipped evaluation photos' mean), token shards of
-    int32, `captions` bytes of text each."""
+def storage(
+    photos: int, pixels: int = 512, tokens: int = 11_000, crops: int = 1, captions: float = 800
+) -> dict[str, float]:
+    """Bytes of a prepared set: crops as PNG at `PNG` bytes a pixel (the shipped evaluation photos'
+    mean), token shards of int32, `captions` bytes of text each."""
     n = photos * crops
-    return {"photos": n * PNG * pixels**2, "tokens": n * tokens * 4.0, "captions": n * float(captions)}
+    return {
+        "photos": n * PNG * pixels**2,
+        "tokens": n * tokens * 4.0,
+        "captions": n * float(captions),
+    }
 
 
-def recipe(photos: int = 95_000, rl_photos: int = 500, price: float = 3.0, card: Card = CARDS[-1], utilisation: float = 0.35) -> str:
-    """Markdown: time, money and storage of the paper's recipe with the 7 B model on one row of cards.
+def recipe(
+    photos: int = 95_000,
+    rl_photos: int = 500,
+    price: float = 3.0,
+    card: Card = CARDS[-1],
+    utilisation: float = 0.35,
+) -> str:
+    """Markdown: time, money and storage of the paper's recipe with the 7 B model on one row of
+    cards.
 
-    From the release: cold start of 2 epochs, RL of 2 epochs with groups of 5, chains at their limits. Not published and
-    hence the caller's: the number of cold-start photos (default: LSDIR and 10 k FFHQ, PURE's data), of RL photos (the
-    release's folder is named test500), the `price` a card and hour, and the `utilisation` of the card's peak.
+    From the release: cold start of 2 epochs, RL of 2 epochs with groups of 5, chains at their
+    limits. Not published and hence the caller's: the number of cold-start photos (default: LSDIR
+    and 10 k FFHQ, PURE's data), of RL photos (the release's folder is named test500), the `price` a
+    card and hour, and the `utilisation` of the card's peak.
     """
     shape, epochs = chameleon(), 2
-    cold, rl = Run("sft", **REFERENCE, sharded=True, devices=card.devices), Run("grpo", **REFERENCE, group=5, reference=False)
+    cold, rl = (
+        Run("sft", **REFERENCE, sharded=True, devices=card.devices),
+        Run("grpo", **REFERENCE, group=5, reference=False),
+    )
     rows = ["| part | chains | hours on " + card.name + " | money |", "|---|---|---|---|"]
-    for name, run, chains in (("cold start", cold, photos * epochs), ("VLCoT-GRPO", rl, rl_photos * epochs * 5)):
-        step = sum(seconds(shape, run, card, utilisation).values()) / (5 if run.phase == "grpo" else 1)
+    for name, run, chains in (
+        ("cold start", cold, photos * epochs),
+        ("VLCoT-GRPO", rl, rl_photos * epochs * 5),
+    ):
+        step = sum(seconds(shape, run, card, utilisation).values()) / (
+            5 if run.phase == "grpo" else 1
+        )
         hours = step * chains / card.devices / 3600
         rows.append(f"| {name} | {chains:,} | {hours:,.0f} | {hours * card.devices * price:,.0f} |")
     need = storage(photos)
     text = ", ".join(f"{k} {v / 1e9:,.1f} GB" for k, v in need.items())
     return "\n".join(
-        [*rows, "", f"Storage for {photos:,} photos of 512 px: {text}; a checkpoint with optimizer {14 * shape.parameters / 1e9:,.0f} GB."]
+        [
+            *rows,
+            "",
+            f"Storage for {photos:,} photos of 512 px: {text}; a checkpoint with optimizer "
+            f"{14 * shape.parameters / 1e9:,.0f} GB.",
+        ]
     )
 
 
 class Meter:
-    """Peak megabytes inside a `with` block, above what the process held `before` the method was loaded: the system's own count
-    on Linux, elsewhere looked at every 20 ms; of the allocator on CUDA, where the method uses it."""
+    """Peak megabytes inside a `with` block, above what the process held `before` the method was
+    loaded: the system's own count on Linux, elsewhere looked at every 20 ms; of the allocator on
+    CUDA, where the method uses it."""
 
     def __init__(self, before: float = 0):
         self.before = before
 
     @staticmethod
     def held() -> int:
-        """Bytes that the process holds now, garbage collected and freed memory given back (on glibc), so that it is no gift to
-        the next method."""
+        """Bytes that the process holds now, garbage collected and freed memory given back (on
+        glibc), so that it is no gift to the next method."""
         gc.collect()
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
         if trim:
@@ -138,7 +187,11 @@ class Meter:
         return psutil.Process().memory_info().rss
 
     def __enter__(self) -> "Meter":
-        self.cuda, self.process, self.stop = torch.cuda.is_initialized(), psutil.Process(), threading.Event()
+        self.cuda, self.process, self.stop = (
+            torch.cuda.is_initialized(),
+            psutil.Process(),
+            threading.Event(),
+        )
         self.peak, self.thread = self.process.memory_info().rss, None
         if self.cuda:
             self.start = reset_peak(torch.device("cuda"))
@@ -157,12 +210,16 @@ class Meter:
         self.stop.set()
         if self.thread:
             self.thread.join()
-        self.peak = max(self.peak, self.process.memory_info().rss if self.thread else status("VmHWM"))
+        self.peak = max(
+            self.peak, self.process.memory_info().rss if self.thread else status("VmHWM")
+        )
 
     @property
     def megabytes(self) -> float:
         cuda = torch.cuda.max_memory_allocated() if self.cuda else 0
-        used = self.cuda and cuda > self.start  # not so for a method of the CPU beside others on CUDA
+        used = (
+            self.cuda and cuda > self.start
+        )  # not so for a method of the CPU beside others on CUDA
         return (cuda if used else max(0, self.peak - self.before)) / 1e6
 
 
@@ -182,39 +239,62 @@ class Peak(TrainerCallback):
         reset_peak(self.device)
 
     def on_train_end(self, args, state, control, **_):
-        self.top = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else status("VmHWM")
+        self.top = (
+            torch.cuda.max_memory_allocated(self.device)
+            if self.device.type == "cuda"
+            else status("VmHWM")
+        )
 
 
 def reset_peak(device: torch.device) -> float:
-    """Forget the peak so far; returns the bytes in use now. RuntimeError where the system keeps no such count."""
+    """Forget the peak so far; returns the bytes in use now. RuntimeError where the system keeps no
+    such count."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError as e:
-        raise RuntimeError("peak memory is measured on CUDA, or on Linux, which resets a process's own count: use one of them") from e
+        raise RuntimeError(
+            "peak memory is measured on CUDA, or on Linux, which resets a process's own count: "
+            "use one of them"
+        ) from e
     return status("VmRSS")
 
 
 def status(name: str) -> float:
     """A field of this process's memory, in bytes."""
-    return next(int(line.split()[1]) * 1024.0 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name + ":"))
+    return next(
+        int(line.split()[1]) * 1024.0
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(name + ":")
+    )
 
 
 def model_of(shape: Shape) -> Qwen3ForCausalLM:
-    """A Qwen3 of this shape with random weights, as a policy with the words of `Vocabulary()` last."""
+    """A Qwen3 of this shape with random weights, as a policy with the words of
+    `Vocabulary()` last."""
     if replace(shape, layers=nano().layers) == nano():
         return policy.build(policy.PolicyConfig(layers=shape.layers))
     base = shape.vocab - len(Vocabulary())
-    config = policy.PolicyConfig(shape.hidden, shape.layers, shape.heads, shape.mlp, base=max(0, base))
+    config = policy.PolicyConfig(
+        shape.hidden, shape.layers, shape.heads, shape.mlp, base=max(0, base)
+    )
     model = Qwen3ForCausalLM(
         Qwen3Config(
-            vocab_size=len(config.vocabulary), hidden_size=shape.hidden, intermediate_size=shape.mlp, num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim, tie_word_embeddings=shape.tied,
-            pad_token_id=config.vocabulary.ids["<pad>"], eos_token_id=config.vocabulary.ids["<eos>"], bos_token_id=None,
+            vocab_size=len(config.vocabulary),
+            hidden_size=shape.hidden,
+            intermediate_size=shape.mlp,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            tie_word_embeddings=shape.tied,
+            pad_token_id=config.vocabulary.ids["<pad>"],
+            eos_token_id=config.vocabulary.ids["<eos>"],
+            bos_token_id=None,
         )
-    )  # fmt: skip
+    )
     model.nano, model.vocabulary = config, config.vocabulary
     return model
 
@@ -229,33 +309,76 @@ def train_once(folder: Path, run: Run, device: torch.device, peak: Peak, steps: 
     model, g = policy.load(folder / "start"), torch.Generator().manual_seed(0)
     v = model.vocabulary
     scale = sft.Scale(
-        middle.lora(v, run.lora) if run.lora else None, torch.bfloat16 if run.precision == "bfloat16" else torch.float32,
-        run.checkpointing, run.accumulate, {"adamw": "adamw_torch"}.get(run.optimizer, run.optimizer),
-    )  # fmt: skip
+        middle.lora(v, run.lora) if run.lora else None,
+        torch.bfloat16 if run.precision == "bfloat16" else torch.float32,
+        run.checkpointing,
+        run.accumulate,
+        {"adamw": "adamw_torch"}.get(run.optimizer, run.optimizer),
+    )
     del model
     if run.phase == "sft":
-        ids = torch.randint(v.base + 4, len(v), (run.batch * run.accumulate, run.length), generator=g)
+        ids = torch.randint(
+            v.base + 4, len(v), (run.batch * run.accumulate, run.length), generator=g
+        )
         labels = ids.masked_fill(torch.arange(run.length) < run.prompt, -100)
-        table = Dataset.from_dict({"input_ids": ids.numpy(), "labels": labels.numpy()}).with_format("numpy")
+        table = Dataset.from_dict({"input_ids": ids.numpy(), "labels": labels.numpy()}).with_format(
+            "numpy"
+        )
         sft.train_sft(
-            table, None, folder / "out", None, None, batch=run.batch, max_steps=steps, device=device.type, init=folder / "start",
-            scale=scale, callbacks=[peak],
-        )  # fmt: skip
+            table,
+            None,
+            folder / "out",
+            None,
+            None,
+            batch=run.batch,
+            max_steps=steps,
+            device=device.type,
+            init=folder / "start",
+            scale=scale,
+            callbacks=[peak],
+        )
         return
-    texts = [v.decode(row) for row in v.prompts(torch.randint(0, v.lr_codes, (steps * run.prompts, 17, 16), generator=g))]
-    settings = grpo.GrpoSettings(steps=steps, prompts=run.prompts, group=run.group, micro_batch=run.batch, beta=0.02 * run.reference)
-    grpo.train_grpo(folder / "start", Dataset.from_dict({"prompt": texts}), [spread], folder / "out", settings, [peak], device.type, scale)
+    texts = [
+        v.decode(row)
+        for row in v.prompts(
+            torch.randint(0, v.lr_codes, (steps * run.prompts, 17, 16), generator=g)
+        )
+    ]
+    settings = grpo.GrpoSettings(
+        steps=steps,
+        prompts=run.prompts,
+        group=run.group,
+        micro_batch=run.batch,
+        beta=0.02 * run.reference,
+    )
+    grpo.train_grpo(
+        folder / "start",
+        Dataset.from_dict({"prompt": texts}),
+        [spread],
+        folder / "out",
+        settings,
+        [peak],
+        device.type,
+        scale,
+    )
 
 
 def child(order: str) -> None:
-    """What `measure` runs in a process of its own: prints peak bytes above the start, and seconds, as JSON."""
+    """What `measure` runs in a process of its own: prints peak bytes above the start, and seconds,
+    as JSON."""
     task = json.loads(order)
     shape, run, device = Shape(**task["shape"]), Run(**task["run"]), torch.device(task["device"])
     with tempfile.TemporaryDirectory() as folder:
         peak = Peak(device)
-        # First with a batch of one: libraries load, threads start, kernels are made for these shapes.
-        policy.save(model_of(shape if shape.parameters < 64e6 else replace(nano(), layers=1)), Path(folder) / "start")
-        train_once(Path(folder), replace(run, batch=1, prompts=2, group=2, accumulate=1), device, peak, 1)
+        # First with a batch of one: libraries load, threads start, kernels are made for these
+        # shapes.
+        policy.save(
+            model_of(shape if shape.parameters < 64e6 else replace(nano(), layers=1)),
+            Path(folder) / "start",
+        )
+        train_once(
+            Path(folder), replace(run, batch=1, prompts=2, group=2, accumulate=1), device, peak, 1
+        )
         shutil.rmtree(Path(folder) / "out-checkpoints")
         policy.save(model_of(shape), Path(folder) / "start")
         gc.collect()
@@ -266,31 +389,51 @@ def child(order: str) -> None:
 
 
 def measure(shape: Shape, run: Run, device: str = "cpu") -> dict[str, float]:
-    """Peak bytes of two steps of the real trainer (above what the process held before), and the second step's seconds.
+    """Peak bytes of two steps of the real trainer (above what the process held before), and the
+    second step's seconds.
 
-    In a process of its own: CUDA's count of allocated bytes, or on Linux the resident memory, with an allocator that hands large
-    blocks back at once. RuntimeError with its last line if the process fails.
+    In a process of its own: CUDA's count of allocated bytes, or on Linux the resident memory, with
+    an allocator that hands large blocks back at once. RuntimeError with its last line if the
+    process fails.
     """
     order = json.dumps({"shape": asdict(shape), "run": asdict(run), "device": device})
     # glibc keeps freed blocks below this size, which would count as in use.
-    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    env = os.environ | {
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+        "MALLOC_ARENA_MAX": "1",
+    }
     code = "import sys; from realsr_r1.planning import budget; budget.child(sys.argv[1])"
-    done = subprocess.run([sys.executable, "-c", code, order], capture_output=True, text=True, env=env)
+    done = subprocess.run(
+        [sys.executable, "-c", code, order], capture_output=True, text=True, env=env
+    )
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if re.match(r"\w*(Error|Exception)\b", line)]
-        raise RuntimeError(f"measuring failed: {said[-1] if said else 'it was killed, probably for want of memory'}")
+        said = [
+            line for line in done.stderr.splitlines() if re.match(r"\w*(Error|Exception)\b", line)
+        ]
+        raise RuntimeError(
+            f"measuring failed: "
+            f"{said[-1] if said else 'it was killed, probably for want of memory'}"
+        )
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-# What is measured: on a CPU, as large as a laptop allows (the middle size needs 6 GB and stands for short chains).
+# What is measured: on a CPU, as large as a laptop allows (the middle size needs 6 GB and stands for
+# short chains).
 BOTH = qwen3(151_936 + len(Vocabulary()))
 MEASURED = {
     "nano, SFT, batch 4": (nano(), Run("sft", 294, 480, 4, optimizer="muon")),
     "nano, SFT, batch 16": (nano(), Run("sft", 294, 480, 16, optimizer="muon")),
-    "nano, SFT, batch 8, checkpointing": (nano(), Run("sft", 294, 480, 8, optimizer="muon", checkpointing=True)),
+    "nano, SFT, batch 8, checkpointing": (
+        nano(),
+        Run("sft", 294, 480, 8, optimizer="muon", checkpointing=True),
+    ),
     "nano, GRPO, 2 × 8, micro-batch 8": (nano(), Run("grpo", 294, 487, 8, 2, 2, 8, triton=False)),
     "nano, GRPO, 2 × 4, micro-batch 4": (nano(), Run("grpo", 294, 487, 4, 2, 2, 4, triton=False)),
-    "0.6 B, SFT, LoRA, 2 × 128 words": (BOTH, Run("sft", 60, 68, 2, precision="bfloat16", lora=16, new_rows=len(Vocabulary()))),
+    "0.6 B, SFT, LoRA, 2 × 128 words": (
+        BOTH,
+        Run("sft", 60, 68, 2, precision="bfloat16", lora=16, new_rows=len(Vocabulary())),
+    ),
     "0.6 B, SFT, all weights, SGD, 2 × 128 words": (BOTH, Run("sft", 60, 68, 2, optimizer="sgd")),
 }
 
@@ -298,7 +441,10 @@ MEASURED = {
 def measured_table(runs: dict[str, tuple[Shape, Run]] = MEASURED, device: str = "cpu") -> str:
     """Markdown: counted and measured peak of each run, their difference, and words a second."""
     fast = fast_bfloat16(torch.device(device))
-    rows = ["| run | counted MB | measured MB | counted / measured | words a second |", "|---|---|---|---|---|"]
+    rows = [
+        "| run | counted MB | measured MB | counted / measured | words a second |",
+        "|---|---|---|---|---|",
+    ]
     for name, (shape, run) in runs.items():
         if run.phase == "sft" and run.precision == "float32" and not run.lora and fast:
             run = replace(run, precision="mixed")  # as `sft.train_sft` does
@@ -310,46 +456,80 @@ def measured_table(runs: dict[str, tuple[Shape, Run]] = MEASURED, device: str = 
             rows.append(f"| {name} | {count / 2**20:,.0f} | {e} | | |")
             continue
         words = (run.chains or run.batch * run.accumulate) * run.length / found["seconds"]
-        rows.append(f"| {name} | {count / 2**20:,.0f} | {found['peak'] / 2**20:,.0f} | {count / found['peak']:.2f} | {words:,.0f} |")
+        rows.append(
+            f"| {name} | {count / 2**20:,.0f} | {found['peak'] / 2**20:,.0f} | "
+            f"{count / found['peak']:.2f} | {words:,.0f} |"
+        )
         print(rows[-1], file=sys.stderr)
     return "\n".join(rows)
 
 
 def shape_of(name: str) -> Shape:
-    """nano, middle (Qwen3-0.6B with our words), reference (Chameleon 7B), or a folder in the hub's format."""
-    known = {"nano": nano, "middle": lambda: qwen3(151_936 + len(Vocabulary())), "reference": chameleon}
+    """nano, middle (Qwen3-0.6B with our words), reference (Chameleon 7B), or a folder in the hub's
+    format."""
+    known = {
+        "nano": nano,
+        "middle": lambda: qwen3(151_936 + len(Vocabulary())),
+        "reference": chameleon,
+    }
     if name in known:
         return known[name]()
     if not (Path(name) / "config.json").is_file():
-        raise FileNotFoundError(f"no model {name}: choose {', '.join(known)}, or give a folder with a config.json")
+        raise FileNotFoundError(
+            f"no model {name}: choose {', '.join(known)}, or give a folder with a config.json"
+        )
     return Shape.of(AutoConfig.from_pretrained(name))
 
 
 def describe(shape: Shape, run: Run, price: float = 0.0) -> str:
-    """One run in words and a table: parameters, chain, every part of memory at its peak, cards, seconds a step."""
-    need, trained = memory(shape, run), shape.lora(run.lora) + run.new_rows * shape.hidden if run.lora else shape.parameters
+    """One run in words and a table: parameters, chain, every part of memory at its peak, cards,
+    seconds a step."""
+    need, trained = (
+        memory(shape, run),
+        shape.lora(run.lora) + run.new_rows * shape.hidden if run.lora else shape.parameters,
+    )
     rows = [
-        f"{shape.parameters / 1e6:,.0f} M parameters, {trained / 1e6:,.1f} M trained; {run.prompt:,} + {run.completion:,} words a chain; "
-        f"peak {need.peak / GB:.2f} GB a device ({need.when})" + (f", {need.host / GB:.1f} GB in the host" if need.host else ""),
-        "", f"| part | {' | '.join(need.moments)} |", f"|---|{'---|' * len(need.moments)}",
-    ]  # fmt: skip
+        f"{shape.parameters / 1e6:,.0f} M parameters, {trained / 1e6:,.1f} M trained; "
+        f"{run.prompt:,} + {run.completion:,} words a chain; "
+        f"peak {need.peak / GB:.2f} GB a device ({need.when})"
+        + (f", {need.host / GB:.1f} GB in the host" if need.host else ""),
+        "",
+        f"| part | {' | '.join(need.moments)} |",
+        f"|---|{'---|' * len(need.moments)}",
+    ]
     for part in dict.fromkeys(k for m in need.moments.values() for k in m):
-        rows.append(f"| {part} | {' | '.join(f'{m.get(part, 0) / GB:.2f}' for m in need.moments.values())} |")
-    rows += ["", "| card | fits | seconds a step |" + (" money for 1,000 steps |" if price else ""), "|---|---|---|" + "---|" * bool(price)]
+        rows.append(
+            f"| {part} | "
+            f"{' | '.join(f'{m.get(part, 0) / GB:.2f}' for m in need.moments.values())} |"
+        )
+    rows += [
+        "",
+        "| card | fits | seconds a step |" + (" money for 1,000 steps |" if price else ""),
+        "|---|---|---|" + "---|" * bool(price),
+    ]
     for card in CARDS:
         time_ = sum(seconds(shape, run, card).values())
         cost_ = f" {time_ / 3.6 * run.devices * price:,.0f} |" if price else ""
-        rows.append(f"| {card.name} | {'yes' if fits(need, card) else 'no'} | {time_:,.1f} |{cost_}")
+        rows.append(
+            f"| {card.name} | {'yes' if fits(need, card) else 'no'} | {time_:,.1f} |{cost_}"
+        )
     return "\n".join(rows)
 
 
-def report(photos: int = 95_000, rl_photos: int = 500, price: float = 3.0, measured: str = "") -> str:
+def report(
+    photos: int = 95_000, rl_photos: int = 500, price: float = 3.0, measured: str = ""
+) -> str:
     """The whole page: what fits, the paper's recipe, and, if given, the measured table."""
     parts = [
-        "## What fits", fit_table(), f"A card keeps {HEADROOM:.0%} free for what is not counted. LoRA: rank 16 and the new rows.",
-        "## The paper's recipe, 7 B, on 8×H100", recipe(photos, rl_photos, price),
-        f"Assumed: {photos:,} cold-start and {rl_photos:,} RL photos, {price:g} a card and hour, 35% of the cards' peak; sampling as eager transformers does it.",
-    ]  # fmt: skip
+        "## What fits",
+        fit_table(),
+        f"A card keeps {HEADROOM:.0%} free for what is not counted. LoRA: rank 16 and the new "
+        f"rows.",
+        "## The paper's recipe, 7 B, on 8×H100",
+        recipe(photos, rl_photos, price),
+        f"Assumed: {photos:,} cold-start and {rl_photos:,} RL photos, {price:g} a card and "
+        f"hour, 35% of the cards' peak; sampling as eager transformers does it.",
+    ]
     return "\n\n".join(parts + (["## Counted and measured", measured] if measured else [])) + "\n"
 
 
@@ -358,9 +538,22 @@ def command(a: argparse.Namespace) -> None:
     if a.table or a.measure:
         text = report(a.photos, a.rl_photos, a.price or 3.0, measured_table() if a.measure else "")
     else:
-        names = ("prompt", "completion", "batch", "accumulate", "prompts", "group", "lora", "devices", "precision", "optimizer")
+        names = (
+            "prompt",
+            "completion",
+            "batch",
+            "accumulate",
+            "prompts",
+            "group",
+            "lora",
+            "devices",
+            "precision",
+            "optimizer",
+        )
         lengths = dict(zip(("prompt", "completion"), chain_tokens(a.pixels), strict=True))
-        given = (REFERENCE if a.model == "reference" else lengths) | {k: getattr(a, k) for k in names if getattr(a, k) is not None}
+        given = (REFERENCE if a.model == "reference" else lengths) | {
+            k: getattr(a, k) for k in names if getattr(a, k) is not None
+        }
         given |= {k: True for k in ("checkpointing", "sharded", "offload") if getattr(a, k)}
         new_rows = len(Vocabulary()) if a.lora and a.model == "middle" else 0
         text = describe(shape_of(a.model), Run(a.phase, **given, new_rows=new_rows), a.price)

@@ -1,10 +1,12 @@
-"""What training costs before it is tried: tokens, memory, time, money and storage, by model, chain, group and sharding.
+"""What training costs before it is tried: tokens, memory, time, money and storage, by model, chain,
+group and sharding.
 
-Everything is counted from the shapes: parameters and what autograd keeps are exact for transformers' Llama-like blocks
-(Qwen3, Chameleon), as a test with saved-tensor hooks shows; peaks add what lives beside them at that moment. Left out:
-the allocator's fragmentation, kernels' workspaces, the CUDA context and Python itself (a share of each card stays free
-for them, `HEADROOM`). `budget.measure` runs the real trainers and reads their peak, so that the count can be compared.
-Seconds follow from operations, bytes and a stated utilisation.
+Everything is counted from the shapes: parameters and what autograd keeps are exact for
+transformers' Llama-like blocks (Qwen3, Chameleon), as a test with saved-tensor hooks shows; peaks
+add what lives beside them at that moment. Left out: the allocator's fragmentation, kernels'
+workspaces, the CUDA context and Python itself (a share of each card stays free for them,
+`HEADROOM`). `budget.measure` runs the real trainers and reads their peak, so that the count can be
+compared. Seconds follow from operations, bytes and a stated utilisation.
 """
 
 from dataclasses import dataclass, field
@@ -14,31 +16,50 @@ from realsr_r1.first import policy
 from realsr_r1.first.vlcot import TAGS, Vocabulary
 
 GB = 2**30
-BYTES = {"float32": 4, "mixed": 4, "bfloat16": 2}  # a weight; mixed: float32 weights, bfloat16 autocast
-# Bytes that autograd keeps, a token and layer, for each element of (hidden, queries, keys, MLP): from the operations of
-# transformers' blocks with fused attention. RMS norms always compute in float32, so bfloat16 keeps copies.
+BYTES = {
+    "float32": 4,
+    "mixed": 4,
+    "bfloat16": 2,
+}  # a weight; mixed: float32 weights, bfloat16 autocast
+# Bytes that autograd keeps, a token and layer, for each element of (hidden, queries, keys, MLP):
+# from the operations of
+# transformers' blocks with fused attention. RMS norms always compute in float32, so bfloat16 keeps
+# copies.
 KEPT = {"float32": (24, 16, 16, 16), "bfloat16": (16, 10, 10, 8), "mixed": (26, 10, 10, 8)}
-# With LoRA on all linear layers: frozen weights keep no inputs, float32 adapters keep float32 copies of theirs.
+# With LoRA on all linear layers: frozen weights keep no inputs, float32 adapters keep float32
+# copies of theirs.
 KEPT_LORA = {"float32": (16, 12, 12, 16), "bfloat16": (28, 12, 8, 10)}
-STATES = {"adamw": 2.0, "muon": 1.0, "adamw8bit": 0.5, "sgd": 0.0}  # elements of optimizer state a trained element, in its precision
+STATES = {
+    "adamw": 2.0,
+    "muon": 1.0,
+    "adamw8bit": 0.5,
+    "sgd": 0.0,
+}  # elements of optimizer state a trained element, in its precision
 HEADROOM = 0.08  # of a card: context, workspaces, fragmentation
 
 
 def image_tokens(height: int, width: int | None = None, factor: int = 8) -> int:
-    """Words of an image of height × width pixels: h·(w + 1) + 4 for h × w codes (Lumina-mGPT's layout); 276, 1,060 and
-    4,164 for 128, 256 and 512 px at 8 px a code (paper, Sec. 4)."""
+    """Words of an image of height × width pixels: h·(w + 1) + 4 for h × w codes (Lumina-mGPT's
+    layout); 276, 1,060 and 4,164 for 128, 256 and 512 px at 8 px a code (paper, Sec. 4)."""
     h, w = height // factor, (width or height) // factor
     return h * (w + 1) + 4
 
 
-def chain_tokens(pixels: int = 128, words: int = 20, factor: int = 8, reading: int | None = None) -> tuple[int, int]:
-    """(prompt, completion) words of this project's chain whose final image has `pixels` a side and whose four texts have
-    `words` each: LR reading and task word; 14 tags, four texts, images of a quarter, half and whole size, end.
+def chain_tokens(
+    pixels: int = 128, words: int = 20, factor: int = 8, reading: int | None = None
+) -> tuple[int, int]:
+    """(prompt, completion) words of this project's chain whose final image has `pixels` a side and
+    whose four texts have `words` each: LR reading and task word; 14 tags, four texts, images of a
+    quarter, half and whole size, end.
 
-    `reading` is the LR reading's length; by default the nano reader's layout, (s + 1) rows of s codes for 2×2 LR pixels.
+    `reading` is the LR reading's length; by default the nano reader's layout, (s + 1) rows of s
+    codes for 2×2 LR pixels.
     """
     if pixels % (4 * factor):
-        raise ValueError(f"a final image of {pixels} px does not divide into steps of {factor} px codes: use a multiple of {4 * factor}")
+        raise ValueError(
+            f"a final image of {pixels} px does not divide into steps of {factor} px codes: use "
+            f"a multiple of {4 * factor}"
+        )
     s = pixels // 8
     images = sum(image_tokens(pixels // n, factor=factor) for n in (4, 2, 1))
     return (reading or (s + 1) * (s + 1) + 4) + 1, 2 * len(TAGS) + 4 * words + images + 1
@@ -60,12 +81,15 @@ class Shape:
 
     @staticmethod
     def of(config) -> "Shape":
-        """From a transformers configuration (Qwen3, Llama, Chameleon). ValueError for one of another kind."""
+        """From a transformers configuration (Qwen3, Llama, Chameleon). ValueError for one of
+        another kind."""
         c = config.get_text_config()
         try:
             head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
             kv = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
-            qk = {"qwen3": 2 * head, "chameleon": 2 * head * (c.num_attention_heads + kv)}.get(c.model_type, 0)
+            qk = {"qwen3": 2 * head, "chameleon": 2 * head * (c.num_attention_heads + kv)}.get(
+                c.model_type, 0
+            )
             return Shape(
                 c.hidden_size,
                 c.num_hidden_layers,
@@ -78,7 +102,10 @@ class Shape:
                 qk,
             )
         except AttributeError as e:
-            raise ValueError(f"a {c.model_type} model is not counted here: use a Qwen3, Llama or Chameleon configuration ({e})") from e
+            raise ValueError(
+                f"a {c.model_type} model is not counted here: use a Qwen3, Llama or Chameleon "
+                f"configuration ({e})"
+            ) from e
 
     @property
     def q(self) -> int:
@@ -140,7 +167,8 @@ def chameleon() -> Shape:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run. Lengths are words; `batch` is sequences a forward and backward pass and device."""
+    """One training run. Lengths are words; `batch` is sequences a forward and backward pass and
+    device."""
 
     phase: str = "sft"  # or grpo
     prompt: int = 294
@@ -154,17 +182,28 @@ class Run:
     checkpointing: bool = False
     lora: int = 0  # rank; 0: all weights
     new_rows: int = 0  # LoRA: rows of the embedding that are trained beside the adapters
-    reference: bool = True  # GRPO: a frozen copy for the KL (LoRA needs none: adapters are switched off)
+    reference: bool = (
+        True  # GRPO: a frozen copy for the KL (LoRA needs none: adapters are switched off)
+    )
     triton: bool = True  # GRPO: Triton is there (CUDA); a CPU has none
     devices: int = 1
     sharded: bool = False  # FSDP2 or ZeRO-3; otherwise every device holds everything
     offload: bool = False  # ZeRO-3: weights and optimizer states in the host's memory
 
     def __post_init__(self):
-        if self.phase not in ("sft", "grpo") or self.precision not in BYTES or self.optimizer not in STATES:
-            raise ValueError(f"phase is sft or grpo, precision one of {', '.join(BYTES)}, optimizer one of {', '.join(STATES)}")
+        if (
+            self.phase not in ("sft", "grpo")
+            or self.precision not in BYTES
+            or self.optimizer not in STATES
+        ):
+            raise ValueError(
+                f"phase is sft or grpo, precision one of {', '.join(BYTES)}, optimizer one of "
+                f"{', '.join(STATES)}"
+            )
         if self.lora and self.precision == "mixed":
-            raise ValueError("LoRA is counted with float32 or bfloat16 weights: choose one of them as precision")
+            raise ValueError(
+                "LoRA is counted with float32 or bfloat16 weights: choose one of them as precision"
+            )
         if self.offload and not self.sharded:
             raise ValueError("offload belongs to ZeRO-3: set sharded, too")
 
@@ -180,7 +219,8 @@ class Run:
 
 @dataclass
 class Memory:
-    """Bytes of a device: parts at each moment, the peak over the moments, and what lies in the host's memory."""
+    """Bytes of a device: parts at each moment, the peak over the moments, and what lies in the
+    host's memory."""
 
     moments: dict[str, dict[str, float]]
     host: float = 0.0
@@ -200,14 +240,25 @@ class Memory:
 def layer_activations(shape: Shape, run: Run) -> float:
     """Bytes that autograd keeps of one layer for one token."""
     per = (KEPT_LORA if run.lora else KEPT)[run.precision]
-    small = 4 * (2 + 2 * shape.heads + shape.kv_heads + 7 * run.lora)  # inverse deviations, log-sum-exp, adapters' middle
-    masked = BYTES[run.precision if run.precision != "mixed" else "bfloat16"] * 2 * (shape.q - shape.kv) if run.phase == "grpo" else 0
-    return sum(n * x for n, x in zip(per, (shape.hidden, shape.q, shape.kv, shape.mlp), strict=True)) + small + masked
+    small = 4 * (
+        2 + 2 * shape.heads + shape.kv_heads + 7 * run.lora
+    )  # inverse deviations, log-sum-exp, adapters' middle
+    masked = (
+        BYTES[run.precision if run.precision != "mixed" else "bfloat16"] * 2 * (shape.q - shape.kv)
+        if run.phase == "grpo"
+        else 0
+    )
+    return (
+        sum(n * x for n, x in zip(per, (shape.hidden, shape.q, shape.kv, shape.mlp), strict=True))
+        + small
+        + masked
+    )
 
 
 def activations(shape: Shape, run: Run) -> float:
-    """Bytes kept for the backward pass of one micro-batch: all layers, or with checkpointing each layer's input. A padded
-    batch (GRPO) has a mask, of which each layer keeps its own copy in the precision of the scores."""
+    """Bytes kept for the backward pass of one micro-batch: all layers, or with checkpointing each
+    layer's input. A padded batch (GRPO) has a mask, of which each layer keeps its own copy in the
+    precision of the scores."""
     tokens, width = run.batch * run.length, BYTES[run.precision]
     layer = width * shape.hidden if run.checkpointing else layer_activations(shape, run)
     ends = (2 * width + 4) * shape.hidden  # the last norm and the head's input
@@ -217,34 +268,54 @@ def activations(shape: Shape, run: Run) -> float:
 
 
 def head(shape: Shape, run: Run) -> float:
-    """Bytes of the loss at its peak. SFT: logits of the completion, a copy, and in float32 another and the log-softmax.
+    """Bytes of the loss at its peak. SFT: logits of the completion, a copy, and in float32 another
+    and the log-softmax.
 
-    GRPO: TRL's fused head keeps no logits, but float32 gradients of the hidden states and of the whole output table, and
-    a tile of at most 4,096 words by 32,768 of the vocabulary; without Triton it scores the prompt, too, and needs some
-    seven more tiles in float32.
+    GRPO: TRL's fused head keeps no logits, but float32 gradients of the hidden states and of the
+    whole output table, and a tile of at most 4,096 words by 32,768 of the vocabulary; without
+    Triton it scores the prompt, too, and needs some seven more tiles in float32.
     """
     if run.phase == "sft":
-        return run.batch * (run.completion + 1) * shape.vocab * (12 if run.precision == "bfloat16" else 16)
+        return (
+            run.batch
+            * (run.completion + 1)
+            * shape.vocab
+            * (12 if run.precision == "bfloat16" else 16)
+        )
     scored = run.batch * (run.completion if run.triton else run.length)
-    tile = min(scored, 4096) * min(shape.vocab, 32_768) * (BYTES[run.precision] + 29 * (not run.triton))
+    tile = (
+        min(scored, 4096)
+        * min(shape.vocab, 32_768)
+        * (BYTES[run.precision] + 29 * (not run.triton))
+    )
     return run.batch * run.length * shape.hidden * 8 + 4 * shape.embedding + tile
 
 
 def cache(shape: Shape, run: Run) -> float:
     """Bytes of the keys and values of the chains that are sampled together."""
-    return run.chains * run.length * 2 * shape.layers * shape.kv * (2 if run.precision == "bfloat16" else 4)
+    return (
+        run.chains
+        * run.length
+        * 2
+        * shape.layers
+        * shape.kv
+        * (2 if run.precision == "bfloat16" else 4)
+    )
 
 
 def memory(shape: Shape, run: Run) -> Memory:
-    """Peak memory of a device, part by part, at four moments: sampling (GRPO), the loss, the backward pass
-    (with checkpointing at its last layer, where every gradient is there), the update."""
+    """Peak memory of a device, part by part, at four moments: sampling (GRPO), the loss, the
+    backward pass (with checkpointing at its last layer, where every gradient is there), the update.
+    """
     width, n = BYTES[run.precision], run.devices if run.sharded else 1
     full = shape.parameters * width
     trained = shape.lora(run.lora) + run.new_rows * shape.hidden if run.lora else shape.parameters
     trained_width = 4 if run.lora else width
     states = trained * trained_width * STATES[run.optimizer]
     if run.sharded and run.precision == "bfloat16" and not run.lora:
-        states = trained * 12.0  # DeepSpeed and FSDP keep float32 weights beside AdamW's two moments
+        states = (
+            trained * 12.0
+        )  # DeepSpeed and FSDP keep float32 weights beside AdamW's two moments
     compute = 2 if run.precision != "float32" else 4
     held = {"weights": full / n, "optimizer": states / n}
     if run.lora:
@@ -255,29 +326,49 @@ def memory(shape: Shape, run: Run) -> Memory:
     if run.offload:
         host = sum(held.values()) * n
         held = {}
-    gathered = (2 * (shape.linear + 2 * shape.hidden) + shape.tables) * compute if run.sharded else 0.0
+    gathered = (
+        (2 * (shape.linear + 2 * shape.hidden) + shape.tables) * compute if run.sharded else 0.0
+    )
     grads = trained * trained_width / n
     kept, loss = {"activations": activations(shape, run)}, {"head": head(shape, run)}
-    inside = {"one layer again": run.batch * run.length * layer_activations(shape, run)} if run.checkpointing else {}
+    inside = (
+        {"one layer again": run.batch * run.length * layer_activations(shape, run)}
+        if run.checkpointing
+        else {}
+    )
     if run.precision == "mixed":
-        kept["autocast"] = 2.0 * shape.parameters  # bfloat16 copies of the weights, until the loss is known
-    if run.lora and run.new_rows:  # PEFT puts the trained rows into a copy of the table, whose gradient is dense
+        kept["autocast"] = (
+            2.0 * shape.parameters
+        )  # bfloat16 copies of the weights, until the loss is known
+    if (
+        run.lora and run.new_rows
+    ):  # PEFT puts the trained rows into a copy of the table, whose gradient is dense
         loss["head"] += 2 * shape.embedding * width
     early = grads if run.accumulate > 1 or (run.devices > 1 and not run.sharded) else 0.0
     if not run.lora and run.phase == "sft":
-        early = max(early, shape.embedding * trained_width / n)  # the output table's gradient comes first
+        early = max(
+            early, shape.embedding * trained_width / n
+        )  # the output table's gradient comes first
     busy = held | kept | {"gathered": gathered}
-    moments = {"loss": busy | loss | {"gradients": early}, "backward": busy | inside | {"gradients": grads if inside else early}}
+    moments = {
+        "loss": busy | loss | {"gradients": early},
+        "backward": busy | inside | {"gradients": grads if inside else early},
+    }
     moments["update"] = held | {"gradients": grads}
     if run.phase == "grpo":
         whole = shape.parameters * compute if run.sharded else 0.0
-        moments["sampling"] = held | {"gathered": whole, "cache": cache(shape, run), "logits": 6.0 * 4 * run.chains * shape.vocab}
+        moments["sampling"] = held | {
+            "gathered": whole,
+            "cache": cache(shape, run),
+            "logits": 6.0 * 4 * run.chains * shape.vocab,
+        }
     return Memory(moments, host)
 
 
 @dataclass(frozen=True)
 class Card:
-    """An accelerator: memory in bytes as its driver reports it, and its vendor's dense 16-bit operations and bytes a second."""
+    """An accelerator: memory in bytes as its driver reports it, and its vendor's dense 16-bit
+    operations and bytes a second."""
 
     name: str
     bytes: float
@@ -296,22 +387,35 @@ CARDS = (
 
 
 def forward_flops(shape: Shape, sequences: float, length: int, scored: int) -> float:
-    """Operations of a forward pass: two a weight and token, causal attention, and the head on `scored` words a sequence."""
+    """Operations of a forward pass: two a weight and token, causal attention, and the head on
+    `scored` words a sequence."""
     attention = 2 * shape.q * length
-    return sequences * (length * shape.layers * (2 * shape.linear + attention) + 2 * scored * shape.embedding)
+    return sequences * (
+        length * shape.layers * (2 * shape.linear + attention) + 2 * scored * shape.embedding
+    )
 
 
-def seconds(shape: Shape, run: Run, card: Card, utilisation: float = 0.35, bandwidth: float = 0.6, call: float = 5e-4) -> dict[str, float]:
-    """Seconds of one optimizer step. Passes: operations over `utilisation` of the card's peak; a backward pass costs two
-    forward passes (one with LoRA), checkpointing one more, the KL one more. A sampled word costs the slowest of its
-    operations, of reading weights and cache at `bandwidth` of the card's, and of `call` seconds a layer (eager transformers)."""
+def seconds(
+    shape: Shape,
+    run: Run,
+    card: Card,
+    utilisation: float = 0.35,
+    bandwidth: float = 0.6,
+    call: float = 5e-4,
+) -> dict[str, float]:
+    """Seconds of one optimizer step. Passes: operations over `utilisation` of the card's peak; a
+    backward pass costs two forward passes (one with LoRA), checkpointing one more, the KL one more.
+    A sampled word costs the slowest of its operations, of reading weights and cache at `bandwidth`
+    of the card's, and of `call` seconds a layer (eager transformers)."""
     chains = run.chains or run.batch * run.accumulate
     once = forward_flops(shape, chains, run.length, run.completion) / (card.flops * utilisation)
     kl = run.phase == "grpo" and run.reference
     out = {"passes": once * (1 + (1 if run.lora else 2) + run.checkpointing + kl)}
     if run.phase == "grpo":
         compute = 2 * shape.parameters * chains / (card.flops * utilisation)
-        read = (shape.parameters * (2 if run.precision != "float32" else 4) + cache(shape, run) / 2) / (card.bandwidth * bandwidth)
+        read = (
+            shape.parameters * (2 if run.precision != "float32" else 4) + cache(shape, run) / 2
+        ) / (card.bandwidth * bandwidth)
         out["sampling"] = run.completion * max(compute, read, call * shape.layers)
     return out
 
@@ -329,10 +433,12 @@ def free_bytes(device) -> float:
 
 
 def require(need: float, device, what: str) -> None:
-    """Raise RuntimeError with one sentence if `device` (torch.device) has less than `need` bytes free."""
+    """Raise RuntimeError with one sentence if `device` (torch.device) has less than `need` bytes
+    free."""
     free = free_bytes(device)
     if need > free:
         raise RuntimeError(
             f"{what} needs about {need / GB:.1f} GB and {device} has {free / GB:.1f} GB free: "
-            "lower batch or length, use LoRA, shard, or take a larger device (python -m realsr_r1.first cost --help)"
+            "lower batch or length, use LoRA, shard, or take a larger device (python -m "
+            "realsr_r1.first cost --help)"
         )

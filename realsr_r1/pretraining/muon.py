@@ -1,8 +1,10 @@
-"""Muon for matrices, AdamW for the rest: meant to need fewer steps than AdamW alone (not compared here).
+"""Muon for matrices, AdamW for the rest: meant to need fewer steps than AdamW alone (not compared
+here).
 
-Muon (Jordan et al. 2024) replaces a matrix's momentum by the nearest orthogonal matrix, found by a few Newton–Schulz
-iterations, so that every direction learns at the same pace. torch.optim.Muon exists, but iterates in bfloat16, which
-CPUs without such units emulate hundreds of times slower; and a trainer wants one optimizer, not two.
+Muon (Jordan et al. 2024) replaces a matrix's momentum by the nearest orthogonal matrix, found by a
+few Newton–Schulz iterations, so that every direction learns at the same pace. torch.optim.Muon
+exists, but iterates in bfloat16, which CPUs without such units emulate hundreds of times slower;
+and a trainer wants one optimizer, not two.
 """
 
 import torch
@@ -10,7 +12,8 @@ from torch import Tensor, nn
 
 
 def orthogonalise(m: Tensor, steps: int = 5) -> Tensor:
-    """The nearest (semi-)orthogonal matrix to (rows, columns) m, roughly: singular values end in about 0.7–1.2.
+    """The nearest (semi-)orthogonal matrix to (rows, columns) m, roughly: singular values end in
+    about 0.7–1.2.
 
     The quintic's coefficients are Jordan's.
     """
@@ -24,10 +27,11 @@ def orthogonalise(m: Tensor, steps: int = 5) -> Tensor:
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Muon with Nesterov momentum on matrices of the body, AdamW on embeddings, norms and biases; one object.
+    """Muon with Nesterov momentum on matrices of the body, AdamW on embeddings, norms and biases;
+    one object.
 
-    `lr` is AdamW's; a Muon update is scaled to AdamW's usual size (0.2·√max(rows, columns), Moonlight, arXiv 2502.16982),
-    so both share it and one schedule serves both.
+    `lr` is AdamW's; a Muon update is scaled to AdamW's usual size (0.2·√max(rows, columns),
+    Moonlight, arXiv 2502.16982), so both share it and one schedule serves both.
     """
 
     def __init__(

@@ -1,12 +1,16 @@
-"""Reference-size models: Chameleon-class weights in the hub's format (`nonwhy/PURE`, Lumina-mGPT), loaded to draw images, too.
+"""Reference-size models: Chameleon-class weights in the hub's format (`nonwhy/PURE`, Lumina-mGPT),
+loaded to draw images, too.
 
-Facts and their source: the public code of PURE (`nonwhy/PURE`: item_processor.py, vocab.py, inference_solver.py,
-modeling_chameleon.py) and transformers' Chameleon. Which id stands for which code is written in the checkpoint itself: a token
-named IMGIMG + the code in letters (A = 0 … J = 9) + Z. Three things keep transformers' class from being used as it is:
+Facts and their source: the public code of PURE (`nonwhy/PURE`: item_processor.py, vocab.py,
+inference_solver.py, modeling_chameleon.py) and transformers' Chameleon. Which id stands for which
+code is written in the checkpoint itself: a token named IMGIMG + the code in letters (A = 0 … J = 9)
++ Z. Three things keep transformers' class from being used as it is:
 
 - its forward pass sets the logits of image tokens to the lowest number, also in `generate`;
-- it carries an image encoder with 8,192 codes, while the codes here are LlamaGen's, and PURE's training deletes it;
-- Lumina-mGPT and PURE store one row of query and key norms for all heads, (1, head dim), where it expects one per head.
+- it carries an image encoder with 8,192 codes, while the codes here are LlamaGen's, and PURE's
+  training deletes it;
+- Lumina-mGPT and PURE store one row of query and key norms for all heads, (1, head dim), where it
+  expects one per head.
 """
 
 import importlib.util
@@ -23,19 +27,38 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoTokenizer, BitsAndBytesConfig, ChameleonConfig, ChameleonForConditionalGeneration, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    ChameleonConfig,
+    ChameleonForConditionalGeneration,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.chameleon.modeling_chameleon import ChameleonLayerNorm
 from transformers.utils.generic import can_return_tuple
 
 from realsr_r1.common import device_of
 
-# Token names, from PURE's vocab.py and item_processor.py, and their ids: <reservedNNNNN> is NNNNN + 4 throughout.
-BOS, PAD, START, END, ROW, TURN = "<s>", "<pad>", "<racm3:break>", "<eoss>", "<reserved08799>", "<reserved08706>"
+# Token names, from PURE's vocab.py and item_processor.py, and their ids: <reservedNNNNN> is NNNNN +
+# 4 throughout.
+BOS, PAD, START, END, ROW, TURN = (
+    "<s>",
+    "<pad>",
+    "<racm3:break>",
+    "<eoss>",
+    "<reserved08799>",
+    "<reserved08706>",
+)
 PUBLISHED_IDS = {BOS: 0, PAD: 1, END: 8196, START: 8197, TURN: 8710, ROW: 8803}
-SIZE_UNIT, LARGEST_SIZE = 32, 32  # <reserved(8800+n)> means n·32 pixels; PURE's widest picture of 512² pixels is 32 units
-# Ids of the codes: (first code, first id, how many). The second block is PURE's extension from Chameleon's 8,192 codes to
-# LlamaGen's 16,384. The blocks are in inference_solver.py. That ids rise with codes inside a block is how vocab.py inverts
+SIZE_UNIT, LARGEST_SIZE = (
+    32,
+    32,
+)  # <reserved(8800+n)> means n·32 pixels; PURE's widest picture of 512² pixels is 32 units
+# Ids of the codes: (first code, first id, how many). The second block is PURE's extension from
+# Chameleon's 8,192 codes to
+# LlamaGen's 16,384. The blocks are in inference_solver.py. That ids rise with codes inside a block
+# is how vocab.py inverts
 # the map (it sorts both sides); it is used only for codes that a checkpoint does not name.
 CODE_BLOCKS = ((0, 4, 8192), (8192, 65536, 8192))
 
@@ -51,14 +74,18 @@ def code_name(code: int) -> str:
 
 
 def published_names() -> dict[str, int]:
-    """Name → id of all layout tokens and codes, as published: what a checkpoint's own names are compared with."""
+    """Name → id of all layout tokens and codes, as published: what a checkpoint's own names are
+    compared with."""
     names = PUBLISHED_IDS | {size_name(n): 8804 + n for n in range(1, LARGEST_SIZE + 1)}
-    return names | {code_name(first + i): start + i for first, start, count in CODE_BLOCKS for i in range(count)}
+    return names | {
+        code_name(first + i): start + i for first, start, count in CODE_BLOCKS for i in range(count)
+    }
 
 
 @dataclass(eq=False)
 class Layout:
-    """The vocabulary map: special tokens by name → id, and `code_ids` (codes,), the id of every code."""
+    """The vocabulary map: special tokens by name → id, and `code_ids` (codes,), the id of every
+    code."""
 
     names: dict[str, int]
     code_ids: Tensor
@@ -67,19 +94,37 @@ class Layout:
 
     @staticmethod
     def of(names: dict[str, int], vocab_size: int) -> "Layout":
-        """Read the map off a checkpoint's token names; codes past 8,191 may go unnamed where the vocabulary has room for
-        PURE's extension. Raises ValueError if it is another vocabulary."""
+        """Read the map off a checkpoint's token names; codes past 8,191 may go unnamed where the
+        vocabulary has room for PURE's extension. Raises ValueError if it is another vocabulary."""
         wanted = [*PUBLISHED_IDS, *(size_name(n) for n in range(1, LARGEST_SIZE + 1))]
         absent = [w for w in wanted if w not in names]
-        found = {int("".join(str(ord(c) - 65) for c in m[1])): i for n, i in names.items() if (m := re.fullmatch(r"IMGIMG([A-J]+)Z", n))}
+        found = {
+            int("".join(str(ord(c) - 65) for c in m[1])): i
+            for n, i in names.items()
+            if (m := re.fullmatch(r"IMGIMG([A-J]+)Z", n))
+        }
         first, start, count = CODE_BLOCKS[1]
         if len(found) == first and vocab_size >= start + count:
             found |= {first + i: start + i for i in range(count)}
-        if absent or not found or sorted(found) != list(range(len(found))) or max(found.values()) >= vocab_size:
-            what = f"lacks {absent[0]}" if absent else f"names {len(found)} image codes, not all from 0 on"
-            raise ValueError(f"this checkpoint has another vocabulary (it {what}): take one of Chameleon's, such as nonwhy/PURE")
+        if (
+            absent
+            or not found
+            or sorted(found) != list(range(len(found)))
+            or max(found.values()) >= vocab_size
+        ):
+            what = (
+                f"lacks {absent[0]}"
+                if absent
+                else f"names {len(found)} image codes, not all from 0 on"
+            )
+            raise ValueError(
+                f"this checkpoint has another vocabulary (it {what}): take one of Chameleon's, "
+                f"such as nonwhy/PURE"
+            )
         ids = torch.tensor([found[c] for c in range(len(found))])
-        return Layout({w: names[w] for w in wanted}, ids, vocab_size, factor=8 if len(found) > first else 16)
+        return Layout(
+            {w: names[w] for w in wanted}, ids, vocab_size, factor=8 if len(found) > first else 16
+        )
 
     @property
     def codes(self) -> int:
@@ -103,18 +148,27 @@ class Layout:
         return table
 
     def image_ids(self, codes: Tensor) -> list[int]:
-        """Codes (h, w) → h·(w + 1) + 4 ids: start, height, width, rows each closed by a row end, end."""
+        """Codes (h, w) → h·(w + 1) + 4 ids: start, height, width, rows each closed by a row end,
+        end."""
         h, w = codes.shape
         if h % self.unit or w % self.unit or not 0 < max(h, w) <= LARGEST_SIZE * self.unit:
-            raise ValueError(f"an image of {w}x{h} codes has no size token: sides are multiples of {SIZE_UNIT} pixels up to 1024")
-        rows = torch.cat([self.code_ids[codes.cpu()], torch.full((h, 1), self.names[ROW])], 1).flatten().tolist()
+            raise ValueError(
+                f"an image of {w}x{h} codes has no size token: sides are multiples of "
+                f"{SIZE_UNIT} pixels up to 1024"
+            )
+        rows = (
+            torch.cat([self.code_ids[codes.cpu()], torch.full((h, 1), self.names[ROW])], 1)
+            .flatten()
+            .tolist()
+        )
         sides = [self.names[size_name(n // self.unit)] for n in (h, w)]
         return [self.names[START], *sides, *rows, self.names[END]]
 
 
 class ImageChameleon(ChameleonForConditionalGeneration):
-    """Chameleon whose image tokens can be generated; without the image encoder, so it saves and loads the language part
-    (keys as in the hub's checkpoints, less `model.vqmodel.*`). `config.qk_norm_rows` is 1 where a checkpoint has one norm for all heads.
+    """Chameleon whose image tokens can be generated; without the image encoder, so it saves and
+    loads the language part (keys as in the hub's checkpoints, less `model.vqmodel.*`).
+    `config.qk_norm_rows` is 1 where a checkpoint has one norm for all heads.
     """
 
     _keys_to_ignore_on_load_unexpected = [r"^model\.vqmodel\."]
@@ -130,32 +184,59 @@ class ImageChameleon(ChameleonForConditionalGeneration):
                 a.q_norm, a.k_norm = (ChameleonLayerNorm((rows, a.head_dim)) for _ in "qk")
 
     @can_return_tuple
-    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
-                past_key_values=None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None, use_cache: bool | None = None,
-                logits_to_keep: int | Tensor = 0, **kwargs) -> CausalLMOutputWithPast:  # fmt: skip
-        """transformers' forward without the mask over image logits. Ids (b, n) → logits (b, n, v)."""
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """transformers' forward without the mask over image logits. Ids (b, n) →
+        logits (b, n, v)."""
         out = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
-        )  # fmt: skip
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, keep])
-        loss = None if labels is None else self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+        loss = (
+            None
+            if labels is None
+            else self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+        )
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states, attentions=out.attentions
+            loss=loss,
+            logits=logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
         )
 
 
 def local_folder(name: str | Path) -> Path:
-    """A folder as it is, or the hub's repository of that name through the hub's cache. FileNotFoundError if it cannot be had."""
+    """A folder as it is, or the hub's repository of that name through the hub's cache.
+    FileNotFoundError if it cannot be had."""
     if Path(name).is_dir():
         return Path(name)
     try:
-        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.model"]))
+        return Path(
+            snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.model"])
+        )
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError, ValueError) as e:
         raise FileNotFoundError(
             f"model {name} is neither a folder here nor to be had from the hub: "
-            "check the name and the network, allow downloads (--download, HF_HUB_OFFLINE=0), or give a folder"
+            "check the name and the network, allow downloads (--download, HF_HUB_OFFLINE=0), or "
+            "give a folder"
         ) from e
 
 
@@ -167,64 +248,110 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
             with safe_open(path, "pt") as f:
                 shapes |= {key: tuple(f.get_slice(key).get_shape()) for key in f.keys()}
         except (SafetensorError, OSError) as e:
-            raise ValueError(f"weights {path.name} in {folder.name}/ are cut short or damaged: copy or download them again") from e
+            raise ValueError(
+                f"weights {path.name} in {folder.name}/ are cut short or damaged: copy or "
+                f"download them again"
+            ) from e
     if not shapes:
-        raise FileNotFoundError(f"no .safetensors weights in {folder.name}/: download the whole repository")
+        raise FileNotFoundError(
+            f"no .safetensors weights in {folder.name}/: download the whole repository"
+        )
     return shapes
 
 
 def read_config(folder: Path) -> ChameleonConfig:
-    """The configuration, with the norms' rows as stored. Raises ValueError with one sentence for another class."""
+    """The configuration, with the norms' rows as stored. Raises ValueError with one sentence for
+    another class."""
     if not (folder / "config.json").exists():
-        raise FileNotFoundError(f"no config.json in {folder.name}/: give a folder in the hub's format")
+        raise FileNotFoundError(
+            f"no config.json in {folder.name}/: give a folder in the hub's format"
+        )
     kind = json.loads((folder / "config.json").read_text()).get("model_type")
     if kind not in ("chameleon", "chameleon_xllmx"):
-        raise ValueError(f"{folder.name}/ holds a model of class {kind!r}, not Chameleon: take nonwhy/PURE or one tuned from it")
+        raise ValueError(
+            f"{folder.name}/ holds a model of class {kind!r}, not Chameleon: take nonwhy/PURE "
+            f"or one tuned from it"
+        )
     config = ChameleonConfig.from_pretrained(folder, local_files_only=True)
     stored = _shapes(folder).get("model.layers.0.self_attn.q_norm.weight")
     if stored and stored[0] != config.num_attention_heads:
         if stored[0] != 1:
-            raise ValueError(f"{folder.name}/ stores query norms in {stored[0]} shards: only one shard, or one row a head, can be read")
+            raise ValueError(
+                f"{folder.name}/ stores query norms in {stored[0]} shards: only one shard, or "
+                f"one row a head, can be read"
+            )
         config.qk_norm_rows = 1
     return config
 
 
-def needed_bytes(config: ChameleonConfig, bits: int = 16, tokens: int = 10_000, batch: int = 1) -> int:
-    """Memory to generate: weights at `bits` (embeddings and head at 16 at least) and keys and values of `tokens` in 16 bits.
+def needed_bytes(
+    config: ChameleonConfig, bits: int = 16, tokens: int = 10_000, batch: int = 1
+) -> int:
+    """Memory to generate: weights at `bits` (embeddings and head at 16 at least) and keys and
+    values of `tokens` in 16 bits.
 
-    7B with PURE's vocabulary in bfloat16: 14.2 GB, and 0.5 MB a token. Activations are small beside these and left out.
+    7B with PURE's vocabulary in bfloat16: 14.2 GB, and 0.5 MB a token. Activations are small beside
+    these and left out.
     """
-    d, m, v, layers = config.hidden_size, config.intermediate_size, config.vocab_size, config.num_hidden_layers
-    kv = (config.num_key_value_heads or config.num_attention_heads) * d // config.num_attention_heads
-    weights = layers * (2 * d * d + 2 * d * kv + 3 * d * m) * bits // 8 + 2 * v * d * max(bits, 16) // 8
+    d, m, v, layers = (
+        config.hidden_size,
+        config.intermediate_size,
+        config.vocab_size,
+        config.num_hidden_layers,
+    )
+    kv = (
+        (config.num_key_value_heads or config.num_attention_heads) * d // config.num_attention_heads
+    )
+    weights = (
+        layers * (2 * d * d + 2 * d * kv + 3 * d * m) * bits // 8 + 2 * v * d * max(bits, 16) // 8
+    )
     return weights + 2 * layers * kv * 2 * tokens * batch
 
 
 def available_bytes(device: torch.device) -> int:
     """Free memory of the device (of the machine for CPU and MPS, which shares it)."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return (
+        torch.cuda.mem_get_info(device)[0]
+        if device.type == "cuda"
+        else psutil.virtual_memory().available
+    )
 
 
 def quantisation(bits: int) -> BitsAndBytesConfig | None:
-    """bitsandbytes' configuration for 4 (NF4) or 8 bits; None for 16 or 32. One sentence where the package is absent."""
+    """bitsandbytes' configuration for 4 (NF4) or 8 bits; None for 16 or 32. One sentence where the
+    package is absent."""
     if bits not in (4, 8, 16, 32):
         raise ValueError(f"{bits} bits are not offered: choose 4, 8, 16 or 32")
     if bits >= 16:
         return None
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError(f"{bits}-bit weights need the bitsandbytes package: pip install bitsandbytes, or take --bits 16")
+        raise ValueError(
+            f"{bits}-bit weights need the bitsandbytes package: pip install bitsandbytes, or "
+            f"take --bits 16"
+        )
     return BitsAndBytesConfig(
-        load_in_8bit=bits == 8, load_in_4bit=bits == 4, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        load_in_8bit=bits == 8,
+        load_in_4bit=bits == 4,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
     )
 
 
-def load(name: str | Path, device: str | None = None, bits: int = 16, device_map: str | dict | None = None,
-         adapter: str | Path | None = None, tokens: int = 10_000) -> ImageChameleon | PeftModel:  # fmt: skip
-    """A Chameleon-class checkpoint, from a folder or the hub, with `.layout` and `.words` (its tokenizer), in evaluation mode.
+def load(
+    name: str | Path,
+    device: str | None = None,
+    bits: int = 16,
+    device_map: str | dict | None = None,
+    adapter: str | Path | None = None,
+    tokens: int = 10_000,
+) -> ImageChameleon | PeftModel:
+    """A Chameleon-class checkpoint, from a folder or the hub, with `.layout` and `.words` (its
+    tokenizer), in evaluation mode.
 
-    `bits`: 32, 16 (bfloat16), 8 or 4. `device_map`: "auto" spreads over several devices (accelerate). `adapter`: a PEFT
-    folder put on top. `tokens`: the longest sequence, for the memory check before loading. One-sentence errors:
-    FileNotFoundError, ValueError (class, vocabulary, keys), RuntimeError (memory).
+    `bits`: 32, 16 (bfloat16), 8 or 4. `device_map`: "auto" spreads over several devices
+    (accelerate). `adapter`: a PEFT folder put on top. `tokens`: the longest sequence, for the
+    memory check before loading. One-sentence errors: FileNotFoundError, ValueError (class,
+    vocabulary, keys), RuntimeError (memory).
     """
     quantised, dev = quantisation(bits), device_of(device)
     folder = local_folder(name)
@@ -234,25 +361,40 @@ def load(name: str | Path, device: str | None = None, bits: int = 16, device_map
     needed, free = needed_bytes(config, bits, tokens), available_bytes(dev)
     if device_map is None and needed > free:
         raise RuntimeError(
-            f"{folder.name} needs about {needed / 1e9:.1f} GB at {bits} bits and {dev} has {free / 1e9:.1f} GB free: "
+            f"{folder.name} needs about {needed / 1e9:.1f} GB at {bits} bits and {dev} has "
+            f"{free / 1e9:.1f} GB free: "
             "take --bits 8 or 4, or spread it with a device map"
         )
     if config.vocabulary_map is None:  # transformers wants one; only its <image> entry is looked up
         config.vocabulary_map = {}
     try:
         model, info = ImageChameleon.from_pretrained(
-            folder, config=config, dtype=torch.float32 if bits == 32 else torch.bfloat16, quantization_config=quantised,
-            device_map=device_map or {"": dev}, output_loading_info=True, local_files_only=True,
-        )  # fmt: skip
+            folder,
+            config=config,
+            dtype=torch.float32 if bits == 32 else torch.bfloat16,
+            quantization_config=quantised,
+            device_map=device_map or {"": dev},
+            output_loading_info=True,
+            local_files_only=True,
+        )
     except torch.OutOfMemoryError:
         raise
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as e:
-        raise ValueError(f"weights in {folder.name}/ do not fit their configuration or are damaged: copy or download them again") from e
+        raise ValueError(
+            f"weights in {folder.name}/ do not fit their configuration or are damaged: copy or "
+            f"download them again"
+        ) from e
     if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"weights in {folder.name}/ lack {len(missing)} tensors, first {missing[0]}: download the whole repository")
+        raise ValueError(
+            f"weights in {folder.name}/ lack {len(missing)} tensors, first {missing[0]}: "
+            f"download the whole repository"
+        )
     if adapter:
         if not (Path(adapter) / "adapter_config.json").exists():
-            raise FileNotFoundError(f"no adapter_config.json in {Path(adapter).name}/: give the folder that a PEFT model was saved to")
+            raise FileNotFoundError(
+                f"no adapter_config.json in {Path(adapter).name}/: give the folder that a PEFT "
+                f"model was saved to"
+            )
         model = PeftModel.from_pretrained(model, str(adapter))
     plain(model).layout, plain(model).words = layout, words
     return model.eval()
@@ -263,9 +405,22 @@ def plain(model: torch.nn.Module) -> ImageChameleon:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def with_lora(model: ImageChameleon, rank: int = 16, alpha: int = 32, dropout: float = 0.05,
-              targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")) -> PeftModel:  # fmt: skip
-    """Freeze the model and put trainable LoRA matrices on the attention's projections (PEFT); the result trains with TRL."""
+def with_lora(
+    model: ImageChameleon,
+    rank: int = 16,
+    alpha: int = 32,
+    dropout: float = 0.05,
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj"),
+) -> PeftModel:
+    """Freeze the model and put trainable LoRA matrices on the attention's projections (PEFT); the
+    result trains with TRL."""
     return get_peft_model(
-        model, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), task_type="CAUSAL_LM")
+        model,
+        LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            lora_dropout=dropout,
+            target_modules=list(targets),
+            task_type="CAUSAL_LM",
+        ),
     )

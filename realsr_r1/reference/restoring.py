@@ -1,8 +1,10 @@
-"""The chain at the paper's size: rendered and parsed in PURE's layout, generated under its grammar, and a photo restored with it.
+"""The chain at the paper's size: rendered and parsed in PURE's layout, generated under its grammar,
+and a photo restored with it.
 
-A Chameleon-class model (`chameleon`) reads the LR photo, enlarged to 512 pixels, as LlamaGen codes and answers with text and
-images in one stream. Here a chain becomes token ids and back; `generate` of transformers does the sampling, with one batched
-logits processor that knows where each row stands. Sampling defaults are PURE's (its inference_solver.py and README).
+A Chameleon-class model (`chameleon`) reads the LR photo, enlarged to 512 pixels, as LlamaGen codes
+and answers with text and images in one stream. Here a chain becomes token ids and back; `generate`
+of transformers does the sampling, with one batched logits processor that knows where each row
+stands. Sampling defaults are PURE's (its inference_solver.py and README).
 """
 
 import json
@@ -17,7 +19,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
 
 from realsr_r1 import images as photos
 from realsr_r1.first import vlcot
@@ -31,46 +39,65 @@ PURE = Sampling(temperature=0.9, guidance=0.8)  # text greedy, image top-k by en
 CHAIN_SIZES = (128, 256, 512)  # pixels of the chain's images (paper); PURE itself draws one, (512,)
 TILE, STRIDE, SCALE = 128, 96, 4  # LR pixels, LR pixels, factor: a tile's result has 512 pixels
 MAX_NEW = 8192  # PURE's README
-TEXT, LAST_TEXT, SIZE, CODE, ROW_END, IMAGE_END, FORCED = range(7)  # what may come next; rows of the grammar's masks
+TEXT, LAST_TEXT, SIZE, CODE, ROW_END, IMAGE_END, FORCED = range(
+    7
+)  # what may come next; rows of the grammar's masks
 
 
 def image_tokens(pixels: int, factor: int = 8) -> int:
-    """Tokens of a square image: n·(n + 1) + 4 for n codes a side, i.e. 276, 1,060 and 4,164 for 128, 256 and 512 pixels."""
+    """Tokens of a square image: n·(n + 1) + 4 for n codes a side, i.e. 276, 1,060 and 4,164 for
+    128, 256 and 512 pixels."""
     return (n := pixels // factor) * (n + 1) + 4
 
 
 def prompt_ids(model: PreTrainedModel, codes: Tensor, prompt: str = vlcot.PROMPT) -> Tensor:
-    """The enlarged LR photo's codes (b, h, w) → prompts (b, p): sentence, image, end of turn. A model knows the sentence it was
-    tuned with: for PURE's own weights give the one in its README, without the image mark."""
+    """The enlarged LR photo's codes (b, h, w) → prompts (b, p): sentence, image, end of turn. A
+    model knows the sentence it was tuned with: for PURE's own weights give the one in its README,
+    without the image mark."""
     base = chameleon.plain(model)
     head = [base.layout.names[BOS], *base.words.encode(prompt + " ", add_special_tokens=False)]
-    return torch.tensor([[*head, *base.layout.image_ids(c), base.layout.names[TURN]] for c in codes.cpu()])
+    return torch.tensor(
+        [[*head, *base.layout.image_ids(c), base.layout.names[TURN]] for c in codes.cpu()]
+    )
 
 
 def render(chain: vlcot.Chain, model: PreTrainedModel) -> Tensor:
-    """A complete chain → token ids (n,), ending the turn. Text between two images is tokenised in one piece."""
+    """A complete chain → token ids (n,), ending the turn. Text between two images is tokenised in
+    one piece."""
     base = chameleon.plain(model)
     ids, text = [], ""
     for tag in vlcot.TAGS:
         value, text = getattr(chain, tag), f"{text}<{tag}>"
         if tag in vlcot.IMAGE_TAGS:
-            ids += [*base.words.encode(text, add_special_tokens=False), *base.layout.image_ids(value)]
+            ids += [
+                *base.words.encode(text, add_special_tokens=False),
+                *base.layout.image_ids(value),
+            ]
             text = f"</{tag}>"
         else:
             text += f"{value}</{tag}>"
-    return torch.tensor([*ids, *base.words.encode(text, add_special_tokens=False), base.layout.names[TURN]])
+    return torch.tensor(
+        [*ids, *base.words.encode(text, add_special_tokens=False), base.layout.names[TURN]]
+    )
 
 
 def text_of(ids: Tensor | list[int], model: PreTrainedModel) -> str:
-    """Token ids → the text that `vlcot` and `rewards` read: images in the words of `vlcot.image_words`, malformed ones, too,
-    so that parsing refuses them; padding and end of turn are left out."""
+    """Token ids → the text that `vlcot` and `rewards` read: images in the words of
+    `vlcot.image_words`, malformed ones, too, so that parsing refuses them; padding and end of turn
+    are left out."""
     base, parts, run = chameleon.plain(model), [], []
     layout = base.layout
-    words = {layout.names[START]: vlcot.START, layout.names[END]: vlcot.END, layout.names[ROW]: vlcot.ROW}
+    words = {
+        layout.names[START]: vlcot.START,
+        layout.names[END]: vlcot.END,
+        layout.names[ROW]: vlcot.ROW,
+    }
     words |= {i: f"<n{n}>" for i, n in layout.sizes.items()}
     silent = {layout.names[TURN], layout.names[PAD], layout.names[BOS]}
     flat = ids.tolist() if isinstance(ids, Tensor) else ids
-    for i, code in zip(flat, layout.code_of[torch.tensor(flat, dtype=torch.long)].tolist(), strict=True):
+    for i, code in zip(
+        flat, layout.code_of[torch.tensor(flat, dtype=torch.long)].tolist(), strict=True
+    ):
         word = words.get(i) if code < 0 else f"<c{code}>"
         if word is None:
             run += [i] * (i not in silent)
@@ -81,18 +108,26 @@ def text_of(ids: Tensor | list[int], model: PreTrainedModel) -> str:
 
 
 def parse(ids: Tensor | list[int], model: PreTrainedModel) -> vlcot.Chain:
-    """Token ids of a completion → Chain; what is missing or malformed is None, as in `vlcot.parse`."""
+    """Token ids of a completion → Chain; what is missing or malformed is None, as
+    in `vlcot.parse`."""
     return vlcot.parse(text_of(ids, model))
 
 
 class Grammar:
-    """What may come next, for a batch: text is free (layout tokens and codes are barred), an image has two sizes, rows, an end.
+    """What may come next, for a batch: text is free (layout tokens and codes are barred), an image
+    has two sizes, rows, an end.
 
-    A row's state is five integers and moves in O(1), without a loop over the batch. `sizes` (pixels) fixes the size of each
-    image in turn, and no further image may begin; None leaves both to the model.
+    A row's state is five integers and moves in O(1), without a loop over the batch. `sizes`
+    (pixels) fixes the size of each image in turn, and no further image may begin; None leaves both
+    to the model.
     """
 
-    def __init__(self, layout: Layout, sizes: tuple[int, ...] | None = None, device: str | torch.device = "cpu"):
+    def __init__(
+        self,
+        layout: Layout,
+        sizes: tuple[int, ...] | None = None,
+        device: str | torch.device = "cpu",
+    ):
         n, self.sizes, self.start_id = layout.names, sizes, layout.names[START]
         self.side = torch.zeros(layout.vocab_size, dtype=torch.long)
         self.side[list(layout.sizes)] = torch.tensor(list(layout.sizes.values()))
@@ -105,35 +140,65 @@ class Grammar:
         masks[LAST_TEXT] = masks[TEXT]
         masks[LAST_TEXT, self.start_id] = False
         for k, pixels in enumerate(sizes or ()):
-            if pixels % chameleon.SIZE_UNIT or not 0 < pixels <= chameleon.SIZE_UNIT * chameleon.LARGEST_SIZE:
-                raise ValueError(f"an image of {pixels} pixels has no size token: take a multiple of {chameleon.SIZE_UNIT} up to 1024")
+            if (
+                pixels % chameleon.SIZE_UNIT
+                or not 0 < pixels <= chameleon.SIZE_UNIT * chameleon.LARGEST_SIZE
+            ):
+                raise ValueError(
+                    f"an image of {pixels} pixels has no size token: take a multiple of "
+                    f"{chameleon.SIZE_UNIT} up to 1024"
+                )
             masks[FORCED + k, n[chameleon.size_name(pixels // chameleon.SIZE_UNIT)]] = True
         self.masks, self.side = masks.to(device), self.side.to(device)
-        self.columns = self.masks[[CODE, ROW_END, IMAGE_END]].any(0).nonzero()[:, 0]  # all that can stand in an image's rows
+        self.columns = (
+            self.masks[[CODE, ROW_END, IMAGE_END]].any(0).nonzero()[:, 0]
+        )  # all that can stand in an image's rows
 
     def start(self, batch: int, images: int = 0) -> None:
-        """Every row stands in text, with `images` images behind it. `at`: −1 in text, 0 height, 1 width, 2… in the rows."""
+        """Every row stands in text, with `images` images behind it. `at`: −1 in text, 0 height, 1
+        width, 2… in the rows."""
         new = lambda value: torch.full((batch,), value, device=self.masks.device)  # noqa: E731
-        self.at, self.images, self.h, self.w, self.column = new(-1), new(images), new(0), new(0), new(0)
+        self.at, self.images, self.h, self.w, self.column = (
+            new(-1),
+            new(images),
+            new(0),
+            new(0),
+            new(0),
+        )
 
     @property
     def inside(self) -> Tensor:
-        """(b,) boolean: the next word is part of an image's rows (or its end), where guidance and top-k hold."""
+        """(b,) boolean: the next word is part of an image's rows (or its end), where guidance and
+        top-k hold."""
         return self.at >= 2
 
     def kind(self) -> Tensor:
         """(b,) the row of `masks` that holds the words allowed next."""
-        last = self.images >= len(self.sizes) if self.sizes is not None else torch.zeros_like(self.inside)
-        size = FORCED + self.images - 1 if self.sizes is not None else torch.full_like(self.at, SIZE)
-        body = torch.where(self.column == self.w, ROW_END, torch.where(self.at - 2 == self.h * (self.w + 1), IMAGE_END, CODE))
-        return torch.where(self.at < 0, torch.where(last, LAST_TEXT, TEXT), torch.where(self.inside, body, size))
+        last = (
+            self.images >= len(self.sizes)
+            if self.sizes is not None
+            else torch.zeros_like(self.inside)
+        )
+        size = (
+            FORCED + self.images - 1 if self.sizes is not None else torch.full_like(self.at, SIZE)
+        )
+        body = torch.where(
+            self.column == self.w,
+            ROW_END,
+            torch.where(self.at - 2 == self.h * (self.w + 1), IMAGE_END, CODE),
+        )
+        return torch.where(
+            self.at < 0, torch.where(last, LAST_TEXT, TEXT), torch.where(self.inside, body, size)
+        )
 
     def step(self, word: Tensor) -> None:
         """Move on with the words (b,) just taken."""
         begins, height, width = (self.at < 0) & (word == self.start_id), self.at == 0, self.at == 1
         ends = self.inside & (self.at - 2 == self.h * (self.w + 1))
         side = self.side[word]
-        self.column = torch.where(self.inside & (self.column < self.w), self.column + 1, torch.zeros_like(self.column))
+        self.column = torch.where(
+            self.inside & (self.column < self.w), self.column + 1, torch.zeros_like(self.column)
+        )
         self.h, self.w = torch.where(height, side, self.h), torch.where(width, side, self.w)
         self.images = self.images + begins
         moved = torch.where(self.at >= 0, self.at + 1, torch.where(begins, 0, -1))
@@ -141,32 +206,48 @@ class Grammar:
 
 
 class ImageOnly:
-    """Guidance's second reading: each row's context begins at its own latest image start, whatever came before is masked."""
+    """Guidance's second reading: each row's context begins at its own latest image start, whatever
+    came before is masked."""
 
     def __init__(self, model: PreTrainedModel):
         self.model, self.cache = model, None
 
     @torch.no_grad()
     def logits(self, word: Tensor, begins: Tensor, inside: Tensor) -> Tensor | None:
-        """The words (b,) just taken, which of them begin an image, which rows are in one → logits (b, v), or None if none is."""
+        """The words (b,) just taken, which of them begin an image, which rows are in one → logits
+        (b, v), or None if none is."""
         if not bool(inside.any()):
             self.cache = None
             return None
         if self.cache is None:
-            self.cache, self.mask = DynamicCache(), torch.zeros(len(word), 0, dtype=torch.long, device=word.device)
+            self.cache, self.mask = (
+                DynamicCache(),
+                torch.zeros(len(word), 0, dtype=torch.long, device=word.device),
+            )
         self.mask = torch.cat([self.mask * ~begins[:, None], torch.ones_like(word)[:, None]], 1)
         out = self.model.model(
-            word[:, None], attention_mask=self.mask, position_ids=self.mask.sum(1, keepdim=True) - 1,
-            past_key_values=self.cache, use_cache=True,
-        )  # fmt: skip
+            word[:, None],
+            attention_mask=self.mask,
+            position_ids=self.mask.sum(1, keepdim=True) - 1,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
         return self.model.lm_head(out.last_hidden_state[:, -1]).float().to(word.device)
 
 
 class Interleaved(LogitsProcessor):
-    """Chooses the next word of every row under the grammar and leaves it alone above minus infinity, so that greedy `generate`
-    takes it: the draw has a generator of its own, which `generate` does not offer."""
+    """Chooses the next word of every row under the grammar and leaves it alone above minus
+    infinity, so that greedy `generate` takes it: the draw has a generator of its own, which
+    `generate` does not offer."""
 
-    def __init__(self, model: PreTrainedModel, grammar: Grammar, how: Sampling, generator: torch.Generator | None, images: int = 0):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        grammar: Grammar,
+        how: Sampling,
+        generator: torch.Generator | None,
+        images: int = 0,
+    ):
         self.grammar, self.how, self.generator, self.images = grammar, how, generator, images
         self.free, self.begun = ImageOnly(model), False
 
@@ -180,38 +261,70 @@ class Interleaved(LogitsProcessor):
             if how.guidance != 1.0:
                 other = self.free.logits(word, grammar.at == 0, grammar.at >= 0)
         allowed, inside = grammar.masks[grammar.kind()], grammar.inside
-        u = torch.rand(len(scores), generator=self.generator, device=self.generator.device if self.generator else scores.device)
+        u = torch.rand(
+            len(scores),
+            generator=self.generator,
+            device=self.generator.device if self.generator else scores.device,
+        )
         text = scores.float().masked_fill(~allowed, float("-inf"))
-        chosen = text.argmax(-1) if how.greedy_text else draw(text / how.temperature, u.to(scores.device))
+        chosen = (
+            text.argmax(-1)
+            if how.greedy_text
+            else draw(text / how.temperature, u.to(scores.device))
+        )
         if bool(inside.any()):
-            logits, free, mask = (None if x is None else x[inside][:, grammar.columns] for x in (scores, other, allowed))
+            logits, free, mask = (
+                None if x is None else x[inside][:, grammar.columns]
+                for x in (scores, other, allowed)
+            )
             some = jacobi.target(logits, mask, how, free, k_first=True)
             chosen[inside] = grammar.columns[draw(some, u.to(scores.device)[inside])]
         return torch.full_like(scores, float("-inf")).scatter(1, chosen[:, None], 0.0)
 
 
 @torch.no_grad()
-def generate(model: PreTrainedModel, prompts: Tensor, how: Sampling = PURE, generator: torch.Generator | None = None,
-             sizes: tuple[int, ...] | None = None, max_new: int = MAX_NEW, window: int = 0) -> Tensor:  # fmt: skip
-    """Prompts (b, p) of equal length → completions (b, n) on the CPU, ending the turn and padded with <pad>.
+def generate(
+    model: PreTrainedModel,
+    prompts: Tensor,
+    how: Sampling = PURE,
+    generator: torch.Generator | None = None,
+    sizes: tuple[int, ...] | None = None,
+    max_new: int = MAX_NEW,
+    window: int = 0,
+) -> Tensor:
+    """Prompts (b, p) of equal length → completions (b, n) on the CPU, ending the turn and padded
+    with <pad>.
 
-    `sizes` (pixels) as in `Grammar`. `window` > 0 draws images by speculative Jacobi decoding (one row, `sizes` given).
-    Raises ValueError for settings that do not go together.
+    `sizes` (pixels) as in `Grammar`. `window` > 0 draws images by speculative Jacobi decoding (one
+    row, `sizes` given). Raises ValueError for settings that do not go together.
     """
     base, length = chameleon.plain(model), prompts.shape[1]
     grammar = Grammar(base.layout, sizes, base.device)
     if how.temperature <= 0:
-        raise ValueError(f"temperature must be above 0, got {how.temperature}: use image_greedy for greedy images")
+        raise ValueError(
+            f"temperature must be above 0, got {how.temperature}: use image_greedy for greedy "
+            f"images"
+        )
     if window and (sizes is None or len(prompts) > 1):
-        raise ValueError("speculative decoding takes one prompt at a time and needs the images' sizes: give sizes, or window 0")
+        raise ValueError(
+            "speculative decoding takes one prompt at a time and needs the images' sizes: give "
+            "sizes, or window 0"
+        )
 
     def go_on(ids: Tensor, stops: list[str], images: int) -> Tensor:
         config = GenerationConfig(
-            max_new_tokens=length + max_new - ids.shape[1], do_sample=False, pad_token_id=base.layout.names[PAD],
+            max_new_tokens=length + max_new - ids.shape[1],
+            do_sample=False,
+            pad_token_id=base.layout.names[PAD],
             eos_token_id=[base.layout.names[s] for s in stops],
-        )  # fmt: skip
+        )
         processors = LogitsProcessorList([Interleaved(base, grammar, how, generator, images)])
-        return base.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, logits_processor=processors)
+        return base.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=config,
+            logits_processor=processors,
+        )
 
     ids = prompts.to(base.device)
     if not window:
@@ -221,10 +334,15 @@ def generate(model: PreTrainedModel, prompts: Tensor, how: Sampling = PURE, gene
         n = pixels // base.layout.factor
         if ids[0, -1] != grammar.start_id or ids.shape[1] + n * (n + 1) + 3 >= length + max_new:
             return ids[:, length:].cpu()
-        side = torch.tensor([[base.layout.names[chameleon.size_name(pixels // chameleon.SIZE_UNIT)]] * 2], device=base.device)
+        side = torch.tensor(
+            [[base.layout.names[chameleon.size_name(pixels // chameleon.SIZE_UNIT)]] * 2],
+            device=base.device,
+        )
         ids = torch.cat([ids, side], 1)
         kinds = torch.tensor(([CODE] * n + [ROW_END]) * n + [IMAGE_END])
-        drawn = jacobi.speculative(base, ids, kinds, grammar.masks, how, window, generator, free=ids[:, -3:], k_first=True)
+        drawn = jacobi.speculative(
+            base, ids, kinds, grammar.masks, how, window, generator, free=ids[:, -3:], k_first=True
+        )
         ids = torch.cat([ids, drawn.ids[None].to(base.device)], 1)
     return go_on(ids, [TURN], len(sizes))[:, length:].cpu()
 
@@ -238,23 +356,28 @@ class Reference:
 
 
 def load_reference(name: str | Path, tokenizer: str | Path | None = None, **options) -> Reference:
-    """`chameleon.load(name, **options)` with LlamaGen's ds8 tokenizer: `tokenizer`, or vq_ds8_c2i.pt beside the model or from the hub."""
+    """`chameleon.load(name, **options)` with LlamaGen's ds8 tokenizer: `tokenizer`, or
+    vq_ds8_c2i.pt beside the model or from the hub."""
     beside = Path(name) / "vq_ds8_c2i.pt"
-    vq = load_llamagen(tokenizer or (beside if beside.exists() else beside.name))  # first: if it is absent, no time is lost
+    vq = load_llamagen(
+        tokenizer or (beside if beside.exists() else beside.name)
+    )  # first: if it is absent, no time is lost
     model = chameleon.load(name, **options)
     layout = chameleon.plain(model).layout
     if (vq.config.codes, vq.factor) != (layout.codes, layout.factor):
         raise ValueError(
             f"the tokenizer has {vq.config.codes} codes of {vq.factor} pixels "
             f"and the model {layout.codes} of {layout.factor}: "
-            "take vq_ds8_c2i.pt with PURE's vocabulary (Lumina-mGPT's own image decoder is not part of transformers)"
+            "take vq_ds8_c2i.pt with PURE's vocabulary (Lumina-mGPT's own image decoder is not "
+            "part of transformers)"
         )
     return Reference(model, vq.to(chameleon.plain(model).device))
 
 
 def final_codes(text: str) -> Tensor | None:
-    """The answer (h, w) in a completion's text: the final image, or, from a model without the chain's tags such as PURE itself,
-    the last image. None if it was cut short: an earlier image never stands in for the final one."""
+    """The answer (h, w) in a completion's text: the final image, or, from a model without the
+    chain's tags such as PURE itself, the last image. None if it was cut short: an earlier image
+    never stands in for the final one."""
     if any(f"<{t}>" in text for t in vlcot.TAGS):
         return vlcot.parse(text).final_image
     _, mark, last = text.rpartition(vlcot.START)
@@ -269,38 +392,66 @@ def _starts(length: int) -> list[int]:
 
 
 @torch.no_grad()
-def restore_tiles(reference: Reference, up: Tensor, how: Sampling = PURE, generator: torch.Generator | None = None,
-                  prompt: str = vlcot.PROMPT, **options) -> tuple[Tensor, list[dict]]:  # fmt: skip
-    """Enlarged LR tiles (b, 3, 512, 512) in [0, 1] → restored tiles, colours fixed, and each tile's parts; a tile without a
-    final image of its size stays as it is, and its record says so. `options` go to `generate`."""
+def restore_tiles(
+    reference: Reference,
+    up: Tensor,
+    how: Sampling = PURE,
+    generator: torch.Generator | None = None,
+    prompt: str = vlcot.PROMPT,
+    **options,
+) -> tuple[Tensor, list[dict]]:
+    """Enlarged LR tiles (b, 3, 512, 512) in [0, 1] → restored tiles, colours fixed, and each tile's
+    parts; a tile without a final image of its size stays as it is, and its record says so.
+    `options` go to `generate`."""
     vq, model = reference.tokenizer, reference.model
     prompts = prompt_ids(model, vq.encode(up.to(next(vq.parameters()).device)), prompt)
     out, records = up.clone(), []
     for i, ids in enumerate(generate(model, prompts, how, generator, **options)):
         text = text_of(ids, model)
         chain, codes = vlcot.parse(text), final_codes(text)
-        fits = codes is not None and tuple(s * vq.factor for s in codes.shape) == tuple(up.shape[-2:])
+        fits = codes is not None and tuple(s * vq.factor for s in codes.shape) == tuple(
+            up.shape[-2:]
+        )
         if fits:
-            out[i] = wavelet_color_fix(vq.decode(codes[None].to(vq.quantize.weight.device)).cpu().float(), up[i : i + 1])[0]
-        parts = {t: p.tolist() if isinstance(p := getattr(chain, t), Tensor) else p for t in vlcot.TAGS}
+            out[i] = wavelet_color_fix(
+                vq.decode(codes[None].to(vq.quantize.weight.device)).cpu().float(), up[i : i + 1]
+            )[0]
+        parts = {
+            t: p.tolist() if isinstance(p := getattr(chain, t), Tensor) else p for t in vlcot.TAGS
+        }
         said = re.sub(f"{vlcot.START}.*?({vlcot.END}|$)", vlcot.START, text)
         records.append({"restored": fits, "said": said, **parts})
     return out, records
 
 
-def restore_reference(photo: Image.Image | str | Path, reference: Reference | str | Path, how: Sampling = PURE, seed: int = 0,
-                      batch: int = 1, progress: bool = True, max_pixels: int = 1024 * 1024, **options) -> tuple[Image.Image, dict]:  # fmt: skip
-    """Restore a photo ×4 with a reference model (or its folder or hub name): tiles of 128 LR pixels, overlapping by 32, blended.
+def restore_reference(
+    photo: Image.Image | str | Path,
+    reference: Reference | str | Path,
+    how: Sampling = PURE,
+    seed: int = 0,
+    batch: int = 1,
+    progress: bool = True,
+    max_pixels: int = 1024 * 1024,
+    **options,
+) -> tuple[Image.Image, dict]:
+    """Restore a photo ×4 with a reference model (or its folder or hub name): tiles of 128 LR
+    pixels, overlapping by 32, blended.
 
-    Returns the picture and the trace, as `restore.restore` does. `options`: `prompt`, `sizes`, `window`, `max_new`. If memory
-    runs out the batch is halved; on Ctrl-C what is done is kept and the rest is bicubic.
+    Returns the picture and the trace, as `restore.restore` does. `options`: `prompt`, `sizes`,
+    `window`, `max_new`. If memory runs out the batch is halved; on Ctrl-C what is done is kept and
+    the rest is bicubic.
     """
     image = photos.open_photo(photo) if isinstance(photo, (str, Path)) else photos.to_rgb(photo)
     w, h = image.size
     if w * h > max_pixels:
-        raise ValueError(f"a photo of {w}x{h} pixels is over the limit of {max_pixels}: scale it down, or raise --max-pixels")
+        raise ValueError(
+            f"a photo of {w}x{h} pixels is over the limit of {max_pixels}: scale it down, or "
+            f"raise --max-pixels"
+        )
     reference = reference if isinstance(reference, Reference) else load_reference(reference)
-    lr = F.pad(photos.to_tensor(image)[None], (0, max(0, TILE - w), 0, max(0, TILE - h)), mode="replicate")
+    lr = F.pad(
+        photos.to_tensor(image)[None], (0, max(0, TILE - w), 0, max(0, TILE - h)), mode="replicate"
+    )
     up = F.interpolate(lr, scale_factor=SCALE, mode="bicubic", align_corners=False).clamp(0, 1)[0]
     places = [(x * SCALE, y * SCALE) for y in _starts(lr.shape[2]) for x in _starts(lr.shape[3])]
     side, overlap = TILE * SCALE, (TILE - STRIDE) * SCALE
@@ -326,22 +477,43 @@ def restore_reference(photo: Image.Image | str | Path, reference: Reference | st
                     tiles.append({"x": x // SCALE, "y": y // SCALE, **record})
                 bar.update(len(some))
         except KeyboardInterrupt:
-            bar.write(f"stopped after {len(tiles)} of {len(places)} tiles: the rest of the picture is bicubic")
-    settings = {"seed": seed, "batch": batch, "lr_size": [w, h], "tile": TILE, "stride": STRIDE, "scale": SCALE, **asdict(how), **options}
+            bar.write(
+                f"stopped after {len(tiles)} of {len(places)} tiles: the rest of the picture is "
+                f"bicubic"
+            )
+    settings = {
+        "seed": seed,
+        "batch": batch,
+        "lr_size": [w, h],
+        "tile": TILE,
+        "stride": STRIDE,
+        "scale": SCALE,
+        **asdict(how),
+        **options,
+    }
     out = photos.to_image((total / weight)[:, : h * SCALE, : w * SCALE])
     return out, {"settings": settings, "complete": len(tiles) == len(places), "tiles": tiles}
 
 
 def check_places(out: str | Path, trace: str | Path | None = None) -> None:
-    """Raises ValueError with one sentence if the results could not be written, before hours are spent on them."""
+    """Raises ValueError with one sentence if the results could not be written, before hours are
+    spent on them."""
     for path in filter(None, (out, trace)):
         if not os.access(folder := Path(path).parent, os.W_OK):
-            raise ValueError(f"output folder {folder} cannot be written or does not exist: choose another place for {Path(path).name}")
+            raise ValueError(
+                f"output folder {folder} cannot be written or does not exist: choose another "
+                f"place for {Path(path).name}"
+            )
     if Path(out).suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"{Path(out).name} has no picture suffix that Pillow writes: end it in .png, .jpg or .webp")
+        raise ValueError(
+            f"{Path(out).name} has no picture suffix that Pillow writes: end it in .png, .jpg "
+            f"or .webp"
+        )
 
 
-def restore_file(photo: str | Path, out: str | Path, trace: str | Path | None = None, **options) -> dict:
+def restore_file(
+    photo: str | Path, out: str | Path, trace: str | Path | None = None, **options
+) -> dict:
     """`restore_reference` from file to file. Returns the trace."""
     check_places(out, trace)
     image, record = restore_reference(photo, **options)

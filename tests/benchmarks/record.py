@@ -1,7 +1,8 @@
-"""What the benchmark writes down: every row at once to a CSV file, and from it the table and the figure.
+"""What the benchmark writes down: every row at once to a CSV file, and from it the table and the
+figure.
 
-Rows are appended as they are measured, so a run that is stopped loses nothing, and one section can be measured again
-alone: the table shows the newest row of each name, with its date.
+Rows are appended as they are measured, so a run that is stopped loses nothing, and one section can
+be measured again alone: the table shows the newest row of each name, with its date.
 """
 
 import csv
@@ -16,7 +17,8 @@ from pathlib import Path
 import torch
 
 FIELDS = ("section", "what", "result", "series", "x", "seconds", "date", "machine")
-# What grows, on which axis, and how it is drawn: Okabe and Ito's colours, and a marker of its own for each.
+# What grows, on which axis, and how it is drawn: Okabe and Ito's colours, and a marker of its own
+# for each.
 SERIES = {
     "restore": ("restore a photo", "LR pixels", "#0072B2", "o"),
     "realesrgan": ("Real-ESRGAN x4plus", "LR pixels", "#D55E00", "s"),
@@ -30,7 +32,8 @@ def machine() -> str:
 
 
 def exponent(xs: list[float], ys: list[float]) -> tuple[float, float]:
-    """(k, c) of the least-squares fit y = c·x^k in logarithms. Raises ValueError for fewer than two different x."""
+    """(k, c) of the least-squares fit y = c·x^k in logarithms. Raises ValueError for fewer than two
+    different x."""
     if len(set(xs)) < 2:
         raise ValueError(f"an exponent needs at least two sizes, got {sorted(set(xs))}")
     u, v = [math.log(x) for x in xs], [math.log(y) for y in ys]
@@ -51,16 +54,35 @@ class Record:
         self.out.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             with self.path.open(newline="") as f:
-                self.rows = [r for r in csv.DictReader(f) if None not in r.values()]  # a line cut by a kill is left out
+                self.rows = [
+                    r for r in csv.DictReader(f) if None not in r.values()
+                ]  # a line cut by a kill is left out
 
     @property
     def path(self) -> Path:
         return self.out / "bench.csv"
 
-    def row(self, what: str, result: str, series: str = "", x: float | None = None, seconds: float | None = None) -> None:
-        """Note one row, print it, and write the table anew. `series`, `x` and `seconds` put a point into the figure."""
+    def row(
+        self,
+        what: str,
+        result: str,
+        series: str = "",
+        x: float | None = None,
+        seconds: float | None = None,
+    ) -> None:
+        """Note one row, print it, and write the table anew. `series`, `x` and `seconds` put a point
+        into the figure."""
         number = lambda v: "" if v is None else f"{v:.6g}"  # noqa: E731
-        values = (self.section, what, result, series, number(x), number(seconds), f"{datetime.now(UTC):%Y-%m-%d %H:%M}", machine())
+        values = (
+            self.section,
+            what,
+            result,
+            series,
+            number(x),
+            number(seconds),
+            f"{datetime.now(UTC):%Y-%m-%d %H:%M}",
+            machine(),
+        )
         new = dict(zip(FIELDS, values, strict=True))
         fresh = not self.path.exists() or not self.path.stat().st_size
         broken = not fresh and not self.path.read_bytes().endswith(b"\n")
@@ -83,17 +105,25 @@ class Record:
 
     def points(self, series: str) -> tuple[list[float], list[float]]:
         """The newest points of a series, by size."""
-        points = sorted((float(r["x"]), float(r["seconds"])) for r in self.newest() if r["series"] == series)
+        points = sorted(
+            (float(r["x"]), float(r["seconds"])) for r in self.newest() if r["series"] == series
+        )
         return [x for x, _ in points], [y for _, y in points]
 
     def write_table(self) -> None:
         lines = [f"`make bench` ({machine()}; ratios are of runs side by side).\n"]
         for section in dict.fromkeys(r["section"] for r in self.newest()):
             lines.append(f"### {section}\n\n| what | result | measured |\n|---|---|---|")
-            lines += [f"| {r['what']} | {r['result']} | {r['date'][:10]} |" for r in self.newest() if r["section"] == section]
+            lines += [
+                f"| {r['what']} | {r['result']} | {r['date'][:10]} |"
+                for r in self.newest()
+                if r["section"] == section
+            ]
             lines.append("")
         if (self.out / "bench.webp").exists():
-            lines.append("![How the cost grows, in log-log scale, with fitted exponents](bench.webp)\n")
+            lines.append(
+                "![How the cost grows, in log-log scale, with fitted exponents](bench.webp)\n"
+            )
         part = self.out / "bench.md.part"
         part.write_text("\n".join(lines))
         part.replace(self.out / "bench.md")
@@ -110,16 +140,25 @@ class Record:
         axes_of = list(dict.fromkeys(SERIES[s][1] for s in found))
         if not found:
             return {}
-        figure, panels = plt.subplots(1, len(axes_of), figsize=(4.2 * len(axes_of), 3.4), squeeze=False, layout="constrained")
+        figure, panels = plt.subplots(
+            1, len(axes_of), figsize=(4.2 * len(axes_of), 3.4), squeeze=False, layout="constrained"
+        )
         exponents = {}
         for series, (xs, ys) in found.items():
             name, axis, colour, marker = SERIES[series]
             exponents[series], c = exponent(xs, ys)
             panel = panels[0][axes_of.index(axis)]
-            panel.loglog(xs, ys, marker, color=colour, label=f"{name}: exponent {exponents[series]:.2f}")
-            panel.loglog(xs, [c * x ** exponents[series] for x in xs], "--", color=colour, linewidth=1)
+            panel.loglog(
+                xs, ys, marker, color=colour, label=f"{name}: exponent {exponents[series]:.2f}"
+            )
+            panel.loglog(
+                xs, [c * x ** exponents[series] for x in xs], "--", color=colour, linewidth=1
+            )
             panel.set(xlabel=axis, ylabel="seconds")
-            for ruler, marks in ((panel.xaxis, FixedLocator(xs)), (panel.yaxis, LogLocator(subs=(1, 2, 5)))):
+            for ruler, marks in (
+                (panel.xaxis, FixedLocator(xs)),
+                (panel.yaxis, LogLocator(subs=(1, 2, 5))),
+            ):
                 ruler.set_major_locator(marks)
                 ruler.set_major_formatter(lambda v, _: f"{v:,g}")
                 ruler.set_minor_locator(NullLocator())
@@ -133,7 +172,8 @@ class Record:
 
 
 def side_by_side(contestants: dict, repeats: int = 3) -> dict[str, float]:
-    """Seconds of each function: one run to warm up, then rounds in turn, so that a busy spell hits all; the medians."""
+    """Seconds of each function: one run to warm up, then rounds in turn, so that a busy spell hits
+    all; the medians."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for i in range(repeats + 1):
         for name, function in contestants.items():
@@ -145,8 +185,8 @@ def side_by_side(contestants: dict, repeats: int = 3) -> dict[str, float]:
 
 
 class Peak:
-    """Peak memory of the process in GiB since `with Peak() as peak:` began (`peak.gib`); where the system cannot forget an
-    earlier peak (not Linux), that of the whole process."""
+    """Peak memory of the process in GiB since `with Peak() as peak:` began (`peak.gib`); where the
+    system cannot forget an earlier peak (not Linux), that of the whole process."""
 
     def __enter__(self):
         try:
@@ -159,7 +199,9 @@ class Peak:
     def __exit__(self, *_):
         if self.exact:
             lines = Path("/proc/self/status").read_text().splitlines()
-            self.gib = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**20
+            self.gib = (
+                next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**20
+            )
         else:
             # Kibibytes on Linux, bytes on macOS.
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

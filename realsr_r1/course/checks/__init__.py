@@ -30,7 +30,8 @@ def expect(condition: bool, sentence: str) -> None:
 
 
 def check(body: Callable[[Callable], None]) -> Callable[[Callable], Verdict]:
-    """Make a check of a body that takes the student's function and raises `Mistake` where it is wrong."""
+    """Make a check of a body that takes the student's function and raises `Mistake` where it is
+    wrong."""
 
     @functools.wraps(body)
     def run(student: Callable) -> Verdict:

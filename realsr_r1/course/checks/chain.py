@@ -1,4 +1,5 @@
-"""Checks for the lesson on the chain and its cold start: labels, weighted loss, layout, log-probability, entropy top-k."""
+"""Checks for the lesson on the chain and its cold start: labels, weighted loss, layout,
+log-probability, entropy top-k."""
 
 import math
 
@@ -16,34 +17,56 @@ def _shape(out, like: tuple[int, ...], what: str) -> None:
 @check
 def labels(student) -> None:
     """(ids (b, n), prompt length, pad id) → labels (b, n)."""
-    ids = torch.tensor([[7, 8, 9, 5, 6, 7, 1, 0], [9, 9, 8, 6, 1, 0, 0, 0], [8, 7, 7, 4, 4, 4, 4, 1]])
+    ids = torch.tensor(
+        [[7, 8, 9, 5, 6, 7, 1, 0], [9, 9, 8, 6, 1, 0, 0, 0], [8, 7, 7, 4, 4, 4, 4, 1]]
+    )
     kept, prompt = ids.clone(), 3
     want = ids.clone()
     want[:, :prompt] = -100
     want[ids == 0] = -100
     out = student(ids, prompt, 0)
-    expect(torch.equal(ids, kept), "you changed the ids themselves: work on a clone, the model still needs them as its input")
+    expect(
+        torch.equal(ids, kept),
+        "you changed the ids themselves: work on a clone, the model still needs them as its input",
+    )
     _shape(out, tuple(ids.shape), "one label a word")
     if torch.equal(out.long(), want):
         return
     shifted = torch.full_like(want, -100)
     shifted[:, :-1] = want[:, 1:]
-    expect(not torch.equal(out[:, :-1].long(), shifted[:, :-1]), "you shifted the labels by one: the model (or the loss) does that itself")
-    expect(not bool((out[:, :prompt] != -100).all()), "you train on the prompt: its labels must be -100, not its words")
+    expect(
+        not torch.equal(out[:, :-1].long(), shifted[:, :-1]),
+        "you shifted the labels by one: the model (or the loss) does that itself",
+    )
+    expect(
+        not bool((out[:, :prompt] != -100).all()),
+        "you train on the prompt: its labels must be -100, not its words",
+    )
     expect(
         not bool((out[:, prompt:][kept[:, prompt:] == 0] != -100).any()),
         "you train on the padding: a label there must be -100, or the model learns to say <pad>",
     )
-    expect(bool((out[:, prompt] != -100).all()), "the first word of the completion is masked, too: the prompt ends just before it")
-    expect(bool((out[:, :prompt] == -100).all()), "the last word of the prompt is not masked: count again from where the completion starts")
-    expect(bool((out[kept == 1] == 1).all()), "you masked the end word: without it the model never learns to stop")
+    expect(
+        bool((out[:, prompt] != -100).all()),
+        "the first word of the completion is masked, too: the prompt ends just before it",
+    )
+    expect(
+        bool((out[:, :prompt] == -100).all()),
+        "the last word of the prompt is not masked: count again from where the completion starts",
+    )
+    expect(
+        bool((out[kept == 1] == 1).all()),
+        "you masked the end word: without it the model never learns to stop",
+    )
     raise Mistake("the labels of the completion must be its own words, unchanged")
 
 
 @check
 def weighted_cross_entropy(student) -> None:
     """(logits (n, v), target (n,), weights (v,)) → scalar."""
-    probabilities = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.3, 0.3, 0.4], [0.2, 0.2, 0.6]])
+    probabilities = torch.tensor(
+        [[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.3, 0.3, 0.4], [0.2, 0.2, 0.6]]
+    )
     logits, weights = probabilities.log() + 3.0, torch.tensor([3.0, 1.0, 2.0])
     target = torch.tensor([0, 1, -100, 0])
     loss = [-math.log(0.5), -math.log(0.8), -math.log(0.2)]
@@ -51,26 +74,53 @@ def weighted_cross_entropy(student) -> None:
     try:
         out = student(logits, target, weights)
     except IndexError as e:
-        raise Mistake("you look up the weight or the loss of target -100: leave those positions out first") from e
-    expect(isinstance(out, torch.Tensor) and out.dim() == 0, "return one number (a tensor without axes): the mean over the positions")
+        raise Mistake(
+            "you look up the weight or the loss of target -100: leave those positions out first"
+        ) from e
+    expect(
+        isinstance(out, torch.Tensor) and out.dim() == 0,
+        "return one number (a tensor without axes): the mean over the positions",
+    )
     value = float(out)
     if abs(value - right) < 1e-4:
         return
     total = 7 * right
-    expect(abs(value - total) > 1e-4, "you summed but did not divide: divide by the sum of the weights")
+    expect(
+        abs(value - total) > 1e-4, "you summed but did not divide: divide by the sum of the weights"
+    )
     expect(
         abs(value - total / 3) > 1e-4,
-        "you divided by the number of words: divide by the sum of their weights, or a larger weight is only a larger learning rate",
+        "you divided by the number of words: divide by the sum of their weights, or a larger "
+        "weight is only a larger learning rate",
     )
-    expect(abs(value - total / 4) > 1e-4, "you divided by all positions, those with target -100 as well: leave them out of the mean")
-    expect(abs(value - total / 6) > 1e-4, "you divided by the sum of the whole weight table: divide by the weights of the targets at hand")
-    expect(abs(value - sum(loss) / 3) > 1e-4, "the weights have no effect: multiply each position's loss by the weight of its word")
+    expect(
+        abs(value - total / 4) > 1e-4,
+        "you divided by all positions, those with target -100 as well: leave them out of the mean",
+    )
+    expect(
+        abs(value - total / 6) > 1e-4,
+        "you divided by the sum of the whole weight table: divide by the weights of the targets "
+        "at hand",
+    )
+    expect(
+        abs(value - sum(loss) / 3) > 1e-4,
+        "the weights have no effect: multiply each position's loss by the weight of its word",
+    )
     doubled = F.cross_entropy(probabilities[target >= 0], target[target >= 0], reduction="none")
     wrong = float((doubled * weights[target[target >= 0]]).sum() / 7)
-    expect(abs(value - wrong) > 1e-4, "you took the softmax twice: cross_entropy wants logits, not probabilities")
+    expect(
+        abs(value - wrong) > 1e-4,
+        "you took the softmax twice: cross_entropy wants logits, not probabilities",
+    )
     by_position = (3 * loss[0] + loss[1] + 2 * loss[2]) / 6
-    expect(abs(value - by_position) > 1e-4, "you took the weights in the order of the positions: look them up by word, weights[target]")
-    raise Mistake(f"expected {right:.4f} for three words of weights 3, 1, 3 (one more is masked), got {value:.4f}")
+    expect(
+        abs(value - by_position) > 1e-4,
+        "you took the weights in the order of the positions: look them up by word, weights[target]",
+    )
+    raise Mistake(
+        f"expected {right:.4f} for three words of weights 3, 1, 3 (one more is masked), got "
+        f"{value:.4f}"
+    )
 
 
 @check
@@ -85,22 +135,34 @@ def image_word(student) -> None:
         if out == truth:
             continue
         expect(out[0] == "start", "position 0 is the start word: count from 0")
-        expect(out[1] == out[2] == "size", "the start is followed by two size words, height and width")
+        expect(
+            out[1] == out[2] == "size", "the start is followed by two size words, height and width"
+        )
         body = out[3:-1]
         expect("row" in body, "no row ends: after every n codes a row is closed")
         period = body.index("row") + 1
         expect(
             period != n,
-            "your rows are one word too short: a row is n codes and then its end, so the pattern repeats every n + 1 words, not n",
+            "your rows are one word too short: a row is n codes and then its end, so the "
+            "pattern repeats every n + 1 words, not n",
         )
         expect(
             period != n - 2 and period != n + 4,
-            "you forgot that three words (start and two sizes) come before the first row: subtract 3 first",
+            "you forgot that three words (start and two sizes) come before the first row: "
+            "subtract 3 first",
         )
-        expect(body[-1] != "end", "the end comes too early: the last row has an end of its own before it")
-        expect(out[-1] == "end", f"position n·(n + 1) + 3 must be the end: for n = {n} that is {len(truth) - 1}")
+        expect(
+            body[-1] != "end",
+            "the end comes too early: the last row has an end of its own before it",
+        )
+        expect(
+            out[-1] == "end",
+            f"position n·(n + 1) + 3 must be the end: for n = {n} that is {len(truth) - 1}",
+        )
         at = next(i for i, (a, b) in enumerate(zip(out, truth, strict=True)) if a != b)
-        raise Mistake(f"in an image of {n}×{n} codes, position {at} is '{truth[at]}', you say '{out[at]}'")
+        raise Mistake(
+            f"in an image of {n}×{n} codes, position {at} is '{truth[at]}', you say '{out[at]}'"
+        )
 
 
 @check
@@ -111,14 +173,23 @@ def sequence_logprob(student) -> None:
     logits, ids = 2 * torch.randn(b, n, v, generator=g), torch.randint(0, v, (b, n), generator=g)
     logp = logits.log_softmax(-1)
 
-    def pick(table, first, last, offset):  # the entries of words first … last - 1, read `offset` positions before
-        return torch.stack([table[:, i - offset].gather(1, ids[:, i : i + 1])[:, 0] for i in range(first, last)], 1)
+    def pick(
+        table, first, last, offset
+    ):  # the entries of words first … last - 1, read `offset` positions before
+        return torch.stack(
+            [table[:, i - offset].gather(1, ids[:, i : i + 1])[:, 0] for i in range(first, last)], 1
+        )
 
     right = pick(logp, p, n, 1).sum(1)
     out = student(logits, ids, p)
     expect(isinstance(out, torch.Tensor), f"return a tensor, not {type(out).__name__}")
-    expect(out.shape != (b, n - p), "that is one number a word: sum over the words of the completion")
-    expect(out.dim() > 0, "one number for each row of the batch, not one for all: sum over the words only")
+    expect(
+        out.shape != (b, n - p), "that is one number a word: sum over the words of the completion"
+    )
+    expect(
+        out.dim() > 0,
+        "one number for each row of the batch, not one for all: sum over the words only",
+    )
     _shape(out, (b,), "one number a row")
 
     def is_(other):
@@ -126,21 +197,48 @@ def sequence_logprob(student) -> None:
 
     if is_(right):
         return
-    expect(not is_(pick(logp, p, n, 0).sum(1)), "you forgot to shift by one: the logits at position i are about word i + 1")
-    expect(not is_(pick(logp, p, n - 1, -1).sum(1)), "you shifted the wrong way: word i is predicted by the logits at i - 1")
-    expect(not is_(pick(logp, 1, n, 1).sum(1)), "the prompt is in your sum: it was given, not chosen")
+    expect(
+        not is_(pick(logp, p, n, 0).sum(1)),
+        "you forgot to shift by one: the logits at position i are about word i + 1",
+    )
+    expect(
+        not is_(pick(logp, p, n - 1, -1).sum(1)),
+        "you shifted the wrong way: word i is predicted by the logits at i - 1",
+    )
+    expect(
+        not is_(pick(logp, 1, n, 1).sum(1)), "the prompt is in your sum: it was given, not chosen"
+    )
     expect(
         not is_(pick(logp, p + 1, n, 1).sum(1)),
         "the first word of the completion is missing: the last position of the prompt predicts it",
     )
-    expect(not is_(pick(logp, p - 1, n, 1).sum(1)), "the last word of the prompt is in your sum: start one word later")
-    expect(not is_(right / (n - p)), "you took the mean: the log-probability of a sequence is the sum over its words")
-    expect(not is_(pick(logits, p, n, 1).sum(1)), "you forgot log_softmax: logits are not log-probabilities")
-    expect(not is_(-right), "the sign is wrong: a log-probability is negative (its negative is the loss)")
-    expect(not is_(pick(logp.exp(), p, n, 1).sum(1)), "you added probabilities: take their logarithms first")
-    expect(not is_(right.exp()), "that is the probability: leave it as a logarithm, or long sequences underflow to 0")
+    expect(
+        not is_(pick(logp, p - 1, n, 1).sum(1)),
+        "the last word of the prompt is in your sum: start one word later",
+    )
+    expect(
+        not is_(right / (n - p)),
+        "you took the mean: the log-probability of a sequence is the sum over its words",
+    )
+    expect(
+        not is_(pick(logits, p, n, 1).sum(1)),
+        "you forgot log_softmax: logits are not log-probabilities",
+    )
+    expect(
+        not is_(-right),
+        "the sign is wrong: a log-probability is negative (its negative is the loss)",
+    )
+    expect(
+        not is_(pick(logp.exp(), p, n, 1).sum(1)),
+        "you added probabilities: take their logarithms first",
+    )
+    expect(
+        not is_(right.exp()),
+        "that is the probability: leave it as a logarithm, or long sequences underflow to 0",
+    )
     raise Mistake(
-        f"for a small random example {[round(x, 3) for x in right.tolist()]} is right, yours is {[round(x, 3) for x in out.tolist()]}"
+        f"for a small random example {[round(x, 3) for x in right.tolist()]} is right, yours is "
+        f"{[round(x, 3) for x in out.tolist()]}"
     )
 
 
@@ -168,21 +266,43 @@ def entropy_top_k(student) -> None:
         "your entropy is always 0: take the softmax over the words (the last axis), of each row",
     )
     one = 1 + 1 / (1 + math.exp(5 - h))
-    expect(abs(float(k[0]) - one) > 0.4, "k comes out as 1 or 2 for an unsure row: multiply the sigmoid by 1999")
+    expect(
+        abs(float(k[0]) - one) > 0.4,
+        "k comes out as 1 or 2 for an unsure row: multiply the sigmoid by 1999",
+    )
     expect(not near(k[0], formula(-h)), "your entropy is negative: H = -Σ p·log p, with the minus")
-    expect(not near(k[0], formula(h / math.log(2))), "your entropy is in bits: take the natural logarithm")
-    expect(not near(k[0], formula(0) + formula(10) - formula(h)), "k must grow with the entropy: sigmoid(H − 5), not sigmoid(5 − H)")
+    expect(
+        not near(k[0], formula(h / math.log(2))),
+        "your entropy is in bits: take the natural logarithm",
+    )
+    expect(
+        not near(k[0], formula(0) + formula(10) - formula(h)),
+        "k must grow with the entropy: sigmoid(H − 5), not sigmoid(5 − H)",
+    )
     expect(not near(k[0], formula(h + 5)), "subtract 5 from the entropy inside the sigmoid")
-    expect(near(k[0], formula(h)), f"300 equally likely words have H = {h:.2f} nats and k = {formula(h):.0f}, yours is {float(k[0]):.0f}")
-    expect(near(k[1], formula(0)), f"one certain word has H = 0 and k = 14, yours is {float(k[1]):.0f}")
+    expect(
+        near(k[0], formula(h)),
+        f"300 equally likely words have H = {h:.2f} nats and k = {formula(h):.0f}, yours is "
+        f"{float(k[0]):.0f}",
+    )
+    expect(
+        near(k[1], formula(0)), f"one certain word has H = 0 and k = 14, yours is {float(k[1]):.0f}"
+    )
     out = float(student(masked)[0])
     expect(
         math.isfinite(out) and out >= 1 and out < 1e6,
-        "words that the grammar forbids (logit -inf) make your entropy nan: 0·(-inf) must count as 0",
+        "words that the grammar forbids (logit -inf) make your entropy nan: 0·(-inf) must count "
+        "as 0",
     )
-    expect(near(out, formula(math.log(148))), "words that the grammar forbids (logit -inf) change your entropy: they must count as 0")
+    expect(
+        near(out, formula(math.log(148))),
+        "words that the grammar forbids (logit -inf) change your entropy: they must count as 0",
+    )
     wide = float(student(torch.zeros(1, 60_000))[0])
-    expect(near(wide, formula(10)), "clamp the entropy to 0–10 nats: 60,000 equally likely words give k = 1987")
+    expect(
+        near(wide, formula(10)),
+        "clamp the entropy to 0–10 nats: 60,000 equally likely words give k = 1987",
+    )
     expect(
         not torch.is_floating_point(student(torch.zeros(1, 5))),
         "k is a number of words: round it and make it an integer",

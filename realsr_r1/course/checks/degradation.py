@@ -1,4 +1,5 @@
-"""Checks for notebook 01: kernels, noise, the scale that is left, a label from a draw, and the noise level of a photo."""
+"""Checks for notebook 01: kernels, noise, the scale that is left, a label from a draw, and the
+noise level of a photo."""
 
 import math
 
@@ -17,7 +18,13 @@ def _close(a: Tensor, b: Tensor, tolerance: float = 1e-4) -> bool:
 
 
 def _kernel_without(
-    size: int, sx: float, sy: float, theta: float, half: float = 0.5, power: int = 2, centre: float | None = None
+    size: int,
+    sx: float,
+    sy: float,
+    theta: float,
+    half: float = 0.5,
+    power: int = 2,
+    centre: float | None = None,
 ) -> Tensor:
     """The anisotropic kernel with one ingredient changed, to recognise a student's mistake."""
     axis = torch.arange(size, dtype=torch.float64) - (size // 2 if centre is None else centre)
@@ -33,11 +40,16 @@ def anisotropic_kernel(student):
     args = (15, 3.0, 1.2, 0.5)
     k = student(*args)
     expect(isinstance(k, Tensor), f"return a torch tensor, not {type(k).__name__}")
-    expect(tuple(k.shape) == (15, 15), f"the kernel must be (size, size), here (15, 15), not {tuple(k.shape)}")
+    expect(
+        tuple(k.shape) == (15, 15),
+        f"the kernel must be (size, size), here (15, 15), not {tuple(k.shape)}",
+    )
     k, right = k.float(), _kernel_without(*args)
     total = float(k.sum())
     expect(
-        abs(total - 1) < 1e-3, f"the kernel sums to {total:.3g} instead of 1, so the photo would change its brightness: divide by its sum"
+        abs(total - 1) < 1e-3,
+        f"the kernel sums to {total:.3g} instead of 1, so the photo would change its "
+        f"brightness: divide by its sum",
     )
     if _close(k, right, 1e-5):
         other = student(9, 1.0, 2.5, -1.0).float()
@@ -48,20 +60,52 @@ def anisotropic_kernel(student):
         return
     size, sx, sy, theta = args
     known = (
-        (_kernel_without(size, sx, sy, 0.0), "theta has no effect: rotate the coordinates before you divide by the sigmas"),
-        (_kernel_without(size, sx, sy, -theta), "the ellipse turns the wrong way: u = x cos θ + y sin θ, v = -x sin θ + y cos θ"),
-        (_kernel_without(size, sx, sy, math.radians(theta)), "theta is in radians already: do not convert it from degrees"),
-        (_kernel_without(size, sy, sx, theta), "the two sigmas are swapped: sigma_x is the spread along u, which is x (the columns) at θ = 0"),
-        (_kernel_without(size, sx, sy, theta, half=1.0), "the factor 1/2 in the exponent is missing, so the blur is weaker than sigma says"),
-        (_kernel_without(size, sx, sy, theta, power=1), "square u/sigma_x and v/sigma_y: without the square it is no Gaussian"),
-        (_kernel_without(size, math.sqrt(sx), math.sqrt(sy), theta), "sigma itself is squared in the exponent: (u/sigma)², not u²/sigma"),
-        (_kernel_without(size, sx, sy, theta, centre=0), "the centre of the kernel is not in its middle: coordinates run from -(size // 2) to size // 2"),
-        (_kernel_without(size, sx, sy, theta, centre=size / 2), "the centre is half a pixel off: subtract size // 2, a whole number"),
-    )  # fmt: skip
+        (
+            _kernel_without(size, sx, sy, 0.0),
+            "theta has no effect: rotate the coordinates before you divide by the sigmas",
+        ),
+        (
+            _kernel_without(size, sx, sy, -theta),
+            "the ellipse turns the wrong way: u = x cos θ + y sin θ, v = -x sin θ + y cos θ",
+        ),
+        (
+            _kernel_without(size, sx, sy, math.radians(theta)),
+            "theta is in radians already: do not convert it from degrees",
+        ),
+        (
+            _kernel_without(size, sy, sx, theta),
+            "the two sigmas are swapped: sigma_x is the spread along u, which is x (the "
+            "columns) at θ = 0",
+        ),
+        (
+            _kernel_without(size, sx, sy, theta, half=1.0),
+            "the factor 1/2 in the exponent is missing, so the blur is weaker than sigma says",
+        ),
+        (
+            _kernel_without(size, sx, sy, theta, power=1),
+            "square u/sigma_x and v/sigma_y: without the square it is no Gaussian",
+        ),
+        (
+            _kernel_without(size, math.sqrt(sx), math.sqrt(sy), theta),
+            "sigma itself is squared in the exponent: (u/sigma)², not u²/sigma",
+        ),
+        (
+            _kernel_without(size, sx, sy, theta, centre=0),
+            "the centre of the kernel is not in its middle: coordinates run from -(size // 2) "
+            "to size // 2",
+        ),
+        (
+            _kernel_without(size, sx, sy, theta, centre=size / 2),
+            "the centre is half a pixel off: subtract size // 2, a whole number",
+        ),
+    )
     for wrong, sentence in known:
         if _close(k, wrong, 1e-5):
             raise Mistake(sentence)
-    raise Mistake("the kernel sums to 1, but its values are not those of a rotated Gaussian: compare it with the formula, term by term")
+    raise Mistake(
+        "the kernel sums to 1, but its values are not those of a rotated Gaussian: compare it "
+        "with the formula, term by term"
+    )
 
 
 # ---------------------------------------------------------------- 1.2
@@ -77,20 +121,40 @@ def add_gaussian_noise(student):
     x = torch.full((3, 96, 96), 0.5)
     kept = x.clone()
     y = student(x, 10.0, False, g())
-    expect(torch.equal(x, kept), "your function changes the photo it is given: return a new tensor (no +=, no add_)")
-    expect(isinstance(y, Tensor) and y.shape == x.shape, "return a tensor of the photo's own shape (3, h, w)")
-    expect(abs(float(y.mean())) > 0.1, "you return the noise alone: add it to the photo")
-    expect(float(y.median()) < 2, "your result is in [0, 255]: divide sigma by 255 instead of multiplying the photo")
-    std = float((y - x).std()) * 255
-    expect(std < 80, f"the noise is far too strong ({std:.0f} of 255): sigma is in units of 255, the photo in [0, 1], so divide by 255")
-    shift = float((y - x).mean()) * 255
-    expect(abs(shift) < 2, f"the photo's brightness moves by {shift:.1f} of 255: noise has mean 0 (torch.randn has, torch.rand has not)")
     expect(
-        std > 1, f"the noise is far too weak ({std:.2f} of 255 where 10 was asked): divide sigma by 255 once, and do not divide the photo"
+        torch.equal(x, kept),
+        "your function changes the photo it is given: return a new tensor (no +=, no add_)",
+    )
+    expect(
+        isinstance(y, Tensor) and y.shape == x.shape,
+        "return a tensor of the photo's own shape (3, h, w)",
+    )
+    expect(abs(float(y.mean())) > 0.1, "you return the noise alone: add it to the photo")
+    expect(
+        float(y.median()) < 2,
+        "your result is in [0, 255]: divide sigma by 255 instead of multiplying the photo",
+    )
+    std = float((y - x).std()) * 255
+    expect(
+        std < 80,
+        f"the noise is far too strong ({std:.0f} of 255): sigma is in units of 255, the photo "
+        f"in [0, 1], so divide by 255",
+    )
+    shift = float((y - x).mean()) * 255
+    expect(
+        abs(shift) < 2,
+        f"the photo's brightness moves by {shift:.1f} of 255: noise has mean 0 (torch.randn "
+        f"has, torch.rand has not)",
+    )
+    expect(
+        std > 1,
+        f"the noise is far too weak ({std:.2f} of 255 where 10 was asked): divide sigma by 255 "
+        f"once, and do not divide the photo",
     )
     expect(
         abs(std - math.sqrt(10)) > 0.3,
-        "the noise has variance sigma instead of standard deviation sigma: multiply randn by sigma, not by its root",
+        "the noise has variance sigma instead of standard deviation sigma: multiply randn by "
+        "sigma, not by its root",
     )
     expect(
         abs(std - 10) < 0.5,
@@ -99,23 +163,44 @@ def add_gaussian_noise(student):
     excess = float((((y - x) / (y - x).std()) ** 4).mean()) - 3
     expect(excess > -0.6, "the noise is uniform, not Gaussian: use torch.randn")
     again = student(x, 10.0, False, g())
-    expect(torch.equal(y, again), "two calls with the same generator seed differ: pass generator=generator to torch.randn")
-    expect(not torch.equal(y, student(x, 10.0, False, g(1))), "the generator's seed has no effect: do not seed inside the function")
+    expect(
+        torch.equal(y, again),
+        "two calls with the same generator seed differ: pass generator=generator to torch.randn",
+    )
+    expect(
+        not torch.equal(y, student(x, 10.0, False, g(1))),
+        "the generator's seed has no effect: do not seed inside the function",
+    )
     noise = y - x
     expect(
         not torch.allclose(noise[0], noise[1], atol=1e-6),
         "with gray=False every channel needs its own noise; yours is the same in all three",
     )
     gray = student(x, 10.0, True, g()) - x
-    expect(torch.allclose(gray[0], gray[1], atol=1e-6) and torch.allclose(gray[0], gray[2], atol=1e-6), "with gray=True all three channels share one noise field: draw (h, w) once and add it to each")  # fmt: skip
+    expect(
+        torch.allclose(gray[0], gray[1], atol=1e-6) and torch.allclose(gray[0], gray[2], atol=1e-6),
+        "with gray=True all three channels share one noise field: draw (h, w) once and add it "
+        "to each",
+    )
     edge = student(torch.ones(3, 32, 32), 20.0, False, g())
-    expect(float(edge.max()) <= 1.0, "a white photo leaves [0, 1]: clamp the sum, as a camera's sensor saturates")
+    expect(
+        float(edge.max()) <= 1.0,
+        "a white photo leaves [0, 1]: clamp the sum, as a camera's sensor saturates",
+    )
 
 
 # ---------------------------------------------------------------- 1.3
 
 _OPS = [
-    {"op": "blur", "kernel": "iso", "size": 21, "sigma_x": 2.0, "sigma_y": 2.0, "theta": 0.0, "beta": 1.0},
+    {
+        "op": "blur",
+        "kernel": "iso",
+        "size": 21,
+        "sigma_x": 2.0,
+        "sigma_y": 2.0,
+        "theta": 0.0,
+        "beta": 1.0,
+    },
     {"op": "resize", "size": [24, 32], "mode": "area"},
     {"op": "noise", "kind": "gaussian", "sigma": 30.0, "gray": False, "seed": 1, "std": 28.0},
     {"op": "resize", "size": [96, 128], "mode": "bicubic"},
@@ -130,8 +215,14 @@ _SCALE = [0.25, 0.25, 2.0, 2.0, 0.5, 0.5]
 def remaining_scale(student):
     """`remaining_scale(ops, hr_width) -> one factor an operation`."""
     got = student([dict(op) for op in _OPS], _WIDTH)
-    expect(isinstance(got, (list, tuple)), f"return a list with one factor an operation, not {type(got).__name__}")
-    expect(len(got) == len(_OPS), f"one factor for each of the {len(_OPS)} operations, resizes too; you return {len(got)}")
+    expect(
+        isinstance(got, (list, tuple)),
+        f"return a list with one factor an operation, not {type(got).__name__}",
+    )
+    expect(
+        len(got) == len(_OPS),
+        f"one factor for each of the {len(_OPS)} operations, resizes too; you return {len(got)}",
+    )
     got = [float(f) for f in got]
 
     def same(other):
@@ -139,28 +230,66 @@ def remaining_scale(student):
 
     after = [0.25, 2.0, 2.0, 0.5, 0.5, 1.0]
     known = (
-        ([1 / f for f in _SCALE], "upside down: a blur before a ×1/4 counts a quarter, so divide the LR width by the width at the operation"),
-        (after, "a resize changes the width for the operations after it, not for itself: note the width first, then update it"),
-        ([0.25] * 6, "every factor is measured from the HR width: the width changes with each resize on the way"),
-        ([min(1.0, f) for f in _SCALE], "do not cut off at 1 here: between a small size and a larger LR photo the factor is above 1"),
-        ([1.0, 1.0, 0.125, 0.125, 0.5, 0.5], "that is the way from HR to the operation, not from the operation to LR"),
-        ([192 / 256 * f for f in _SCALE], "you mix height and width: size is [height, width], so take size[1] throughout"),
-        ([48 / 256, 48 / 256, 48 / 24, 48 / 24, 48 / 96, 48 / 96], "size is [height, width]: take size[1], since hr_width is a width"),
-    )  # fmt: skip
+        (
+            [1 / f for f in _SCALE],
+            "upside down: a blur before a ×1/4 counts a quarter, so divide the LR width by the "
+            "width at the operation",
+        ),
+        (
+            after,
+            "a resize changes the width for the operations after it, not for itself: note the "
+            "width first, then update it",
+        ),
+        (
+            [0.25] * 6,
+            "every factor is measured from the HR width: the width changes with each resize on "
+            "the way",
+        ),
+        (
+            [min(1.0, f) for f in _SCALE],
+            "do not cut off at 1 here: between a small size and a larger LR photo the factor is "
+            "above 1",
+        ),
+        (
+            [1.0, 1.0, 0.125, 0.125, 0.5, 0.5],
+            "that is the way from HR to the operation, not from the operation to LR",
+        ),
+        (
+            [192 / 256 * f for f in _SCALE],
+            "you mix height and width: size is [height, width], so take size[1] throughout",
+        ),
+        (
+            [48 / 256, 48 / 256, 48 / 24, 48 / 24, 48 / 96, 48 / 96],
+            "size is [height, width]: take size[1], since hr_width is a width",
+        ),
+    )
     if same(_SCALE):
-        expect([float(f) for f in student([], 128)] == [], "no operations, no factors: return an empty list for an empty draw")
+        expect(
+            [float(f) for f in student([], 128)] == [],
+            "no operations, no factors: return an empty list for an empty draw",
+        )
         return
     for wrong, sentence in known:
         if same(wrong):
             raise Mistake(sentence)
-    raise Mistake(f"for widths 256 → 32 → 128 → 64 the factors are {_SCALE}; you return {[round(f, 3) for f in got]}")
+    raise Mistake(
+        f"for widths 256 → 32 → 128 → 64 the factors are {_SCALE}; you return "
+        f"{[round(f, 3) for f in got]}"
+    )
 
 
 # ---------------------------------------------------------------- 1.4
 
 
 def _noise(std: float, sigma: float | None = None) -> dict:
-    return {"op": "noise", "kind": "gaussian", "sigma": std if sigma is None else sigma, "gray": False, "seed": 1, "std": std}
+    return {
+        "op": "noise",
+        "kind": "gaussian",
+        "sigma": std if sigma is None else sigma,
+        "gray": False,
+        "seed": 1,
+        "std": std,
+    }
 
 
 def _to(width: int) -> dict:
@@ -171,19 +300,72 @@ def _to(width: int) -> dict:
 def noise_label(student):
     """`noise_label(ops, hr_width) -> one of no, light, medium, heavy`."""
     first = student([_to(64), _noise(20.0)], 256)
-    expect(isinstance(first, str) and first in degradation.LEVELS, f"return one of {', '.join(degradation.LEVELS)}; you return {first!r}")
+    expect(
+        isinstance(first, str) and first in degradation.LEVELS,
+        f"return one of {', '.join(degradation.LEVELS)}; you return {first!r}",
+    )
     cases = (
         ([_to(64)], "no", "a draw without noise must give 'no'"),
-        ([_to(64), _noise(20.0)], "medium", "a standard deviation of 20 at LR size is medium: count how many of NOISE_BOUNDS it exceeds"),
-        ([_to(64), _noise(60.0)], "heavy", "a standard deviation of 60 at LR size is heavy: above the last bound"),
-        ([_noise(40.0), _to(64)], "light", "noise of 40 before a ×1/4 is light: multiply its standard deviation by the scale that is left (here 1/4)"),
-        ([_to(32), _noise(10.0), _to(64)], "light", "enlarging does not make noise stronger: cut the scale off at 1"),
-        ([_to(64), _noise(9.0), _noise(9.0)], "medium", "two independent noises: 9 and 9 give √(81 + 81) = 12.7, medium; do not take the last or the strongest only"),
-        ([_to(64), _noise(8.0), _noise(8.0)], "light", "standard deviations do not add up, their squares do: 8 and 8 give 11.3, light"),
-        ([_to(64), _noise(9.0, sigma=14.0)], "light", "use the measured `std`, not the asked-for `sigma`: clipping at black and white takes noise away"),
-        ([_to(64), {"op": "noise", "kind": "poisson", "scale": 1.0, "gray": True, "seed": 3, "std": 15.0}], "medium", "Poisson noise counts, too: use its measured `std`"),
-        ([_to(64), _noise(degradation.NOISE_BOUNDS[1])], "light", "a value equal to a bound still belongs to the lower level: use >, not >="),
-    )  # fmt: skip
+        (
+            [_to(64), _noise(20.0)],
+            "medium",
+            "a standard deviation of 20 at LR size is medium: count how many of NOISE_BOUNDS it "
+            "exceeds",
+        ),
+        (
+            [_to(64), _noise(60.0)],
+            "heavy",
+            "a standard deviation of 60 at LR size is heavy: above the last bound",
+        ),
+        (
+            [_noise(40.0), _to(64)],
+            "light",
+            "noise of 40 before a ×1/4 is light: multiply its standard deviation by the scale "
+            "that is left (here 1/4)",
+        ),
+        (
+            [_to(32), _noise(10.0), _to(64)],
+            "light",
+            "enlarging does not make noise stronger: cut the scale off at 1",
+        ),
+        (
+            [_to(64), _noise(9.0), _noise(9.0)],
+            "medium",
+            "two independent noises: 9 and 9 give √(81 + 81) = 12.7, medium; do not take the "
+            "last or the strongest only",
+        ),
+        (
+            [_to(64), _noise(8.0), _noise(8.0)],
+            "light",
+            "standard deviations do not add up, their squares do: 8 and 8 give 11.3, light",
+        ),
+        (
+            [_to(64), _noise(9.0, sigma=14.0)],
+            "light",
+            "use the measured `std`, not the asked-for `sigma`: clipping at black and white "
+            "takes noise away",
+        ),
+        (
+            [
+                _to(64),
+                {
+                    "op": "noise",
+                    "kind": "poisson",
+                    "scale": 1.0,
+                    "gray": True,
+                    "seed": 3,
+                    "std": 15.0,
+                },
+            ],
+            "medium",
+            "Poisson noise counts, too: use its measured `std`",
+        ),
+        (
+            [_to(64), _noise(degradation.NOISE_BOUNDS[1])],
+            "light",
+            "a value equal to a bound still belongs to the lower level: use >, not >=",
+        ),
+    )
     for ops, right, sentence in cases:
         got = student([dict(op) for op in ops], 256)
         expect(got == right, f"{sentence} (you return {got!r})")
@@ -204,22 +386,54 @@ def estimate_noise(student):
         return abs(got - value) < tolerance * value
 
     expect(not near(10 / 255), "the answer is in units of [0, 1]: multiply by 255")
-    expect(not near(10 * 0.6745), "the MAD of a Gaussian is 0.6745 times its standard deviation: divide by 0.6745")
+    expect(
+        not near(10 * 0.6745),
+        "the MAD of a Gaussian is 0.6745 times its standard deviation: divide by 0.6745",
+    )
     expect(not near(10 * 0.6745**2), "you multiply by 0.6745: divide by it")
     expect(
-        not near(60, 0.08), "the high-pass mask makes noise 6 times stronger (the root of the sum of its squares): divide the residual by 6"
+        not near(60, 0.08),
+        "the high-pass mask makes noise 6 times stronger (the root of the sum of its squares): "
+        "divide the residual by 6",
     )
-    expect(not near(60 * 0.6745, 0.08), "two scalings are missing: the residual by 6 (the norm of the mask), the median by 0.6745")
-    expect(not near(10 / 6, 0.08), "the residual is divided by 36: the norm is the root of the sum of the squares, 6")
-    expect(not near(7.98 / 0.6745, 0.03), "that is the mean of |r|, not its median: the mean is not robust")
-    expect(got < 40, f"pure noise of 10 on grey gives {got:.1f}: did you leave out the high-pass, or its scaling?")
+    expect(
+        not near(60 * 0.6745, 0.08),
+        "two scalings are missing: the residual by 6 (the norm of the mask), the median by 0.6745",
+    )
+    expect(
+        not near(10 / 6, 0.08),
+        "the residual is divided by 36: the norm is the root of the sum of the squares, 6",
+    )
+    expect(
+        not near(7.98 / 0.6745, 0.03),
+        "that is the mean of |r|, not its median: the mean is not robust",
+    )
+    expect(
+        got < 40,
+        f"pure noise of 10 on grey gives {got:.1f}: did you leave out the high-pass, or its "
+        f"scaling?",
+    )
     expect(near(10, 0.08), f"pure noise of 10 on grey gives {got:.2f}: it should be about 10")
     ramp = torch.linspace(0, 1, 128).expand(128, 128)
     clean = float(student(ramp.clone()))
-    expect(clean < 0.5, f"a noise-free ramp gives {clean:.1f}: the mask must cancel any plane, its entries sum to 0 along rows and columns")
+    expect(
+        clean < 0.5,
+        f"a noise-free ramp gives {clean:.1f}: the mask must cancel any plane, its entries sum "
+        f"to 0 along rows and columns",
+    )
     i, j = torch.meshgrid(torch.arange(128), torch.arange(128), indexing="ij")
-    stripes = torch.where((i + j) % 64 < 32, 0.9, 0.2) + torch.randn((128, 128), generator=g) * (5 / 255)
+    stripes = torch.where((i + j) % 64 < 32, 0.9, 0.2) + torch.randn((128, 128), generator=g) * (
+        5 / 255
+    )
     with_edges = float(student(stripes))
-    expect(with_edges < 6.5, f"noise of 5 on diagonal stripes gives {with_edges:.1f}: edges are outliers, so use the median of |r|, not a standard deviation or a mean")  # fmt: skip
+    expect(
+        with_edges < 6.5,
+        f"noise of 5 on diagonal stripes gives {with_edges:.1f}: edges are outliers, so use the "
+        f"median of |r|, not a standard deviation or a mean",
+    )
     zero = float(student(flat.clone()))
-    expect(math.isfinite(zero) and zero < 0.1, f"an empty grey image must give 0, yours gives {zero}: zero-padding makes an edge of the border; use only whole 3×3 windows")  # fmt: skip
+    expect(
+        math.isfinite(zero) and zero < 0.1,
+        f"an empty grey image must give 0, yours gives {zero}: zero-padding makes an edge of "
+        f"the border; use only whole 3×3 windows",
+    )

@@ -13,17 +13,45 @@ def image_tokens(student: Callable) -> None:
     """`image_tokens(n, pixels_per_code)`: the length of an n-pixel image in the token stream."""
     got, side = student(128, 8), 16
     expect(got is not None, "your function returns nothing: end it with return")
-    expect(got != 128 * 129 + 4, "you count pixels: an image has n / pixels_per_code codes a side, not n")
-    expect(got != side * side, "you count the codes alone: add the row ends and the four words around them")
-    expect(got != side * side + 4, "you forgot the row ends: every row of codes is closed by a word of its own")
-    expect(got != side * (side + 1), "you forgot the four words around the rows: start, height, width, end")
-    expect(got not in (side * (side + 1) + 2, side * (side + 1) + 3), "start, height, width and end are four words: you left some out")
+    expect(
+        got != 128 * 129 + 4,
+        "you count pixels: an image has n / pixels_per_code codes a side, not n",
+    )
+    expect(
+        got != side * side,
+        "you count the codes alone: add the row ends and the four words around them",
+    )
+    expect(
+        got != side * side + 4,
+        "you forgot the row ends: every row of codes is closed by a word of its own",
+    )
+    expect(
+        got != side * (side + 1),
+        "you forgot the four words around the rows: start, height, width, end",
+    )
+    expect(
+        got not in (side * (side + 1) + 2, side * (side + 1) + 3),
+        "start, height, width and end are four words: you left some out",
+    )
     expect(not isinstance(got, float), "a token count is an integer: divide with //, not with /")
-    for n, size, right in ((128, 8, 276), (256, 8, 1060), (512, 8, 4164), (32, 8, 24), (128, 16, 76)):
+    for n, size, right in (
+        (128, 8, 276),
+        (256, 8, 1060),
+        (512, 8, 4164),
+        (32, 8, 24),
+        (128, 16, 76),
+    ):
         got = student(n, size)
         if got != right:
-            sentence = "the 8 is hard-coded: use pixels_per_code" if size != 8 and got == student(n, 8) else "count the words row by row"
-            raise Mistake(f"an image of {n} px with {size} px a code takes {right} tokens, you say {got}; {sentence}")
+            sentence = (
+                "the 8 is hard-coded: use pixels_per_code"
+                if size != 8 and got == student(n, 8)
+                else "count the words row by row"
+            )
+            raise Mistake(
+                f"an image of {n} px with {size} px a code takes {right} tokens, you say {got}; "
+                f"{sentence}"
+            )
 
 
 @check
@@ -35,23 +63,37 @@ def nearest_code(student: Callable) -> None:
     cosine = F.normalize(z, dim=1) @ F.normalize(book, dim=1).T
     got, right = student(z, book), cosine.argmax(1)
     expect(isinstance(got, torch.Tensor), "return a tensor of indices, one a row of z")
-    expect(tuple(got.shape) != (12,), "you chose along the wrong axis: one code for each row of z, not one row for each code")
-    expect(tuple(got.shape) == (40,), f"expected shape (40,) for 40 rows of z, got {tuple(got.shape)}")
-    expect(not got.is_floating_point(), "you return the similarity itself: return the index (argmax, not max)")
+    expect(
+        tuple(got.shape) != (12,),
+        "you chose along the wrong axis: one code for each row of z, not one row for each code",
+    )
+    expect(
+        tuple(got.shape) == (40,), f"expected shape (40,) for 40 rows of z, got {tuple(got.shape)}"
+    )
+    expect(
+        not got.is_floating_point(),
+        "you return the similarity itself: return the index (argmax, not max)",
+    )
     if torch.equal(got, right):
         return
-    expect(not torch.equal(got, cosine.argmin(1)), "you took the least similar code: cosine is a similarity, so argmax, not argmin")
+    expect(
+        not torch.equal(got, cosine.argmin(1)),
+        "you took the least similar code: cosine is a similarity, so argmax, not argmin",
+    )
     expect(
         not torch.equal(got, (F.normalize(z, dim=1) @ book.T).argmax(1)),
-        "you did not normalise the codebook: long codes win the dot product although they point elsewhere",
+        "you did not normalise the codebook: long codes win the dot product although they point "
+        "elsewhere",
     )
     expect(
         not torch.equal(got, torch.cdist(z, book).argmin(1)),
-        "this is the Euclidean distance of the raw vectors: bring z and the codes to length 1 first",
+        "this is the Euclidean distance of the raw vectors: bring z and the codes to length 1 "
+        "first",
     )
     expect(
         not torch.equal(got, torch.cdist(F.normalize(z, dim=1), book).argmin(1)),
-        "this is the Euclidean distance to codes that are not normalised: bring the codes to length 1, too",
+        "this is the Euclidean distance to codes that are not normalised: bring the codes to "
+        "length 1, too",
     )
     expect(
         not torch.equal(got, (F.normalize(z, dim=0) @ F.normalize(book, dim=0).T).argmax(1)),
@@ -67,10 +109,22 @@ def straight_through(student: Callable) -> None:
     q = torch.tensor([[1.0, 0.0], [0.0, 1.0]], requires_grad=True)
     slope = torch.tensor([[3.0, -1.0], [0.5, 2.0]])
     out = student(z, q)
-    expect(isinstance(out, torch.Tensor) and out.shape == z.shape, "return one tensor of the shape of z")
-    expect(not torch.allclose(out, z), "the value is still z: the decoder must see the code q, otherwise nothing is quantised")
-    expect(torch.allclose(out, q, atol=1e-6), "the value must be exactly q: add to z what is missing to q")
-    expect(out.requires_grad, "the result carries no gradient at all: you detached everything, z included")
+    expect(
+        isinstance(out, torch.Tensor) and out.shape == z.shape,
+        "return one tensor of the shape of z",
+    )
+    expect(
+        not torch.allclose(out, z),
+        "the value is still z: the decoder must see the code q, otherwise nothing is quantised",
+    )
+    expect(
+        torch.allclose(out, q, atol=1e-6),
+        "the value must be exactly q: add to z what is missing to q",
+    )
+    expect(
+        out.requires_grad,
+        "the result carries no gradient at all: you detached everything, z included",
+    )
     (out * slope).sum().backward()
     expect(
         z.grad is not None and bool(z.grad.abs().sum() > 0),
@@ -79,66 +133,115 @@ def straight_through(student: Callable) -> None:
     expect(torch.allclose(z.grad, slope), "z must get the decoder's gradient unchanged (times 1)")
     expect(
         q.grad is None or not q.grad.abs().sum() > 0,
-        "the gradient also reaches q: detach it; the codebook learns from its own loss term, not through the decoder",
+        "the gradient also reaches q: detach it; the codebook learns from its own loss term, "
+        "not through the decoder",
     )
 
 
 @check
 def perplexity(student: Callable) -> None:
-    """`perplexity(codes, size)`: exp of the entropy (nats) of how often each of `size` codes occurs."""
+    """`perplexity(codes, size)`: exp of the entropy (nats) of how often each of `size` codes
+    occurs."""
     codes = torch.tensor([[0, 0, 0, 0], [1, 1, 2, 3]])
     p = torch.tensor([0.5, 0.25, 0.125, 0.125])
     entropy = float(-(p * p.log()).sum())
     right = float(torch.tensor(entropy).exp())
     got = float(student(codes, 8))
-    expect(got == got, "you got nan: 0 · log 0 counts as 0, so leave unused codes out (or clamp before the log)")
+    expect(
+        got == got,
+        "you got nan: 0 · log 0 counts as 0, so leave unused codes out (or clamp before the log)",
+    )
     if abs(got - right) > 1e-3:
-        expect(abs(got - entropy) > 1e-3, "this is the entropy: take its exponential to get a number of codes")
-        expect(abs(got + entropy) > 1e-3 and abs(got * right - 1) > 1e-3, "the sign is wrong: entropy is minus the sum of p log p")
-        bits = entropy / float(torch.tensor(2.0).log())
-        expect(abs(got - float(torch.tensor(bits).exp())) > 1e-3, "you mix bases: exp goes with the natural log, 2 ** with log2")
-        expect(abs(got - bits) > 1e-3, "this is the entropy in bits: raise 2 to it to get a number of codes")
-        expect(abs(got - 4) > 1e-3, "this counts the codes in use: perplexity weighs them by how often they occur")
         expect(
-            abs(got - right / 8) > 1e-3, "do not divide by the size of the codebook: perplexity is a number of codes, here between 1 and 8"
+            abs(got - entropy) > 1e-3,
+            "this is the entropy: take its exponential to get a number of codes",
+        )
+        expect(
+            abs(got + entropy) > 1e-3 and abs(got * right - 1) > 1e-3,
+            "the sign is wrong: entropy is minus the sum of p log p",
+        )
+        bits = entropy / float(torch.tensor(2.0).log())
+        expect(
+            abs(got - float(torch.tensor(bits).exp())) > 1e-3,
+            "you mix bases: exp goes with the natural log, 2 ** with log2",
+        )
+        expect(
+            abs(got - bits) > 1e-3,
+            "this is the entropy in bits: raise 2 to it to get a number of codes",
+        )
+        expect(
+            abs(got - 4) > 1e-3,
+            "this counts the codes in use: perplexity weighs them by how often they occur",
+        )
+        expect(
+            abs(got - right / 8) > 1e-3,
+            "do not divide by the size of the codebook: perplexity is a number of codes, here "
+            "between 1 and 8",
         )
         raise Mistake(f"for shares ½, ¼, ⅛, ⅛ the perplexity is {right:.3f}, you say {got:.3f}")
-    expect(abs(float(student(torch.arange(16).view(4, 4), 16)) - 16) < 1e-3, "16 codes used equally often must give 16")
-    expect(abs(float(student(torch.full((4, 4), 5), 16)) - 1) < 1e-3, "a single code in use must give 1")
+    expect(
+        abs(float(student(torch.arange(16).view(4, 4), 16)) - 16) < 1e-3,
+        "16 codes used equally often must give 16",
+    )
+    expect(
+        abs(float(student(torch.full((4, 4), 5), 16)) - 1) < 1e-3,
+        "a single code in use must give 1",
+    )
 
 
 @check
 def revive(student: Callable) -> None:
-    """`revive(weight, usage, pool, threshold, generator)`: codes used too little move onto random encoder outputs."""
+    """`revive(weight, usage, pool, threshold, generator)`: codes used too little move onto random
+    encoder outputs."""
     g = torch.Generator().manual_seed(0)
     weight = F.normalize(torch.randn(6, 3, generator=g), dim=1)
     usage = torch.tensor([1.0, 0.01, 2.0, 0.0, 0.5, 0.02])
     pool = torch.randn(50, 3, generator=g) * 4
     dead, before = usage < 0.05, weight.clone()
     new = student(weight, usage, pool, 0.05, torch.Generator().manual_seed(1))
-    expect(isinstance(new, torch.Tensor) and new.shape == weight.shape, "return the whole codebook, (k, d)")
+    expect(
+        isinstance(new, torch.Tensor) and new.shape == weight.shape,
+        "return the whole codebook, (k, d)",
+    )
     expect(
         torch.equal(weight, before),
-        "you wrote into the codebook that was given: clone it first, so that nothing changes behind the caller's back",
+        "you wrote into the codebook that was given: clone it first, so that nothing changes "
+        "behind the caller's back",
     )
     moved = (new - before).abs().sum(1) > 1e-6
     expect(bool(moved.any()), "no code moved: those with usage below the threshold should have")
-    expect(not moved.all(), "you replaced every code: only those used less than the threshold are dead")
-    expect(not torch.equal(moved, ~dead), "you replaced the living codes and kept the dead: dead means usage below the threshold")
+    expect(
+        not moved.all(), "you replaced every code: only those used less than the threshold are dead"
+    )
+    expect(
+        not torch.equal(moved, ~dead),
+        "you replaced the living codes and kept the dead: dead means usage below the threshold",
+    )
     expect(torch.equal(moved, dead), "the wrong codes moved: dead are those with usage < threshold")
     fresh = new[dead]
-    expect(bool((torch.pdist(fresh) > 1e-6).all()), "all dead codes became the same vector: draw one row of the pool for each of them")
+    expect(
+        bool((torch.pdist(fresh) > 1e-6).all()),
+        "all dead codes became the same vector: draw one row of the pool for each of them",
+    )
     unit = F.normalize(pool, dim=1)
 
     def all_among(rows: torch.Tensor) -> bool:
         return bool(((fresh[:, None] - rows).abs().amax(2).amin(1) < 1e-4).all())
 
-    expect(not all_among(pool), "the new codes are encoder outputs of any length: normalise them to length 1 like the rest of the codebook")
+    expect(
+        not all_among(pool),
+        "the new codes are encoder outputs of any length: normalise them to length 1 like the "
+        "rest of the codebook",
+    )
     expect(
         all_among(unit),
-        "the new codes are not encoder outputs: take rows of the pool, so that each new code has at least one taker",
+        "the new codes are not encoder outputs: take rows of the pool, so that each new code "
+        "has at least one taker",
     )
     again = student(weight, usage, pool, 0.05, torch.Generator().manual_seed(2))
-    expect(not torch.equal(again, new), "another generator gave the same rows: draw them at random with the generator given")
+    expect(
+        not torch.equal(again, new),
+        "another generator gave the same rows: draw them at random with the generator given",
+    )
     calm = student(weight, torch.ones(6), pool, 0.05, torch.Generator().manual_seed(1))
     expect(torch.equal(calm, weight), "nothing may move when every code is in use")
