@@ -27,10 +27,10 @@ LABELS = ("blur", "resize", "noise", "compression", "final_resize")
 MODES = ("area", "bilinear", "bicubic")
 KERNELS = ("iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso", "plateau_aniso")
 # Upper bounds of no, light and medium, on what the replay measures (see `visible`). They are
-# quantiles
-# of the nano preset over training photographs, so that every level of every label is frequent.
+# quantiles of the nano preset over training photographs, so that every level of every label is
+# frequent.
 BLUR_BOUNDS = (0.05, 0.45, 0.65)  # share of the photo's fine detail that blur took
-NOISE_BOUNDS = (1.0, 5.8, 9.4)  # root mean square of what noise changed, of 255
+NOISE_BOUNDS = (0.5, 2.2, 4.4)  # root mean square of the noise that is left, of 255
 JPEG_BOUNDS = (1.0, 8.8, 12.5)  # root mean square of what compression changed, of 255
 
 
@@ -226,17 +226,6 @@ def kernel_of(op: dict) -> Tensor:
     return gaussian_kernel(
         op["size"], op["sigma_x"], op["sigma_y"], op["theta"], op["kernel"], op["beta"]
     )
-
-
-def kernel_radius(op: dict) -> float:
-    """Blur radius in pixels: the kernel's standard deviation along an axis; for sinc that of the
-    Gaussian which halves the amplitude at the same frequency (1.18 / omega), since a kernel with
-    negative lobes has no variance."""
-    if op.get("kernel") == "sinc" or op["op"] == "sinc":
-        return 1.1774 / op["omega"]
-    k = kernel_of(op).double()
-    axis = torch.arange(k.shape[0], dtype=torch.float64) - k.shape[0] // 2
-    return math.sqrt(float((k * (axis[:, None] ** 2 + axis[None, :] ** 2)).sum()) / 2)
 
 
 # ---------------------------------------------------------------- drawing
@@ -452,11 +441,10 @@ def _detail(x: Tensor) -> float:
 def visible(hr: Tensor, ops: list[dict]) -> dict[str, float]:
     """What can be seen of each operation in the LR photo, found by replaying the draw without it.
 
-    blur: share of the fine detail that is gone, in [0, 1] (neither run has noise or JPEG). noise,
-    compression: root mean square of the difference that they make, of 255. So noise that a later
-    blur or JPEG wiped out does not count, and blur on a flat picture does not either.
-    """
-
+    blur: share of the fine detail that is gone, in [0, 1] (neither run has noise or JPEG). noise:
+    root mean square, of 255, of what was added, times the share of it that JPEG left standing.
+    compression: root mean square of what JPEG changed. So noise that a later blur, resize or JPEG
+    wiped out does not count, and blur on a flat picture does not either."""
     kinds = [op["op"] for op in ops]
     shared = next((i for i, kind in enumerate(kinds) if kind in ("noise", "jpeg")), len(ops))
     start = functools.reduce(_run, ops[:shared], hr)  # what all replays but the sharp one share
@@ -465,19 +453,19 @@ def visible(hr: Tensor, ops: list[dict]) -> dict[str, float]:
         x = functools.reduce(_run, [op for op in rest if op["op"] not in without], x)
         return (x * 255).round()
 
-    def rms(a: Tensor, b: Tensor) -> float:
-        return float((a - b).square().mean().sqrt())
-
-    full = replay()
-    clean = replay("noise", "jpeg")
     out = {"blur": 0.0, "noise": 0.0, "compression": 0.0}
+    full, clean = replay(), replay("noise", "jpeg")
+    unsaved = replay("jpeg") if "jpeg" in kinds else full
     if {"blur", "sinc"} & set(kinds):
         sharp = replay("noise", "jpeg", "blur", "sinc", x=hr, rest=ops)
         out["blur"] = max(0.0, 1 - math.sqrt((_detail(clean) + 0.25) / (_detail(sharp) + 0.25)))
     if "noise" in kinds:
-        out["noise"] = rms(full, replay("noise"))
+        added = unsaved - clean
+        left = full - replay("noise")  # JPEG answers noise with changes of its own, so project
+        share = float((left * added).sum() / added.square().sum().clamp(min=1))
+        out["noise"] = min(1.0, max(0.0, share)) * float(added.square().mean().sqrt())
     if "jpeg" in kinds:
-        out["compression"] = rms(full, replay("jpeg") if "noise" in kinds else clean)
+        out["compression"] = float((full - unsaved).square().mean().sqrt())
     return out
 
 

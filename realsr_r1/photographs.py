@@ -26,101 +26,38 @@ ASSETS = Path(__file__).parent / "assets"
 SPLITS = ("train", "val", "test")
 SHORT_SIDE = 160  # pixels: at this size the sources' own JPEG traces are gone
 COUNTS = {"one": "", "two": "two", "few": "a few", "many": "many"}
-# How a background is put into words; without an entry it is a color or a light: "on a …
-# background".
-BACKGROUNDS = {
-    "grass": "on grass",
-    "leaves": "among leaves",
-    "sky": "under the sky",
-    "field": "in a field",
-    "water": "by the water",
-    "garden": "in a garden",
-    "flowers": "among flowers",
-    "room": "in a room",
-    "cloth": "on cloth",
-    "wall": "at a wall",
-    "soil": "on soil",
-    "tree": "at a tree",
-    "rock": "on rock",
-    "sea": "by the sea",
-    "wood": "on wood",
-    "sand": "on sand",
-    "house": "at a house",
-    "clouds": "under clouds",
-    "forest": "in a forest",
-    "street": "in a street",
-    "fence": "at a fence",
-    "brick": "on brick",
-    "snow": "in the snow",
-}
-PLACES = {
-    "whole": "all over",
-    "center": "in the center",
-    "left": "on the left",
-    "right": "on the right",
-    "top": "at the top",
-    "bottom": "at the bottom",
-    "top-left": "at the top left",
-    "top-right": "at the top right",
-    "bottom-left": "at the bottom left",
-    "bottom-right": "at the bottom right",
-}
+
+
+def _words(text: str) -> tuple[str, ...]:
+    """Nouns separated by spaces; an underscore stands for a space inside one."""
+    return tuple(w.replace("_", " ") for w in text.split())
+
+
+def _table(text: str) -> dict[str, str]:
+    """Entries "name: words" separated by semicolons."""
+    return dict(entry.strip().split(": ") for entry in text.split(";"))
+
+
+# How a background is put into words. One without an entry is a color or a light.
+BACKGROUNDS = _table(
+    "grass: on grass; leaves: among leaves; sky: under the sky; field: in a field; water: by the "
+    "water; garden: in a garden; flowers: among flowers; room: in a room; cloth: on cloth; wall: "
+    "at a wall; soil: on soil; tree: at a tree; rock: on rock; sea: by the sea; wood: on wood; "
+    "sand: on sand; house: at a house; clouds: under clouds; forest: in a forest; street: in a "
+    "street; fence: at a fence; brick: on brick; snow: in the snow"
+)
+PLACES = _table(
+    "whole: all over; center: in the center; left: on the left; right: on the right; top: at the "
+    "top; bottom: at the bottom; top-left: at the top left; top-right: at the top right; "
+    "bottom-left: at the bottom left; bottom-right: at the bottom right"
+)
 # Subjects with an own word; every other one is folded into the wider word of WIDER, or "thing".
-SUBJECTS = (
-    "dandelion",
-    "tulip",
-    "sunflower",
-    "daisy",
-    "rose",
-    "cat",
-    "dog",
-    "sailboat",
-    "bonsai",
-    "crocodile",
-    "cougar",
-    "turtle",
-    "flamingo",
-    "ibis",
-    "llama",
-    "kangaroo",
-    "starfish",
-    "ferry",
-    "water lily",
-    "joshua tree",
-    "emu",
-    "rhino",
-    "elephant",
-    "lotus",
-    "seahorse",
-    "beaver",
-    "hedgehog",
-    "antelope",
-    "crab",
-    "pigeon",
-    "okapi",
-    "dolphin",
-    "wild cat",
-    "bouquet",
-    "panda",
-    "butterfly",
-    "dragonfly",
-    "nautilus",
-    "strawberry",
-    "rooster",
-    "flower",
-    "bird",
-    "boat",
-    "fish",
-    "coral",
-    "animal",
-    "insect",
-    "plant",
-    "tree",
-    "building",
-    "tower",
-    "windmill",
-    "view",
-    "thing",
+SUBJECTS = _words(
+    "dandelion tulip sunflower daisy rose cat dog sailboat bonsai crocodile cougar turtle "
+    "flamingo ibis llama kangaroo starfish ferry water_lily joshua_tree emu rhino elephant lotus "
+    "seahorse beaver hedgehog antelope crab pigeon okapi dolphin wild_cat bouquet panda butterfly "
+    "dragonfly nautilus strawberry rooster flower bird boat fish coral animal insect plant tree "
+    "building tower windmill view thing"
 )
 WIDER = {
     "flower": "hyacinth gerbera black-eyed-susan salsify aster flower-bed bluebell pansy chamomile "
@@ -145,69 +82,11 @@ WIDER = {
 }
 FOLDED = {name.replace("-", " "): w for w, names in WIDER.items() for name in names.split()}
 FOLDED |= {"black-eyed susan": "flower", "forget-me-not": "flower"}
-EXTRAS = (
-    "leaf",
-    "stem",
-    "seed",
-    "petal",
-    "tree",
-    "bud",
-    "grass",
-    "flower",
-    "cloud",
-    "person",
-    "pot",
-    "drop",
-    "branch",
-    "sail",
-    "stone",
-    "window",
-    "house",
-    "bee",
-    "fence",
-    "collar",
-    "table",
-    "hand",
-    "vase",
-    "hill",
-    "reflection",
-    "coral",
-    "sun",
-    "bouquet",
-    "shadow",
-    "mountain",
-    "fly",
-    "path",
-    "rose",
-    "stamen",
-    "tower",
-    "rock",
-    "chair",
-    "box",
-    "butterfly",
-    "car",
-    "door",
-    "sofa",
-    "cushion",
-    "daisy",
-    "basket",
-    "ribbon",
-    "daffodil",
-    "sky",
-    "splash",
-    "tusk",
-    "flag",
-    "pansy",
-    "post",
-    "bench",
-    "pole",
-    "beetle",
-    "building",
-    "wall",
-    "roof",
-    "fish",
-    "bush",
-    "lamp",
+EXTRAS = _words(
+    "leaf stem seed petal tree bud grass flower cloud person pot drop branch sail stone window "
+    "house bee fence collar table hand vase hill reflection coral sun bouquet shadow mountain fly "
+    "path rose stamen tower rock chair box butterfly car door sofa cushion daisy basket ribbon "
+    "daffodil sky splash tusk flag pansy post bench pole beetle building wall roof fish bush lamp"
 )
 SINGULAR = {"seeds": "seed", "drops": "drop", "tusks": "tusk"}
 

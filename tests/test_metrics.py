@@ -148,8 +148,7 @@ def test_niqe_ships_in_double_precision_and_gives_what_the_calibrated_one_gave(h
     )
     assert torch.equal(cov, cov.T) and torch.linalg.eigvalsh(cov).min() > 0
     # These parameters give the published values on pyiqa's calibration pictures (test below), and
-    # these on two shipped photos;
-    # in half precision it would be 4.314 and 3.286.
+    # these on two shipped photos; in half precision it would be 4.314 and 3.286.
     x = torch.cat([photo("scikit-image-astronaut", 288), photo("libjxl-testdata-flower", 288)])
     assert metrics.load("niqe")(x).tolist() == pytest.approx([4.3008, 3.3006], rel=2e-3)
     assert not list(hub.rglob("*"))  # neither downloaded nor left behind

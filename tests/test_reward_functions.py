@@ -2,19 +2,22 @@ import pytest
 import torch
 
 from realsr_r1 import rewards, vlcot
+from realsr_r1.ablations.rewards import (
+    degradation_distance_reward,
+    gated,
+    partial_format_reward,
+    tag_nouns,
+    understanding_f1_reward,
+    weighted_sum,
+)
 from realsr_r1.photographs import ASSETS, load, vocabulary
 from realsr_r1.rewards import (
     GenerationReward,
     ReferenceReward,
-    degradation_distance_reward,
     degradation_reward,
     format_reward,
-    gated,
     guarded,
-    partial_format_reward,
-    understanding_f1_reward,
     understanding_reward,
-    weighted_sum,
 )
 from realsr_r1.tokenizer import TokenizerConfig, VQModel
 
@@ -122,7 +125,7 @@ def test_degradation_rewards_by_hand(said, exact, near):
         ("a wild cat on grass", ["wild cat"], 1, 2 * 1 / (2 + 1)),
         ("a dog ball lamp sofa pencil bottle", ["dog", "ball"], 1, 2 * 2 / (6 + 2)),
         (
-            " ".join(sorted(rewards.tag_nouns())),
+            " ".join(sorted(tag_nouns())),
             TAGS,
             1,
             None,

@@ -103,11 +103,9 @@ GRPO = {
 }
 OFF = {"beta": 0.0}
 # Recall alone is about the first text only, so these sample nothing but the texts before the first
-# image; their gate asks
-# for the form of a caption. policy-sft says four words in 99% of chains, so a group never sees that
-# a list would pay (runs
-# from it, and from it at a higher temperature, lost reward); these start from a policy that has
-# learnt to list, too.
+# image; their gate asks for the form of a caption. policy-sft says four words in 99% of chains, so
+# a group never sees that a list would pay (runs from it, and from it at a higher temperature, lost
+# reward); these start from a policy that has learnt to list, too.
 TEXT = {"text_only": True, "lists": True}
 HACK = {
     "generation": Variant(("generation",), changes=OFF),

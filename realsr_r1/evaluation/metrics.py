@@ -86,9 +86,8 @@ METRICS = {
     ),
 }
 # A covariance of 2,048 features has full rank from 2,049 pictures on, and FID is biased upwards
-# below. The paper gives it for the
-# 100 pictures of RealSR, so from there on it is computed, with a warning, to be compared between
-# methods on the same pictures only.
+# below. The paper gives it for the 100 pictures of RealSR, so from there on it is computed, with a
+# warning, to be compared between methods on the same pictures only.
 FID_LEAST, FID_ENOUGH = 100, 2048
 
 

@@ -274,8 +274,7 @@ def _size(path: Path) -> tuple[int, int]:
 
 
 # What is taken off names that have no partner as they are, step by step: DIV2K's folder, then the
-# mark of the side too, then that of
-# the scale (0001x4, name_x4, babyx4).
+# mark of the side too, then that of the scale (0001x4, name_x4, babyx4).
 MARKS = ("(?!)", *accumulate((r"^x4__", r"_(hr|lr)\d?$", r"[_-]?x\d$"), "{}|{}".format))
 
 

@@ -60,8 +60,7 @@ class Stage:
     jpeg_prob: float = 1.0
     jpeg_quality: tuple[int, int] = (30, 95)
     # Instead of the ranges above, one of several ranges, each equally often; values as seen at LR
-    # scale (LR pixels, of
-    # 255, 100 - quality). None in a tuple leaves the operation out.
+    # scale (LR pixels, of 255, 100 - quality). None in a tuple leaves the operation out.
     blur_levels: tuple[tuple[float, float] | None, ...] = ()
     noise_levels: tuple[tuple[float, float] | None, ...] = ()
     jpeg_levels: tuple[tuple[float, float] | None, ...] = ()
@@ -127,9 +126,8 @@ PRESETS = {
         )
     ),
     # One stage in the order of the paper's five labels, its levels equally frequent and clearly
-    # apart, so that an eye (or
-    # a network) can tell them: what the shipped nano weights are trained on. Half of the photos are
-    # saved at LR size.
+    # apart, so that an eye (or a network) can tell them: what the shipped nano weights are trained
+    # on. Half of the photos are saved at LR size.
     "nano": DegradationConfig(
         base_on_lr=True,
         stages=(

@@ -39,11 +39,9 @@ from realsr_r1.first.weights import CLASSES, WEIGHTS, load, save
 
 Expert = Callable[[Tensor], Tensor]
 # Each metric: its value that scores 0, the one that scores 1 (straight in between, clipped beyond),
-# and what pyiqa would fetch:
-# files in torch's hub folder, and whole repositories (timm/…) in the Hugging Face cache. The only
-# place for scales and files.
-# NIQE is about 3 on large good photographs, 5 to 15 on good ones of 128 px, 30 and more on noise;
-# the others state their range.
+# and what pyiqa would fetch: files in torch's hub folder, and whole repositories (timm/…) in the
+# Hugging Face cache. The only place for scales and files. NIQE is about 3 on large good
+# photographs, 5 to 15 on good ones of 128 px, 30 and more on noise; the others state their range.
 METRICS = {
     "niqe": (40.0, 2.0, ("pyiqa/niqe_modelparameters.mat",)),
     "brisque": (120.0, 0.0, ("pyiqa/brisque_svm_weights.pth",)),

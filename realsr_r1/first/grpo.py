@@ -61,8 +61,7 @@ class GrpoSettings:
     loss_type: str = "grpo"  # or any other that TRL knows: dapo, dr_grpo, …
     scale_rewards: str = "group"  # "none" leaves out the division by the group's standard deviation
     # "normalize_then_sum" (GDPO, arXiv 2601.05242) divides each reward by its own spread first, so
-    # that a wide one does not
-    # drown a narrow one; "sum_then_normalize" is GRPO.
+    # that a wide one does not drown a narrow one; "sum_then_normalize" is GRPO.
     aggregation: str = "sum_then_normalize"
     iterations: int = 1  # passes over each batch of rollouts
     weights: tuple[float, ...] | None = None  # of the rewards; None: all 1, as in the released code

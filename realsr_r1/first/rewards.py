@@ -27,10 +27,9 @@ from realsr_r1.first.tokenizer import VQModel
 Reward = Callable[..., list[float]]
 
 # Other words for the same thing: each word on the right is read as the one on the left, in texts
-# and in tags. None on the
-# right is in the nano vocabulary, so the table matters only for free text (own photos, the
-# reference size). Kinds are not
-# here on purpose: the rough text has to name the category, and "seabird" is not the word "bird".
+# and in tags. None on the right is in the nano vocabulary, so the table matters only for free text
+# (own photos, the reference size). Kinds are not here on purpose: the rough text has to name the
+# category, and "seabird" is not the word "bird".
 SAME = {
     "grass": "lawn meadow turf",
     "sand": "beach desert dune dunes",

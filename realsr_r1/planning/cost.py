@@ -22,9 +22,8 @@ BYTES = {
     "bfloat16": 2,
 }  # a weight; mixed: float32 weights, bfloat16 autocast
 # Bytes that autograd keeps, a token and layer, for each element of (hidden, queries, keys, MLP):
-# from the operations of
-# transformers' blocks with fused attention. RMS norms always compute in float32, so bfloat16 keeps
-# copies.
+# from the operations of transformers' blocks with fused attention. RMS norms always compute in
+# float32, so bfloat16 keeps copies.
 KEPT = {"float32": (24, 16, 16, 16), "bfloat16": (16, 10, 10, 8), "mixed": (26, 10, 10, 8)}
 # With LoRA on all linear layers: frozen weights keep no inputs, float32 adapters keep float32
 # copies of theirs.

@@ -56,10 +56,9 @@ SIZE_UNIT, LARGEST_SIZE = (
     32,
 )  # <reserved(8800+n)> means n·32 pixels; PURE's widest picture of 512² pixels is 32 units
 # Ids of the codes: (first code, first id, how many). The second block is PURE's extension from
-# Chameleon's 8,192 codes to
-# LlamaGen's 16,384. The blocks are in inference_solver.py. That ids rise with codes inside a block
-# is how vocab.py inverts
-# the map (it sorts both sides); it is used only for codes that a checkpoint does not name.
+# Chameleon's 8,192 codes to LlamaGen's 16,384. The blocks are in inference_solver.py. That ids rise
+# with codes inside a block is how vocab.py inverts the map (it sorts both sides); it is used only
+# for codes that a checkpoint does not name.
 CODE_BLOCKS = ((0, 4, 8192), (8192, 65536, 8192))
 
 

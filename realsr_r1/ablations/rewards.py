@@ -1,0 +1,158 @@
+"""Variants of the rewards that the lessons and the ablations compare with the paper's four."""
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+from realsr_r1 import degradation as labels_of
+from realsr_r1 import photographs, vlcot
+from realsr_r1.rewards import (
+    SYNONYMS,
+    Reward,
+    _labels,
+    _rough,
+    _words,
+    format_reward,
+    needs,
+    text_of,
+)
+
+
+def _columns(*rewards: Reward) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(c for r in rewards for c in getattr(r, "columns", ())))
+
+
+def partial_format_reward(completions: Sequence, **_) -> list[float]:
+    """Partial credit for form: (parts that are whole and there just once + 1 if the whole is in
+    form) / 8.
+
+    1 only where `format_reward` is 1. A cut chain keeps its whole parts; out of order or with words
+    around it, it has 7/8.
+    """
+    parses = [(text_of(c), vlcot.parse(text_of(c))) for c in completions]
+    return [
+        (sum(getattr(chain, t) is not None for t in vlcot.TAGS) + vlcot.well_formed(text)) / 8
+        for text, chain in parses
+    ]
+
+
+@needs("degradation")
+def degradation_distance_reward(
+    completions: Sequence, degradation: Sequence[str | Mapping] | None = None, **_
+) -> list[float]:
+    """Degradation labels with credit for being near: the mean over five labels of 1 - steps / most
+    steps possible.
+
+    On no < light < medium < heavy, "medium" for "heavy" earns 2/3 and "no" 0; on downsample < keep
+    < upsample, "keep" earns 1/2 beside either end. A label that is missing earns 0. Column and
+    errors as in `degradation_reward`. Mind the hedge: a middle answer is never far off, so a policy
+    that always says "medium" does well.
+    """
+
+    scales = {k: labels_of.RESIZES if "resize" in k else labels_of.LEVELS for k in labels_of.LABELS}
+    out = []
+    for said, true in _labels(completions, degradation):
+        steps = {
+            k: abs(scale.index(said[k]) - scale.index(true[k]))
+            for k, scale in scales.items()
+            if k in said
+        }
+        out.append(sum(1 - n / (len(scales[k]) - 1) for k, n in steps.items()) / 5)
+    return out
+
+
+# Words that name nothing, whatever the vocabulary.
+FUNCTION_WORDS = frozenset(
+    "a an the this that these those some of on in at by with and or to from near under over "
+    "beside behind against between into is are it its there".split()
+)
+
+
+@lru_cache(maxsize=1)
+def tag_nouns() -> frozenset[str]:
+    """Words that count as naming a thing: those that a tag can hold."""
+    nouns = (*photographs.SUBJECTS, *photographs.EXTRAS, *photographs.BACKGROUNDS)
+    return frozenset(SYNONYMS.get(w, w) for noun in nouns for w in noun.split())
+
+
+@needs("tags")
+def understanding_f1_reward(
+    completions: Sequence, tags: Sequence[Sequence[str]] | None = None, **_
+) -> list[float]:
+    """F1 of the things named in the rough text against the tags: 2 · hits / (things named + tags);
+    listing all does not pay.
+
+    Named are the tags that are hit, and every other word of the text, each once, but for
+    FUNCTION_WORDS and what only describes in our captions (kinds, details, colours, sizes: free of
+    charge). In free text an adjective that our captions do not know is charged as a thing. Where
+    nothing is hit, or there are no tags, 0. Column and errors as in `understanding_reward`.
+    """
+    out, free = [], FUNCTION_WORDS | (frozenset(photographs.vocabulary()) - tag_nouns())
+    for text, names in _rough(completions, tags):
+        said, wanted = _words(text), {_words(t) for t in names}
+        hits = {t for t in wanted if t in said}
+        others = set(said.split()) - free - set("".join(hits).split())
+        out.append(2 * len(hits) / (len(hits) + len(others) + len(wanted)) if hits else 0.0)
+    return out
+
+
+@needs("tags")
+def substring_understanding_reward(
+    completions: Sequence, tags: Sequence[Sequence[str]] | None = None, **_
+) -> list[float]:
+    """Share of tags found anywhere in the rough text, even inside a word, as the released code
+    matches: "car" in "scarf".
+
+    For the lesson only; no synonyms; 0 where the list of tags is empty (the released code divides
+    by zero there). Column and errors as in `understanding_reward`.
+    """
+    pairs = [
+        (text.lower(), {t.lower() for t in names}) for text, names in _rough(completions, tags)
+    ]
+    return [sum(t in text for t in wanted) / max(1, len(wanted)) for text, wanted in pairs]
+
+
+def weighted_sum(
+    rewards: Sequence[Reward], weights: Sequence[float] | None = None, name: str = "weighted_sum"
+) -> Reward:
+    """One reward from several: Σ wᵢ·rᵢ with weights divided by their sum, so that the result stays
+    in [0, 1] (None: equal).
+
+    ValueError if weights do not fit the rewards, are negative or not finite, or are all 0. (GRPO
+    divides by the group's spread, so a common factor hardly matters to it.)
+    """
+    weights = [1.0] * len(rewards) if weights is None else [float(w) for w in weights]
+    if (
+        len(weights) != len(rewards)
+        or not all(0 <= w < float("inf") for w in weights)
+        or not sum(weights)
+    ):
+        raise ValueError(
+            f"weighted_sum needs for each of {len(rewards)} rewards a finite weight of at least "
+            f"0, not all 0; got {weights}"
+        )
+    total = sum(weights)
+
+    def reward(completions: Sequence, **columns) -> list[float]:
+        scores = [r(completions=completions, **columns) for r in rewards]
+        return [
+            min(1.0, sum(w * s for w, s in zip(weights, row, strict=True)) / total)
+            for row in zip(*scores, strict=True)
+        ]
+
+    reward.__name__, reward.columns = name, _columns(*rewards)
+    return reward
+
+
+def gated(reward: Reward, gate: Reward = format_reward) -> Reward:
+    """The reward where the gate gives 1, and 0 elsewhere: with the default gate, a chain out of
+    form earns nothing."""
+
+    def closed_unless_open(completions: Sequence, **columns) -> list[float]:
+        scores, opened = (r(completions=completions, **columns) for r in (reward, gate))
+        return [s if g == 1 else 0.0 for s, g in zip(scores, opened, strict=True)]
+
+    closed_unless_open.__name__, closed_unless_open.columns = (
+        f"gated_{reward.__name__}",
+        _columns(reward, gate),
+    )
+    return closed_unless_open
