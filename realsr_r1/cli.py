@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from realsr_r1.version import __version__
 
-GROUPS = ("pretraining", "evaluation")
+GROUPS = ("pretraining", "evaluation", "corpus")
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
