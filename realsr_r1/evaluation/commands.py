@@ -24,6 +24,34 @@ def table(a: argparse.Namespace) -> None:
     print(a.out.with_suffix(".md").read_text(encoding="utf-8"))
 
 
+def blind(a: argparse.Namespace) -> None:
+    from realsr_r1.evaluation import blind
+
+    if a.report:
+        print(blind.report(a.out))
+        return
+    from realsr_r1 import photographs
+    from realsr_r1.cli import model_of
+    from realsr_r1.sampling import Sampling
+
+    photos = photographs.load(a.split, a.photographs)
+    photos = photos[:: max(1, len(photos) // a.n)][: a.n]
+    model, sampling = model_of(a), Sampling(image_temperature=a.temperature)
+    methods = {n: blind.method(n, model, a.seed, sampling) for n in a.methods}
+    blind.prepare(photos, methods, a.out, a.seed)
+    print(
+        f"{len(photos)} pairs in {a.out}. In a notebook: "
+        f"from realsr_r1.evaluation import blind; blind.page({str(a.out)!r})"
+    )
+
+
+def add_photographs(p: argparse.ArgumentParser, split: str) -> None:
+    folder = "a folder of annotated photographs; those that ship if left out"
+    p.add_argument("--photographs", type=Path, help=folder)
+    p.add_argument("--split", default=split, choices=("val", "test"), help="test: only at the end")
+    p.add_argument("--temperature", type=float, default=0.8, help="of the images' tokens")
+
+
 def register(sub) -> None:
     from realsr_r1.cli import add_model, leaf
 
@@ -31,18 +59,18 @@ def register(sub) -> None:
     group = sub.add_parser("eval", help=text, description=text)
     leaves = group.add_subparsers(dest="what", required=True, metavar="WHAT")
     p = leaf(leaves, "table", table, "the chain beside its controls, by severity")
-    p.add_argument(
-        "--photographs",
-        type=Path,
-        help="a folder of annotated photographs; those that ship if left out",
-    )
-    p.add_argument(
-        "--split", default="val", choices=("val", "test"), help="test only for the last table"
-    )
+    add_photographs(p, "val")
     p.add_argument("-n", type=int, help="only the first so many photographs")
-    p.add_argument("--temperature", type=float, default=0.8, help="of the images' tokens")
     p.add_argument("--batch", type=int, default=48, help="chains at a time")
     p.add_argument(
         "-o", "--out", type=Path, default=Path("results"), help="writes OUT.md and OUT.csv"
     )
+    add_model(p)
+    p = leaf(leaves, "blind", blind, "pairs of two methods in secret order, for people to choose")
+    names = "chain, 'LR alone', bicubic, or a peer such as realesrgan-x4plus"
+    p.add_argument("--methods", nargs=2, default=["chain", "bicubic"], help=names)
+    p.add_argument("-n", type=int, default=60, help="photographs, spread over the split")
+    p.add_argument("--report", action="store_true", help="open the key and count the answers")
+    p.add_argument("-o", "--out", type=Path, default=Path("runs/blind"), help="folder of the pairs")
+    add_photographs(p, "test")
     add_model(p)

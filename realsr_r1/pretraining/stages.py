@@ -136,7 +136,7 @@ def _policy(s: Settings, tokenizer: VQModel, start: ChainPolicy | None) -> Chain
 
 def _decoder(s: Settings, model: RealSR) -> VQModel:
     data = Pairs(photographs.load("train", s.photographs), seed=s.seed)
-    loss = TokenizerLoss(vgg_file=s.vgg)
+    loss = TokenizerLoss(adversary=0.02, vgg_file=s.vgg)
     preview, machine = Preview(s, "decoder").tokenizer, s.machine("decoder")
     return recipes.train_decoder(
         model.tokenizer,

@@ -1,0 +1,167 @@
+"""A blind comparison: pairs in random order, a person chooses, a share with an interval.
+
+`prepare` writes the pairs and a sealed key; `page` shows them in a notebook and keeps the answers;
+`report` opens the key. No metric says whether people like a picture; a class can find out."""
+
+import base64
+import csv
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from realsr_r1 import images
+from realsr_r1.evaluation.nano import bicubic
+from realsr_r1.photographs import Pairs, Photograph
+from realsr_r1.pipeline import RealSR
+from realsr_r1.sampling import Sampling
+from realsr_r1.stats import Interval, clustered
+
+Method = Callable[[Tensor], Tensor]  # LR (b, 3, h, w) in [0, 1] → (b, 3, 4h, 4w)
+GAP = 12  # pixels between the two
+
+
+def method(name: str, model: RealSR, seed: int = 0, sampling: Sampling = Sampling()) -> Method:
+    """A method by name: chain, LR alone, bicubic, or one of `peers.METHODS`."""
+    if name == "chain":
+
+        def chain(lr: Tensor) -> Tensor:
+            drawn = model.sample(lr, sampling, torch.Generator().manual_seed(seed)).codes
+            return model.decode(drawn, lr).cpu()
+
+        return chain
+    if name == "LR alone":
+        return lambda lr: model.decode(lr=lr).cpu()
+    if name == "bicubic":
+        return bicubic
+    from realsr_r1.evaluation import peers
+
+    if name not in peers.METHODS:
+        known = ", ".join(("chain", "LR alone", *peers.METHODS))
+        raise ValueError(f"no method {name!r}; choose from {known}")
+    return peers.load(name)
+
+
+def prepare(photos: list[Photograph], methods: dict[str, Method], out: Path, seed: int = 0) -> None:
+    """Write one picture per photograph to `out`, two methods side by side in an order that only
+    `out`/key.sealed knows; the severities take turns. Raises ValueError unless there are two
+    methods, or where `out` already holds a comparison."""
+    if len(methods) != 2:
+        raise ValueError(f"a blind comparison has two methods, got {len(methods)}")
+    if (out / "key.sealed").exists():
+        raise ValueError(f"{out} already holds a comparison: choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    rng, key = np.random.default_rng(seed), []
+    severities = ("light", "medium", "heavy")
+    sets = {s: Pairs(photos, f"nano-{s}", seed=seed, training=False) for s in severities}
+    for i, photo in enumerate(photos):
+        severity = severities[i % len(severities)]
+        lr = sets[severity][i]["lr"][None].float() / 255
+        names = [str(n) for n in rng.permutation(list(methods))]
+        pair = [methods[n](lr)[0].clamp(0, 1) for n in names]
+        gap = torch.ones(3, pair[0].shape[1], GAP)
+        images.to_image(torch.cat([pair[0], gap, pair[1]], 2)).save(out / f"{i:03d}.png")
+        cluster = photo.author if photo.source == "flower_photos" else photo.file
+        key.append({"left": names[0], "right": names[1], "cluster": cluster, "severity": severity})
+    sealed = base64.b64encode(json.dumps({"methods": list(methods), "pairs": key}).encode())
+    (out / "key.sealed").write_bytes(sealed)  # so that nobody reads it by accident
+
+
+def read_answers(out: Path) -> dict[int, str]:
+    """Pair number → "left", "right" or "same", from `out`/answers.csv; the last answer counts."""
+    path = out / "answers.csv"
+    if not path.exists():
+        return {}
+    with path.open(newline="") as f:
+        return {int(r["pair"]): r["choice"] for r in csv.DictReader(f)}
+
+
+def answer(out: Path, pair: int, choice: str) -> None:
+    """Keep one answer; ValueError for anything but left, right and same."""
+    if choice not in ("left", "right", "same"):
+        raise ValueError(f"an answer is left, right or same, not {choice!r}")
+    path = out / "answers.csv"
+    new = not path.exists()
+    with path.open("a", newline="") as f:
+        w = csv.writer(f)
+        if new:
+            w.writerow(["pair", "choice"])
+        w.writerow([pair, choice])
+
+
+@dataclass(frozen=True)
+class Report:
+    """How often the first method was preferred; "same" counts one half."""
+
+    methods: tuple[str, str]
+    share: Interval
+    answers: int
+    pairs: int
+
+    def __str__(self) -> str:
+        a, b = self.methods
+        return f"{a} preferred to {b}: {self.share}, {self.answers} of {self.pairs} pairs answered"
+
+
+def report(out: Path) -> Report:
+    """Open the key. Raises ValueError where nothing has been answered yet."""
+    if not (out / "key.sealed").exists():
+        raise ValueError(f"{out} holds no comparison: prepare one first (realsr eval blind)")
+    key = json.loads(base64.b64decode((out / "key.sealed").read_bytes()))
+    answers = read_answers(out)
+    if not answers:
+        raise ValueError(f"{out} holds no answers yet: open the page first (evaluation.blind.page)")
+    first = key["methods"][0]
+    values = [
+        0.5 if c == "same" else float(key["pairs"][i][c] == first) for i, c in answers.items()
+    ]
+    share = clustered(values, [key["pairs"][i]["cluster"] for i in answers])
+    return Report(tuple(key["methods"]), share, len(answers), len(key["pairs"]))
+
+
+def page(out: str | Path):
+    """The pairs that are still open, one after another, with three buttons: an ipywidgets page."""
+    import ipywidgets as w
+
+    out = Path(out)
+    pairs = sorted(out.glob("[0-9][0-9][0-9].png"))
+    picture, text = w.Image(format="png", layout={"max_width": "100%"}), w.Label()
+    buttons = {c: w.Button(description=c) for c in ("left", "same", "right")}
+
+    def open_pairs() -> list[Path]:
+        done = read_answers(out)
+        return [p for p in pairs if int(p.stem) not in done]
+
+    def show() -> None:
+        left = open_pairs()
+        text.value = f"Which one looks better? {len(left)} of {len(pairs)} are open."
+        if left:
+            picture.value = left[0].read_bytes()
+            return
+        picture.layout.display = "none"
+        text.value = str(report(out))
+        for b in buttons.values():
+            b.disabled = True
+
+    def choose(button) -> None:
+        answer(out, int(open_pairs()[0].stem), button.description)
+        show()
+
+    for b in buttons.values():
+        b.on_click(choose)
+    show()
+    return w.VBox([text, picture, w.HBox(list(buttons.values()))])
+
+
+def contact(out: Path, per_row: int = 4) -> Image.Image:
+    """All pairs on one sheet, for a first look."""
+    pairs = [images.to_tensor(Image.open(p)) for p in sorted(out.glob("[0-9][0-9][0-9].png"))]
+    blank = torch.ones_like(pairs[0])
+    pairs += [blank] * (-len(pairs) % per_row)
+    rows = [torch.cat(pairs[i : i + per_row], 2) for i in range(0, len(pairs), per_row)]
+    return images.to_image(torch.cat(rows, 1))

@@ -1,0 +1,80 @@
+import base64
+import json
+
+import pytest
+import torch
+
+from realsr_r1.cli import main
+from realsr_r1.evaluation import blind
+from realsr_r1.photographs import load
+
+
+def gray(level: float):
+    return lambda lr: torch.full((len(lr), 3, 128, 128), level)
+
+
+@pytest.fixture
+def comparison(tmp_path):
+    out = tmp_path / "pairs"
+    blind.prepare(load("val")[:8], {"bright": gray(0.9), "dark": gray(0.1)}, out, seed=3)
+    return out
+
+
+def bright_side(out, i: int) -> str:
+    """What a person who likes bright pictures would choose, from the picture alone."""
+    from PIL import Image
+
+    picture = Image.open(out / f"{i:03d}.png")
+    return "left" if picture.getpixel((5, 5))[0] > 128 else "right"
+
+
+def test_the_order_is_shuffled_and_the_key_knows_it(comparison):
+    sides = [bright_side(comparison, i) for i in range(8)]
+    assert set(sides) == {"left", "right"}
+    sealed = (comparison / "key.sealed").read_bytes()
+    assert b"bright" not in sealed
+    key = json.loads(base64.b64decode(sealed))["pairs"]
+    assert [k[s] for k, s in zip(key, sides, strict=True)] == ["bright"] * 8
+    assert {k["severity"] for k in key} == {"light", "medium", "heavy"}
+
+
+def test_the_report_counts_what_was_chosen(comparison, capsys):
+    for i in range(6):
+        blind.answer(comparison, i, bright_side(comparison, i))
+    blind.answer(comparison, 6, "same")
+    other = {"left": "right", "right": "left"}[bright_side(comparison, 7)]
+    blind.answer(comparison, 7, "same")
+    blind.answer(comparison, 7, other)  # changed its mind: the last answer counts
+    found = blind.report(comparison)
+    assert found.share.mean == pytest.approx(6.5 / 8) and found.answers == 8
+    assert found.share.low < found.share.mean <= found.share.high
+    assert main(["eval", "blind", "--report", "--out", str(comparison)]) == 0
+    assert "bright preferred to dark: 0.812" in capsys.readouterr().out
+
+
+def test_the_page_goes_through_the_pairs(comparison):
+    page = blind.page(comparison)
+    text, picture, buttons = page.children
+    assert "8 of 8 are open" in text.value and picture.value[:4] == b"\x89PNG"
+    for i in range(8):
+        {b.description: b for b in buttons.children}[bright_side(comparison, i)].click()
+    assert text.value.startswith("bright preferred to dark: 1.000")
+    assert all(b.disabled for b in buttons.children)
+    again = blind.page(comparison)  # a page that is opened again goes on where it was
+    assert again.children[0].value.startswith("bright preferred")
+
+
+def test_errors_are_one_sentence(comparison, tmp_path):
+    photos = load("val")[:1]
+    with pytest.raises(ValueError, match="already holds a comparison"):
+        blind.prepare(photos, {"a": gray(0), "b": gray(1)}, comparison)
+    with pytest.raises(ValueError, match="two methods, got 1"):
+        blind.prepare(photos, {"a": gray(0)}, tmp_path / "x")
+    with pytest.raises(ValueError, match="holds no answers yet"):
+        blind.report(comparison)
+    with pytest.raises(ValueError, match="holds no comparison"):
+        blind.report(tmp_path)
+    with pytest.raises(ValueError, match="left, right or same"):
+        blind.answer(comparison, 0, "both")
+    with pytest.raises(ValueError, match="no method 'magic'"):
+        blind.method("magic", None)
