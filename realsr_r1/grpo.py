@@ -1,0 +1,275 @@
+"""VLCoT-GRPO: the policy learns from groups of its own chains, with TRL's GRPOTrainer (unforked).
+
+Ours is what TRL leaves open. Rollouts: whole chains, sampled in batches under the layout grammar at
+temperature 1. One distribution: the logits are masked by the grammar in the loss, the KL and the
+entropy as they are in sampling. Credit by part: a reward acts on the tokens that it can depend on,
+so the words' advantages do not shake 336 image codes. Advantage, clipping and KL are TRL's (see
+`objective` for the formulas).
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import GenerationConfig, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+from trl import GRPOConfig, GRPOTrainer
+
+from realsr_r1.common import device_of
+from realsr_r1.objective import combined_advantages
+from realsr_r1.photographs import Pairs, Photograph
+from realsr_r1.policy import ChainPolicy
+from realsr_r1.rewards import guarded
+from realsr_r1.sampling import Sampling, sample
+from realsr_r1.vlcot import PAD
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func may change; we pin TRL
+# The part of a chain at whose end a reward is decided; the others need the whole chain.
+DECIDED = {"degradation_reward": "degradation", "understanding_reward": "rough_understand"}
+
+
+@dataclass(frozen=True)
+class GrpoSettings:
+    """One run. A step samples `prompts` groups of `group` chains and takes one step on them all."""
+
+    steps: int = 40
+    prompts: int = 4
+    group: int = 8
+    micro_batch: int = 8  # chains in one backward pass
+    lr: float = 2e-4
+    beta: float = 0.02  # weight of the KL to the start; the released code has none
+    epsilon: float = 0.2  # clipping of the ratio
+    loss_type: str = "grpo"  # or another that TRL knows: dapo, dr_grpo, …
+    weights: tuple[float, ...] | None = None  # of the rewards; None: all 1, as released
+    normalize_first: bool = False  # GDPO, see objective.combined_advantages
+    by_part: bool = True  # credit by part; False: every reward on every token
+    save_steps: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        total = self.prompts * self.group
+        if self.group < 2:
+            raise ValueError(f"a group of {self.group} has no spread to learn from: take 2 or more")
+        if total % self.micro_batch:
+            raise ValueError(
+                f"{self.prompts} prompts x {self.group} chains do not divide into micro-batches of "
+                f"{self.micro_batch}: change one of the three"
+            )
+
+
+def prompts(photos: list[Photograph], n: int, preset: str = "nano", seed: int = 0) -> Dataset:
+    """Rows for the trainer: lr (3, 32, 32) uint8, and for the rewards degradation, tags, hr."""
+    data = Pairs(photos, preset, seed=seed)
+    rows = []
+    for i in range(n):
+        item = data[i]
+        row = {"prompt": "<restore>", "degradation": item["degradation"], "tags": item["tags"]}
+        rows.append(row | {k: item[k].numpy() for k in ("lr", "hr")})
+    return Dataset.from_list(rows)
+
+
+def part_advantages(
+    rewards: Tensor, weights: Tensor, decided: list[Tensor], settings: GrpoSettings
+) -> Tensor:
+    """Advantage of every token (n, t): of the rewards that are still open when it is written.
+
+    Args:
+        rewards: (n, k), the chains of a prompt adjacent.
+        weights: (k,).
+        decided: for each reward (n,), the place of the last token that it depends on.
+        settings: for the group's size and how rewards are combined.
+    """
+    length = int(torch.stack(decided).max()) + 1
+    place = torch.arange(length, device=rewards.device)
+    open_ = torch.stack([place[None] <= d[:, None] for d in decided], 2)  # (n, t, k)
+    out = torch.zeros(len(rewards), length, device=rewards.device)
+    for pattern in open_.flatten(0, 1).unique(dim=0):
+        if not pattern.any():
+            continue
+        some = combined_advantages(
+            rewards, weights * pattern, settings.group, settings.normalize_first
+        )
+        out = torch.where((open_ == pattern).all(2), some[:, None], out)
+    return out
+
+
+class ChainGRPOTrainer(GRPOTrainer):
+    """TRL's trainer with the LR photo beside the tokens and the grammar on the logits."""
+
+    def __init__(self, settings: GrpoSettings, reference: ChainPolicy | None, **options):
+        super().__init__(rollout_func=self._rollouts, **options)
+        self.settings, self.lr, self.rewards = settings, None, None
+        self.policy = self.accelerator.unwrap_model(self.model)
+        self.grammar = self.policy.grammar().to(self.accelerator.device)
+        self.beta, self.ref_model = settings.beta, reference
+        if reference is not None:
+            self.ref_model = reference.to(self.accelerator.device).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def _rollouts(self, prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
+        """TRL's `rollout_func`: chains for the photos in `self.lr`, `group` for each of them."""
+        group, vocabulary = self.settings.group, self.policy.vocabulary
+        seed = self.settings.seed * 1_000_003 + self.state.global_step
+        training = self.policy.training
+        self.policy.eval()
+        drawn = sample(
+            self.policy,
+            self.lr[::group],
+            Sampling.rollout(group),
+            torch.Generator().manual_seed(seed),
+            self.grammar,
+        )
+        self.policy.train(training)
+        length = (drawn.ids != vocabulary.ids[PAD]).sum(1).tolist()
+        free = ~self.grammar.forced[self.grammar.states(drawn.ids)]  # forced tokens teach nothing
+        parts = {"completion_ids": drawn.ids, "logprobs": drawn.logprobs, "env_mask": free.int()}
+        out = {
+            k: [r[:n] for r, n in zip(x.tolist(), length, strict=True)] for k, x in parts.items()
+        }
+        return out | {"prompt_ids": [vocabulary.prompt for _ in prompts]}
+
+    def _calculate_rewards(self, *args) -> Tensor:
+        self.rewards = super()._calculate_rewards(*args)
+        return self.rewards
+
+    def _generate_and_score_completions(self, inputs: list[dict]) -> dict:
+        """TRL's batch, with the photos beside it and the advantages by part."""
+        lr = torch.stack([torch.as_tensor(x["lr"]) for x in inputs]).to(self.accelerator.device)
+        self.lr = lr.float() / 255
+        out = super()._generate_and_score_completions(inputs)
+        out["pixel_values"], self.lr = self.lr, None
+        if self.settings.by_part and self.accelerator.num_processes == 1:
+            ids = out["completion_ids"]
+            decided = [self._decided(ids, name) for name in self.reward_func_names]
+            found = part_advantages(
+                self.rewards, self.reward_weights.to(ids.device), decided, self.settings
+            )
+            out["advantages"] = found
+        return out
+
+    def _decided(self, ids: Tensor, reward: str) -> Tensor:
+        """Place (n,) of the last token that a reward depends on."""
+        last = torch.full((len(ids),), ids.shape[1] - 1, device=ids.device)
+        if reward not in DECIDED:
+            return last
+        closed = ids == self.policy.vocabulary.ids[f"</{DECIDED[reward]}>"]
+        return torch.where(closed.any(1), closed.int().argmax(1), last)
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model,
+        input_ids,
+        attention_mask,
+        logits_to_keep,
+        batch_size=None,
+        compute_entropy=False,
+        compute_aux_loss=False,
+        pixel_values=None,
+        **_,
+    ):
+        """Under the grammar, as `sampling.sample` draws: the one method that must differ."""
+        pixels, logps, entropies = self.lr if pixel_values is None else pixel_values, [], []
+        for rows in torch.arange(len(input_ids)).split(batch_size or len(input_ids)):
+            ids, lr = input_ids[rows], pixels[rows]
+            logits = model(ids, lr, logits_to_keep=logits_to_keep + 1).logits[:, :-1].float()
+            target = ids[:, -logits_to_keep:]
+            mask = self.grammar.allowed(self.grammar.states(target))
+            logp = logits.masked_fill(~mask, float("-inf")).log_softmax(-1)
+            logps.append(logp.gather(-1, target[..., None])[..., 0])
+            if compute_entropy:
+                entropies.append(-(logp.exp() * logp.masked_fill(~mask, 0.0)).sum(-1).detach())
+        return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
+
+
+class CsvLog(TrainerCallback):
+    """Every logged row in one CSV file; a run that goes on goes on with it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_log(self, args, state, control, **_) -> None:
+        pd.DataFrame(state.log_history).to_csv(self.path, index=False)
+
+
+def arguments(out: Path, settings: GrpoSettings, device: str | None, length: int) -> GRPOConfig:
+    """TRL's configuration of a run."""
+    s, total = settings, settings.prompts * settings.group
+    return GRPOConfig(
+        output_dir=str(out / "checkpoints"),
+        max_steps=s.steps,
+        learning_rate=s.lr,
+        lr_scheduler_type="constant",
+        per_device_train_batch_size=s.micro_batch,
+        gradient_accumulation_steps=total // s.micro_batch,
+        num_generations=s.group,
+        beta=0.0,  # ours is set afterwards: TRL would load the reference by its own classes
+        epsilon=s.epsilon,
+        loss_type=s.loss_type,
+        reward_weights=list(s.weights) if s.weights else None,
+        max_completion_length=length,
+        temperature=1.0,
+        seed=s.seed,
+        data_seed=s.seed,
+        shuffle_dataset=False,
+        bf16=False,  # sampling and loss must see the same log-probabilities
+        gradient_checkpointing=False,
+        use_cpu=device_of(device).type == "cpu",
+        logging_steps=1,
+        save_steps=s.save_steps,
+        save_total_limit=1,
+        report_to=[],
+        remove_unused_columns=False,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+    )
+
+
+def train_grpo(
+    policy: ChainPolicy,
+    dataset: Dataset,
+    rewards: list[Callable],
+    out: str | Path,
+    settings: GrpoSettings = GrpoSettings(),
+    device: str | None = None,
+) -> ChainPolicy:
+    """Improve a policy; its weights go to `out`, the log to `out`/log.csv.
+
+    Args:
+        policy: where to start; it is also the reference of the KL, and is trained in place.
+        dataset: of `prompts`, with the columns that the rewards need.
+        rewards: as TRL calls them; see `rewards`.
+        out: a folder. A killed run goes on from its last checkpoint there.
+        settings: of the run.
+        device: cpu, cuda or mps; None takes the best there is.
+    Raises ValueError, in one sentence, for a missing column or a reward that misbehaves."""
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    for reward in rewards:
+        for column in getattr(reward, "columns", ()):
+            if column not in dataset.column_names:
+                raise ValueError(f"reward {reward.__name__} needs the column {column!r}: add it")
+    reference = None
+    if settings.beta:
+        reference = ChainPolicy(policy.config)
+        reference.load_state_dict(policy.state_dict())
+    policy.generation_config = GenerationConfig()  # TRL sets its own sampler up, which is not used
+    trainer = ChainGRPOTrainer(
+        settings,
+        reference,
+        model=policy,
+        args=arguments(out, settings, device, policy.grammar().max_length),
+        train_dataset=dataset.with_format("numpy", columns=["lr", "hr"], output_all_columns=True),
+        processing_class=policy.vocabulary.tokenizer,
+        reward_funcs=[guarded(r) for r in rewards],
+        callbacks=[CsvLog(out / "log.csv")],
+    )
+    folder = out / "checkpoints"
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
+    trained = trainer.accelerator.unwrap_model(trainer.model).cpu()
+    trained.half().save_pretrained(out)
+    return trained.float().eval()

@@ -1,0 +1,131 @@
+"""GRPO on the second form: one distribution, credit by part, and TRL's loss is the formula."""
+
+import pandas as pd
+import pytest
+import torch
+
+from realsr_r1 import grpo, photographs
+from realsr_r1.grpo import ChainGRPOTrainer, GrpoSettings, arguments, part_advantages
+from realsr_r1.objective import combined_advantages, grpo_loss
+from realsr_r1.policy import ChainPolicy, PolicyConfig
+from realsr_r1.rewards import degradation_reward, format_reward, understanding_reward
+from realsr_r1.sampling import logprobs_of
+from realsr_r1.vlcot import PAD
+
+REWARDS = [format_reward, degradation_reward, understanding_reward]
+
+
+def tiny() -> ChainPolicy:
+    torch.manual_seed(0)
+    shape = {"codes": 64, "hidden_size": 32, "layers": 2, "heads": 2, "mlp": 48, "eye_width": 16}
+    return ChainPolicy(PolicyConfig(eye_blocks=1, **shape))
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return grpo.prompts(photographs.load("train"), 8, seed=4)
+
+
+def trainer_of(policy, rows, out, settings, rewards=REWARDS) -> ChainGRPOTrainer:
+    from transformers import GenerationConfig
+
+    reference = ChainPolicy(policy.config)
+    reference.load_state_dict(policy.state_dict())
+    policy.generation_config = GenerationConfig()
+    return ChainGRPOTrainer(
+        settings,
+        reference,
+        model=policy,
+        args=arguments(out, settings, "cpu", policy.grammar().max_length),
+        train_dataset=rows,
+        processing_class=policy.vocabulary.tokenizer,
+        reward_funcs=list(rewards),
+    )
+
+
+def test_prompts_hold_what_the_rewards_need(rows):
+    assert set(rows.column_names) == {"prompt", "degradation", "tags", "lr", "hr"}
+    assert len(rows) == 8 and len({str(r) for r in rows["lr"]}) == 8
+
+
+def test_advantages_by_part_by_hand():
+    """Two rewards, of which the first is decided at token 1: later tokens do not hear of it."""
+    rewards = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+    weights, settings = torch.ones(2), GrpoSettings(prompts=1, group=4, micro_batch=4)
+    decided = [torch.full((4,), 1), torch.full((4,), 3)]
+    a = part_advantages(rewards, weights, decided, settings)
+    assert a.shape == (4, 4)
+    both = combined_advantages(rewards, weights, 4)
+    late = combined_advantages(rewards, torch.tensor([0.0, 1.0]), 4)
+    torch.testing.assert_close(a[:, :2], both[:, None].expand(-1, 2))
+    torch.testing.assert_close(a[:, 2:], late[:, None].expand(-1, 2))
+    assert a[0, 0] > 0 > a[0, 3]  # its words were good, its picture was not
+
+
+def test_the_trainers_loss_is_the_formula(rows, tmp_path):
+    settings = GrpoSettings(prompts=1, group=4, micro_batch=4, beta=0.3)
+    policy = tiny()
+    trainer = trainer_of(policy, rows, tmp_path, settings)
+    batch = trainer._generate_and_score_completions([rows[0]] * 4)
+    with torch.no_grad():  # move the policy off the reference
+        for p in policy.parameters():
+            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    trainer.current_gradient_accumulation_steps = 1
+    batch["num_items_in_batch"] = batch["completion_mask"].sum()
+    loss = trainer._compute_loss(policy, batch)
+    ids, lr, grammar = batch["completion_ids"], batch["pixel_values"], policy.grammar()
+    logp = logprobs_of(policy, lr, ids, grammar)
+    with torch.no_grad():
+        reference = logprobs_of(trainer.ref_model, lr, ids, grammar)
+    mask = batch["completion_mask"] * batch["tool_mask"]
+    want = grpo_loss(logp, logp.detach(), reference, batch["advantages"], mask, beta=0.3)
+    torch.testing.assert_close(loss, want, atol=1e-5, rtol=1e-4)
+    assert want.abs() > 1e-4
+
+
+def test_rollouts_and_loss_are_one_distribution(rows, tmp_path):
+    """At the first step the KL is 0 and the ratio 1, on every token, forced ones included."""
+    settings = GrpoSettings(prompts=1, group=4, micro_batch=4)
+    policy = tiny()
+    trainer = trainer_of(policy, rows, tmp_path, settings)
+    batch = trainer._generate_and_score_completions([rows[1]] * 4)
+    ids, keep = batch["completion_ids"], batch["completion_ids"] != policy.vocabulary.ids[PAD]
+    again = logprobs_of(policy, batch["pixel_values"], ids, policy.grammar())
+    torch.testing.assert_close(batch["ref_per_token_logps"][keep], again[keep], atol=1e-5, rtol=0)
+    forced = policy.grammar().forced[policy.grammar().states(ids)]
+    assert (batch["tool_mask"][forced & keep] == 0).all()
+    assert (batch["tool_mask"][~forced & keep] == 1).all()
+
+
+def test_a_simple_reward_is_learnt(rows, tmp_path):
+    """Naming tulips early: from chance to often, in a few steps on a random policy."""
+
+    def tulips(completions, **_):
+        return [min(1.0, c.count("tulip") / 3) for c in completions]
+
+    settings = GrpoSettings(
+        steps=10, prompts=2, group=8, micro_batch=16, lr=2e-2, beta=0.0, save_steps=5
+    )
+    rows = rows.select([0, 1] * 10)
+    grpo.train_grpo(tiny(), rows, [tulips], tmp_path / "run", settings, "cpu")
+    log = pd.read_csv(tmp_path / "run" / "log.csv")["reward"].dropna()
+    assert log.iloc[-2:].mean() > log.iloc[:2].mean() + 0.2, log.tolist()
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_a_run_goes_on_from_its_checkpoint(rows, tmp_path):
+    short = GrpoSettings(steps=1, prompts=1, group=4, micro_batch=4, save_steps=1)
+    long = GrpoSettings(steps=2, prompts=1, group=4, micro_batch=4, save_steps=1)
+    grpo.train_grpo(tiny(), rows, REWARDS, tmp_path, short, "cpu")
+    grpo.train_grpo(tiny(), rows, REWARDS, tmp_path, long, "cpu")
+    log = pd.read_csv(tmp_path / "log.csv")
+    assert log["reward"].notna().sum() == 2 and int(log["step"].max()) == 2
+
+
+def test_errors_come_before_anything_is_sampled(rows, tmp_path):
+    with pytest.raises(ValueError, match="needs the column 'tags'"):
+        grpo.train_grpo(tiny(), rows.remove_columns("tags"), REWARDS, tmp_path, device="cpu")
+    with pytest.raises(ValueError, match="take 2 or more"):
+        GrpoSettings(group=1)
+    with pytest.raises(ValueError, match="micro-batches of 5"):
+        GrpoSettings(micro_batch=5)
