@@ -1,3 +1,4 @@
+import huggingface_hub
 import numpy as np
 import pytest
 import scipy.io
@@ -217,7 +218,7 @@ def test_niqe_reads_its_file_and_a_flat_picture_does_not_take_the_batch(hub, pai
     ],
 )
 def test_absent_files_are_named_with_their_folder_and_not_downloaded(hub, monkeypatch, name, files):
-    monkeypatch.setattr(experts.huggingface_hub, "try_to_load_from_cache", lambda *a: None)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *a: None)
     monkeypatch.setattr(
         torch.hub, "download_url_to_file", lambda *a, **k: pytest.fail("a download was tried")
     )
@@ -249,7 +250,7 @@ def test_paper_expert_is_the_mean_of_four_scaled_metrics(monkeypatch):
     import pyiqa
 
     values = {"topiq_nr": 0.8, "musiq": 60.0, "maniqa-pipal": 0.6, "clipiqa": 0.4}
-    monkeypatch.setattr(experts, "missing_files", lambda metric: [])
+    monkeypatch.setattr("realsr_r1.experts.missing_files", lambda metric: [])
     monkeypatch.setattr(
         pyiqa, "create_metric", lambda m, device: lambda x: torch.full((len(x), 1), values[m])
     )

@@ -2,6 +2,7 @@ import os
 import warnings
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -226,7 +227,7 @@ def test_the_files_are_those_that_the_installed_pyiqa_reads():
 
 @pytest.mark.parametrize("name", [k for k in metrics.METRICS if k not in (*READY, "fid")])
 def test_absent_files_are_named_with_their_folder_and_not_downloaded(hub, monkeypatch, name):
-    monkeypatch.setattr(experts.huggingface_hub, "try_to_load_from_cache", lambda *a: None)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *a: None)
     monkeypatch.setattr(
         torch.hub, "download_url_to_file", lambda *a, **k: pytest.fail("a download was tried")
     )

@@ -1,0 +1,280 @@
+"""Visual experts: how good a picture looks, without its original. `(b, 3, h, w) in [0, 1] → (b,) in
+[0, 1]`, higher is better.
+
+nano     a small network of ours, trained by ranking (the idea of RankIQA, Liu et al. 2017, arXiv
+         1707.08347): of two pictures
+         it must prefer the one that LPIPS calls closer to its original, over degradations and over
+           what a tokenizer and a
+         policy do wrong. Simplification: LPIPS stands in for people.
+niqe, brisque, piqe   classic statistics of natural pictures, through pyiqa. NIQE's parameters ship
+                      with the package.
+paper    the mean of TOPIQ-NR, MUSIQ/100, MANIQA-pipal and CLIPIQA through pyiqa, the reward of the
+         released code.
+
+pyiqa is under the PolyForm-Noncommercial licence; it is imported only when one of its metrics is
+asked for.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import huggingface_hub
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from scipy.io import savemat
+from torch import Tensor, nn
+
+WEIGHTS = Path(__file__).parent / "assets" / "weights"
+Expert = Callable[[Tensor], Tensor]
+# Each metric: its value that scores 0, the one that scores 1 (straight in between, clipped beyond),
+# and what pyiqa would fetch: files in torch's hub folder, and whole repositories (timm/…) in the
+# Hugging Face cache. The only place for scales and files. NIQE is about 3 on large good
+# photographs, 5 to 15 on good ones of 128 px, 30 and more on noise; the others state their range.
+METRICS = {
+    "niqe": (40.0, 2.0, ("pyiqa/niqe_modelparameters.mat",)),
+    "brisque": (120.0, 0.0, ("pyiqa/brisque_svm_weights.pth",)),
+    "piqe": (100.0, 0.0, ()),
+    "topiq_nr": (0.0, 1.0, ("pyiqa/cfanet_nr_koniq_res50-9a73138b.pth", "timm/resnet50.a1_in1k")),
+    "musiq": (0.0, 100.0, ("pyiqa/musiq_koniq_ckpt-e95806b9.pth",)),
+    "maniqa-pipal": (
+        0.0,
+        1.0,
+        ("pyiqa/MANIQA_PIPAL-ae6d356b.pth", "timm/vit_base_patch8_224.augreg2_in21k_ft_in1k"),
+    ),
+    "clipiqa": (0.0, 1.0, ("clip/RN50.pt",)),
+}
+NIQE = (
+    WEIGHTS / "niqe.safetensors"
+)  # mean (1, 36) and covariance (36, 36) of natural pictures, double precision
+PAPER = ("topiq_nr", "musiq", "maniqa-pipal", "clipiqa")
+NAMES = ("nano", "niqe", "brisque", "piqe", "paper")
+
+
+class _Residual(nn.Module):
+    """Two 3×3 convolutions around the identity, without norm: levels of noise must stay."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+class NanoExpert(nn.Module):
+    """Pictures (b, 3, h, w) in [0, 1] → quality (b,) in (0, 1). Of any size from 16 px up. It sees
+    the picture, its high-pass residual and the logarithm of the local contrast, folded to a quarter
+    of the size, and pools by mean, by standard deviation and over the worst quarter of the regions:
+    one ruined corner spoils a picture.
+    """
+
+    def __init__(self, width: int = 48, worst: int = 16):
+        super().__init__()
+        self.config = {"width": width, "worst": worst}
+        wide = 2 * width
+        self.fine = nn.Sequential(
+            nn.Conv2d(7 * 16, width, 3, padding=1), nn.SiLU(), _Residual(width), nn.SiLU()
+        )
+        self.coarse = nn.Sequential(
+            nn.Conv2d(width, wide, 3, 2, 1),
+            nn.SiLU(),
+            _Residual(wide),
+            nn.SiLU(),
+            nn.Conv2d(wide, wide, 3, 2, 1),
+            nn.SiLU(),
+        )
+        self.local = nn.Conv2d(wide, worst, 1)
+        self.head = nn.Sequential(
+            nn.Linear(2 * width + 2 * wide + worst, 64), nn.SiLU(), nn.Linear(64, 1)
+        )
+
+    @staticmethod
+    def inputs(x: Tensor) -> Tensor:
+        """(b, 3, h, w) → (b, 112, h/4, w/4): colours, high-pass residual and log local contrast,
+        4×4 pixels folded."""
+        x = F.pad(x, (0, -x.shape[-1] % 8, 0, -x.shape[-2] % 8), mode="replicate").float()
+        high = x - F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+        contrast = F.avg_pool2d(
+            F.pad(high.square().mean(1, keepdim=True), (2, 2, 2, 2), mode="replicate"), 5, 1
+        )
+        return F.pixel_unshuffle(
+            torch.cat([x - 0.5, 8 * high, 0.3 * (contrast + 1e-6).log() + 2], 1), 4
+        )
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Quality before the sigmoid, (b,): what the ranking loss compares."""
+        fine = self.fine(self.inputs(x))
+        coarse = self.coarse(fine)
+        local = self.local(coarse).flatten(2).sort(-1).values
+        pooled = [
+            p
+            for m in (fine.float(), coarse.float())
+            for p in (m.mean((2, 3)), (m.var((2, 3), correction=0) + 1e-6).sqrt())
+        ]
+        return (
+            self.head(
+                torch.cat([*pooled, local[..., : max(1, local.shape[-1] // 4)].float().mean(-1)], 1)
+            )
+            .flatten()
+            .float()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.logits(x))
+
+
+def absent(files: tuple[str, ...]) -> list[str]:
+    """Those of `files` (named as in METRICS) that are not on this machine, each with the folder
+    where it goes."""
+    hub, cache, out = Path(torch.hub.get_dir()), huggingface_hub.constants.HF_HUB_CACHE, []
+    for name in files:
+        timm = name.startswith("timm/")
+        if not (
+            huggingface_hub.try_to_load_from_cache(name, "model.safetensors")
+            if timm
+            else (hub / name).exists()
+        ):
+            out.append(
+                f"{name} (a Hugging Face repository) in {cache}"
+                if timm
+                else f"{Path(name).name} in {(hub / name).parent}"
+            )
+    return out
+
+
+def plain(reason: object) -> str:
+    """An error's sentence without this machine's folders and without its full stop, for a table
+    that is shared."""
+    places = {
+        "HUB": torch.hub.get_dir(),
+        "HF_HUB_CACHE": huggingface_hub.constants.HF_HUB_CACHE,
+        "~": Path.home(),
+    }
+    text = str(reason)
+    for name, path in places.items():
+        text = text.replace(str(path), name)
+    return text.rstrip(".")
+
+
+def missing_files(metric: str) -> list[str]:
+    """The files a metric of METRICS needs and does not find, each with the folder where it goes."""
+    return [] if metric == "niqe" and NIQE.exists() else absent(METRICS[metric][2])
+
+
+def create(metric: str, device: str | torch.device = "cpu", **options) -> Callable[..., Tensor]:
+    """One metric of pyiqa, by pyiqa's name, without any download; check for its files first. NIQE
+    reads pyiqa's own file where that is, and otherwise the parameters that ship here (BasicSR's,
+    Apache-2.0), which give the published values."""
+    import pyiqa
+
+    hub, constants = Path(torch.hub.get_dir()), huggingface_hub.constants
+    offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        if metric in ("niqe", "brisque") and (hub / METRICS[metric][2][0]).exists():
+            options["pretrained_model_path"] = str(hub / METRICS[metric][2][0])
+        elif metric == "niqe":
+            with (
+                tempfile.TemporaryDirectory() as folder
+            ):  # pyiqa takes a path of a MATLAB file and reads it at once
+                options["pretrained_model_path"] = str(Path(folder) / "niqe.mat")
+                savemat(
+                    options["pretrained_model_path"],
+                    {k: v.numpy() for k, v in load_file(NIQE).items()},
+                )
+                return pyiqa.create_metric(metric, device=device, **options)
+        return pyiqa.create_metric(metric, device=device, **options)
+    except ModuleNotFoundError as e:
+        raise ModuleNotFoundError(
+            f"{metric}: pyiqa misses {e.name}, so run pip install 'setuptools<82' openai-clip"
+        ) from e
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+
+
+def numbers(metric: Callable[..., Tensor], *pictures: Tensor) -> Tensor:
+    """A metric's own values (b,) of batches (b, 3, h, w); NaN where it fails: such a picture must
+    not take the batch with it."""
+    try:
+        v = metric(*pictures)
+    except torch.linalg.LinAlgError:
+        if len(pictures[0]) == 1:
+            return pictures[0].new_full((1,), torch.nan)
+        return torch.cat(
+            [numbers(metric, *one) for one in zip(*(p.split(1) for p in pictures), strict=True)]
+        )
+    return (v[0] if isinstance(v, tuple) else v).reshape(-1).float()
+
+
+class PyiqaExpert:
+    """The mean of some pyiqa metrics, each on its scale of METRICS. A picture that a metric has no
+    number for (a flat or a black one) scores 0 there. Raises FileNotFoundError, in one sentence,
+    where files are absent: nothing is downloaded."""
+
+    def __init__(self, metrics: tuple[str, ...], device: str | torch.device = "cpu"):
+        missing = [f for m in metrics for f in missing_files(m)]
+        if missing:
+            raise FileNotFoundError(
+                f"{', '.join(metrics)}: files are missing and nothing is downloaded, so put "
+                f"{'; '.join(missing)}"
+            )
+        # NIQE computes in double precision, which Apple's GPUs do not have.
+        self.device = torch.device("cpu" if torch.device(device).type == "mps" else device)
+        self.metrics = {m: create(m, self.device) for m in metrics}
+
+    @torch.no_grad()
+    def raw(self, x: Tensor) -> dict[str, Tensor]:
+        """The metrics' own values on their own scales, (b,) each."""
+        if "niqe" in self.metrics and min(x.shape[-2:]) < 96:
+            raise ValueError(
+                f"NIQE needs pictures of 96 px or more, got {x.shape[-1]}x{x.shape[-2]}: take "
+                f"another expert"
+            )
+        return {
+            m: numbers(self.metrics[m], x.to(self.device).float().clamp(0, 1)) for m in self.metrics
+        }
+
+    def __call__(self, x: Tensor) -> Tensor:
+        ends = {m: METRICS[m][:2] for m in self.metrics}
+        scaled = [
+            ((v - ends[m][0]) / (ends[m][1] - ends[m][0])).nan_to_num(0.0).clamp(0, 1)
+            for m, v in self.raw(x).items()
+        ]
+        return torch.stack(scaled).mean(0).to(x.device)
+
+
+def load_expert(
+    name: str = "nano",
+    device: str | torch.device = "cpu",
+    path: str | Path = WEIGHTS / "expert.safetensors",
+) -> Expert:
+    """One of NAMES; `path` is the nano expert's file. One-sentence errors: ValueError for another
+    name or a file that is not the nano expert's, FileNotFoundError where weights are absent."""
+    if name not in NAMES:
+        raise ValueError(f"no expert {name!r}; choose one of {', '.join(NAMES)}")
+    if name != "nano":
+        return PyiqaExpert(PAPER if name == "paper" else (name,), device)
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"weights {path.name} are missing in {path.parent.name}/: train them (realsr train "
+            "expert) or reinstall"
+        )
+    try:
+        with safe_open(path, "pt") as f:
+            meta = f.metadata() or {}
+        state = load_file(path, device=str(device))
+    except (SafetensorError, OSError) as e:
+        raise ValueError(
+            f"weights {path.name} are cut short or damaged: copy or train them again"
+        ) from e
+    if meta.get("class") != "NanoExpert":
+        raise ValueError(f"weights {path.name} are not the nano expert's: point to the right file")
+    model = NanoExpert(**json.loads(meta["config"]))
+    model.load_state_dict({k: v.float() for k, v in state.items()})
+    return model.to(device).eval().requires_grad_(False)
