@@ -4,8 +4,9 @@ import torch
 
 import realsr_r1.first.restore as R
 from realsr_r1 import images as viz
+from realsr_r1 import perceptual
 from realsr_r1.evaluation import results as evaluate
-from realsr_r1.first import degradation, perceptual, probe, scenes, tokenizer, vlcot
+from realsr_r1.first import degradation, probe, scenes, tokenizer, vlcot
 
 
 def test_bootstrap_of_a_constant_and_of_a_coin():

@@ -4,7 +4,8 @@ import pytest
 import scipy.io
 import torch
 
-from realsr_r1.first import degradation, experts, perceptual, scenes, weights
+from realsr_r1 import perceptual
+from realsr_r1.first import degradation, experts, scenes, weights
 from realsr_r1.first.weights import WEIGHTS
 
 

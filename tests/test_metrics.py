@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from scipy.ndimage import correlate1d
 
 from realsr_r1 import images as photos
+from realsr_r1 import perceptual
 from realsr_r1.evaluation import metrics
-from realsr_r1.first import experts, perceptual, scenes
+from realsr_r1.first import experts, scenes
 
 READY = (
     "psnr_y",

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from realsr_r1 import images as photos
+from realsr_r1 import perceptual
 from realsr_r1.evaluation import peers
-from realsr_r1.first import perceptual
 
 NETWORKS = [name for name, method in peers.METHODS.items() if method.weights]
 EVAL = Path(peers.__file__).parents[1] / "assets" / "eval"

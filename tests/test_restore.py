@@ -223,7 +223,7 @@ def test_shipped_weights_think_and_beat_bicubic(shipped):
     hr, lr = data.hr.float() / 255, data.lr.float() / 255
     chains = R.think(shipped, lr, generator=torch.Generator().manual_seed(0))
     assert all(c.complete for c in chains)
-    from realsr_r1.first import perceptual
+    from realsr_r1 import perceptual
 
     with torch.no_grad():
         ours = R.decode_final(shipped, torch.stack([c.final_image for c in chains]), lr)

@@ -7,7 +7,8 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from realsr_r1.first import degradation, perceptual, rewards, scenes, vlcot
+from realsr_r1 import perceptual
+from realsr_r1.first import degradation, rewards, scenes, vlcot
 from realsr_r1.first.rewards import (
     GenerationReward,
     ReferenceReward,

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from realsr_r1.first import degradation, perceptual, pretrain, tokenizer, weights
+from realsr_r1 import perceptual
+from realsr_r1.first import degradation, pretrain, tokenizer, weights
 from realsr_r1.first import reader as reader_module
 
 

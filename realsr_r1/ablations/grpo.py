@@ -28,20 +28,11 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from transformers import TrainerCallback
 
+from realsr_r1 import perceptual
 from realsr_r1.common import device_of
 from realsr_r1.evaluation import policies as compare
 from realsr_r1.evaluation.benchmark import fingerprint
-from realsr_r1.first import (
-    degradation,
-    experts,
-    grpo,
-    perceptual,
-    policy,
-    rewards,
-    scenes,
-    sft,
-    vlcot,
-)
+from realsr_r1.first import degradation, experts, grpo, policy, rewards, scenes, sft, vlcot
 from realsr_r1.first.grpo import PAPER_REWARDS, GrpoSettings
 from realsr_r1.first.policy import Sampling
 from realsr_r1.first.restore import Models, decode_final, load_models

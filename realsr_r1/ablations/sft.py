@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from realsr_r1 import perceptual
 from realsr_r1.ablations.grpo import Bench, Store, chosen, each
-from realsr_r1.first import degradation, experts, perceptual, policy, rewards, scenes, sft, vlcot
+from realsr_r1.first import degradation, experts, policy, rewards, scenes, sft, vlcot
 from realsr_r1.first.policy import Sampling
 from realsr_r1.first.restore import Models, decode_final
 from realsr_r1.first.vlcot import IMAGE_TAGS, TAGS, TEXT_TAGS, LayoutGrammar

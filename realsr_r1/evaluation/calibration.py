@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from realsr_r1.first import experts, perceptual, policy, scenes, vlcot
+from realsr_r1 import perceptual
+from realsr_r1.first import experts, policy, scenes, vlcot
 from realsr_r1.first.policy import Sampling
 from realsr_r1.first.restore import Models
 

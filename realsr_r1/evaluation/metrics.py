@@ -26,7 +26,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from realsr_r1.first import experts, perceptual
+from realsr_r1 import perceptual
+from realsr_r1.first import experts
 
 Score = Callable[[Tensor, Tensor | None], Tensor]
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from realsr_r1 import perceptual
 from realsr_r1.evaluation import results as evaluate
-from realsr_r1.first import degradation, experts, perceptual, policy, rewards, scenes, vlcot
+from realsr_r1.first import degradation, experts, policy, rewards, scenes, vlcot
 from realsr_r1.first.policy import Sampling
 from realsr_r1.first.restore import Models, decode_final
 

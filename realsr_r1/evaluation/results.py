@@ -21,17 +21,8 @@ from tqdm.auto import tqdm
 
 from realsr_r1 import images as photos
 from realsr_r1 import images as viz
-from realsr_r1.first import (
-    degradation,
-    perceptual,
-    policy,
-    pretrain,
-    probe,
-    scenes,
-    tokenizer,
-    vlcot,
-    weights,
-)
+from realsr_r1 import perceptual
+from realsr_r1.first import degradation, policy, pretrain, probe, scenes, tokenizer, vlcot, weights
 from realsr_r1.first.policy import Sampling
 from realsr_r1.first.restore import Models, decode_final, restore, think
 

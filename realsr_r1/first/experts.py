@@ -11,6 +11,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from realsr_r1 import perceptual
 from realsr_r1.common import device_of, fast_bfloat16
 from realsr_r1.experts import (  # noqa: F401
     METRICS,
@@ -27,7 +28,7 @@ from realsr_r1.experts import (  # noqa: F401
     numbers,
     plain,
 )
-from realsr_r1.first import degradation, perceptual, scenes
+from realsr_r1.first import degradation, scenes
 from realsr_r1.first.pretrain import corrupt, fit
 from realsr_r1.first.tokenizer import GuidedDecoder, VQModel, guided_decode
 from realsr_r1.first.weights import WEIGHTS, save

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
+from realsr_r1 import perceptual
 from realsr_r1.common import device_of, fast_bfloat16
-from realsr_r1.first import degradation, perceptual, scenes
+from realsr_r1.first import degradation, scenes
 from realsr_r1.first.reader import LRReader, ReaderConfig, content_features, signal_features
 from realsr_r1.first.tokenizer import NANO, GuidedDecoder, VQModel, guided_decode
 from realsr_r1.first.weights import WEIGHTS, load, save

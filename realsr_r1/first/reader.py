@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from realsr_r1.first.perceptual import alex_layers
 from realsr_r1.first.tokenizer import Codebook, ResBlock
+from realsr_r1.perceptual import alex_layers
 
 
 @dataclass(frozen=True)

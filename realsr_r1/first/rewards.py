@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from realsr_r1 import perceptual
 from realsr_r1.first import degradation as labels_of
-from realsr_r1.first import experts, perceptual, scenes, vlcot
+from realsr_r1.first import experts, scenes, vlcot
 from realsr_r1.first.tokenizer import VQModel
 
 Reward = Callable[..., list[float]]

@@ -29,9 +29,10 @@ from record import SERIES, Peak, Record, side_by_side
 from transformers import PreTrainedModel
 
 from realsr_r1 import images as photos
+from realsr_r1 import perceptual
 from realsr_r1.evaluation import peers
 from realsr_r1.evaluation import results as evaluate
-from realsr_r1.first import degradation, experts, grpo, perceptual, policy, restore, scenes, vlcot
+from realsr_r1.first import degradation, experts, grpo, policy, restore, scenes, vlcot
 from realsr_r1.first.policy import Sampling
 from realsr_r1.first.tokenizer import guided_decode
 from realsr_r1.first.vlcot import TAGS, LayoutGrammar

@@ -15,10 +15,11 @@ from numpy import ndarray
 from torch import Tensor
 
 from realsr_r1 import images as photos
+from realsr_r1 import perceptual
 from realsr_r1.course.checks import check, expect
 from realsr_r1.evaluation import metrics
 from realsr_r1.evaluation import sets as benchsets
-from realsr_r1.first import perceptual, scenes
+from realsr_r1.first import scenes
 
 PHOTOS = (
     "scikit-image-astronaut",
