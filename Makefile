@@ -35,7 +35,7 @@ address: install
 	$(RUN) -m realsr_r1.course.notebooks address $(REPO)
 
 demo: install
-	$(RUN) -m realsr_r1.first demo
+	$(RUN) -m realsr_r1 demo -o figures/nano_demo.webp
 
 test: install
 	$(RUN) -m ruff check .

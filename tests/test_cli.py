@@ -91,3 +91,23 @@ def test_a_training_leaves_weights_that_restore(tmp_path, capsys):
     command = f"restore {photo} -o {made} --trace {trace} --model {out} --device cpu"
     assert main(command.split()) == 0
     assert Image.open(made).size == (160, 128) and trace.exists()
+
+
+def test_grpo_starts_from_a_folder_of_weights(tmp_path):
+    """A step on two groups of two, and the policy can be restored with."""
+    import torch
+
+    from realsr_r1.pipeline import RealSR
+    from realsr_r1.policy import ChainPolicy, PolicyConfig
+    from realsr_r1.tokenizer import TokenizerConfig, VQModel
+
+    torch.manual_seed(0)
+    small = {"codes": 64, "hidden_size": 32, "layers": 2, "heads": 2, "mlp": 48, "eye_width": 16}
+    widths = {"encoder": (16, 16), "decoder": (16, 16, 16, 16), "lr_width": 16}
+    model = RealSR(VQModel(TokenizerConfig(codes=64, **widths)), ChainPolicy(PolicyConfig(**small)))
+    model.save_pretrained(tmp_path / "start")
+    out = tmp_path / "run"
+    command = f"train grpo --model {tmp_path / 'start'} --out {out} --steps 1 --prompts 2 --group 2"
+    assert main([*command.split(), "--micro-batch", "4", "--device", "cpu"]) == 0
+    again = RealSR.from_pretrained(out, "cpu", policy="policy-grpo")
+    assert (out / "policy-grpo" / "log.csv").exists() and again.policy.config.codes == 64

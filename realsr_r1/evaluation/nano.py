@@ -19,6 +19,7 @@ from realsr_r1 import perceptual, vlcot
 from realsr_r1.degradation import LABELS, from_words
 from realsr_r1.photographs import Pairs, Photograph
 from realsr_r1.pipeline import RealSR
+from realsr_r1.rewards import understanding_reward
 from realsr_r1.sampling import Sampling
 from realsr_r1.stats import Interval, clustered
 
@@ -57,23 +58,17 @@ def pictures(model: RealSR, lr: Tensor, hr: Tensor, drawn: Tensor) -> dict[str, 
 
 
 def words_right(chain: vlcot.Chain, photo: Photograph, degradation: str) -> dict[str, float]:
-    """1 or 0 for subject, background, color and each degradation label of one chain."""
+    """1 or 0 for subject and background (of the rough text, singular or plural alike), the color of
+    the middle text (any of the annotation's), and each degradation label of one chain."""
     true, said = from_words(degradation), chain.labels
-    rough, middle, final = (
-        f" {x or ''} "
-        for x in (chain.rough_understand, chain.middle_understand, chain.final_understand)
-    )
-    want = photo.captions[0]
-    cut = max(want.find(f" {w} ") for w in ("in", "on", "at", "under", "by", "among"))
-    noun = want[:cut].removeprefix("a ").removeprefix("an ") if cut > 0 else want
+    rough = [f"<rough_understand> {chain.rough_understand or ''} </rough_understand>"]
+    middle = f" {chain.middle_understand or ''} "
     out = {
-        "subject": f" {noun} " in rough,
-        "background": want[cut:].strip() in rough,
-        "color": any(f" {c} " in middle for c in photo.colors),
-        "view": f" {photo.view} view" in final,
+        "subject": understanding_reward(rough, [[photo.subject]])[0],
+        "background": understanding_reward(rough, [[photo.background[0]]])[0],
+        "color": float(any(f" {c} " in middle for c in photo.colors)),
     }
-    out |= {k: said.get(k) == true[k] for k in LABELS}
-    return {k: float(v) for k, v in out.items()}
+    return out | {k: float(said.get(k) == true[k]) for k in LABELS}
 
 
 def measure(
@@ -143,9 +138,7 @@ def table(rows: list[dict]) -> str:
         if m != "chain":
             cells = [interval(of("chain", g), "lpips", of(m, g)) for g in groups]
             out.append(f"| {m} | {' | '.join(map(str, cells))} |")
-    names = [
-        k for k in of("chain", None)[0] if k in (*LABELS, "subject", "background", "color", "view")
-    ]
+    names = [k for k in of("chain", None)[0] if k in (*LABELS, "subject", "background", "color")]
     out += ["", f"| words right | {head} |", "|---|" + "---|" * len(groups)]
     for name in names:
         cells = [interval(of("chain", g), name) for g in groups]

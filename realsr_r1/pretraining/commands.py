@@ -10,6 +10,40 @@ def train(a: argparse.Namespace) -> None:
     stages.run(a.what, stages.Settings.of(a))
 
 
+def grpo(a: argparse.Namespace) -> None:
+    from realsr_r1.grpo import GrpoSettings
+    from realsr_r1.pretraining import stages
+
+    names = ("steps", "prompts", "group", "micro_batch", "lr", "beta", "seed")
+    settings = GrpoSettings(**{k: getattr(a, k) for k in names}, by_part=not a.whole_chain)
+    stages.reinforce(a.model, a.photographs, a.rewards, a.out, settings, a.device)
+
+
+def add_grpo(leaves) -> None:
+    from realsr_r1.cli import leaf
+
+    p = leaf(leaves, "grpo", grpo, "reinforcement learning: groups of chains, four rewards")
+    p.add_argument("--model", default="nano", help="where to start: a name, a folder, a hub id")
+    p.add_argument("--photographs", type=Path, help="as in the other leaves")
+    p.add_argument("--out", type=Path, default=Path("runs/nano"), help="gets policy-grpo and a log")
+    p.add_argument(
+        "--rewards",
+        nargs="+",
+        default=["format", "degradation", "understanding", "generation"],
+        choices=("format", "degradation", "understanding", "generation", "reference"),
+        help="which rewards; the first four are the paper's",
+    )
+    p.add_argument("--steps", type=int, default=40, help="a killed run goes on")
+    p.add_argument("--prompts", type=int, default=4, help="LR photos per step")
+    p.add_argument("--group", type=int, default=8, help="chains per LR photo")
+    p.add_argument("--micro-batch", type=int, default=8, help="chains in one backward pass")
+    p.add_argument("--lr", type=float, default=2e-4, help="learning rate")
+    p.add_argument("--beta", type=float, default=0.02, help="weight of the KL to the start")
+    p.add_argument("--whole-chain", action="store_true", help="every reward on every token")
+    p.add_argument("--seed", type=int, default=0, help="of photos and chains")
+    p.add_argument("--device", help="cpu, cuda or mps; the best there is if left out")
+
+
 def register(sub) -> None:
     from realsr_r1.cli import leaf
 
@@ -48,3 +82,4 @@ def register(sub) -> None:
                 default="",
                 help="VGG16 weights for the tokenizer's loss, see perceptual.vgg_features",
             )
+    add_grpo(leaves)

@@ -109,7 +109,7 @@ class TokenizerTraining:
         self.critic_step = torch.optim.AdamW(self.critic.parameters(), lr=4e-4, betas=(0.5, 0.95))
         self.generator = torch.Generator().manual_seed(0)
 
-    def _distance(self, y: Tensor, x: Tensor) -> Tensor:
+    def distance(self, y: Tensor, x: Tensor) -> Tensor:
         c = self.config
         out = c.l1 * (y - x).abs().mean()
         out = out + c.lpips * perceptual.robust_distance(y, x, self.generator).mean()
@@ -118,7 +118,7 @@ class TokenizerTraining:
             out = out + c.vgg * net(y, x, normalize=True).mean()
         return out
 
-    def _judge(self, x: Tensor, y: Tensor) -> Tensor:
+    def judge(self, x: Tensor, y: Tensor) -> Tensor:
         """One step of the discriminator on real `x` and made `y`; returns its loss."""
         with self.machine.autocast():
             real, made = self.critic(x).float(), self.critic(y.detach()).float()
@@ -140,7 +140,7 @@ class TokenizerTraining:
         q = spoil_codes(q, model, codes, see_lr)
         with self.machine.autocast():
             y = model.decoder(q, lr, see_codes, see_lr).float()
-            loss = self._distance(y, x) + c.codebook * book
+            loss = self.distance(y, x) + c.codebook * book
         figures = {"l1": (y - x).abs().mean().detach(), "book": book.detach()}
         if step % 3 == 0:  # the chain's smaller images, whole pictures scaled down, codes alone
             small = F.interpolate(x, size=64 if step % 2 else 32, mode="area")
@@ -151,7 +151,7 @@ class TokenizerTraining:
                 if small.shape[-1] == 64:
                     loss = loss + 0.3 * perceptual.distance(remade, small).mean()
         if c.adversary and done > c.adversary_from - 0.05:
-            figures["critic"] = self._judge(x, y)
+            figures["critic"] = self.judge(x, y)
             grow = min(1.0, max(0.0, (done - c.adversary_from) / 0.1))
             if grow > 0:
                 with self.machine.autocast():
@@ -288,8 +288,8 @@ def train_decoder(
         codes = torch.where(own[:, None, None], drawn, steps[-1])
         with machine.autocast():
             y = model.decoder(model.codebook.embed(codes), lr, see_codes, see_lr).float()
-            total = training._distance(y, x)
-        figures = {"l1": (y - x).abs().mean().detach(), "critic": training._judge(x, y)}
+            total = training.distance(y, x)
+        figures = {"l1": (y - x).abs().mean().detach(), "critic": training.judge(x, y)}
         if step > 200:
             with machine.autocast():
                 total = total - loss.adversary * training.critic(y).float().mean()

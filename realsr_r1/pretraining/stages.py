@@ -187,3 +187,32 @@ def run(what: str, settings: Settings) -> None:
     if start is None:
         raise ValueError(f"{home} holds no policy: train one first (realsr train policy)")
     finish(out / what, _decoder(s, start), out / "tokenizer", s)
+
+
+def reinforce(
+    model: str,
+    folder: Path | None,
+    names: list[str],
+    out: Path,
+    settings,
+    device: str | None = None,
+) -> None:
+    """GRPO from `model` on photographs of the train split, rewards by name (see `realsr train grpo
+    --help`); the policy goes to `out`/policy-grpo beside a copy of the tokenizer."""
+    from realsr_r1 import grpo, rewards
+    from realsr_r1.experts import load_expert
+
+    start = RealSR.from_pretrained(model, device)
+    known = {
+        "format": lambda: rewards.format_reward,
+        "degradation": lambda: rewards.degradation_reward,
+        "understanding": lambda: rewards.understanding_reward,
+        "generation": lambda: rewards.GenerationReward(load_expert("nano"), start.tokenizer),
+        "reference": lambda: rewards.ReferenceReward(start.tokenizer),
+    }
+    photos = photographs.load("train", folder)
+    data = grpo.prompts(photos, settings.steps * settings.prompts, seed=5 * 10**8 + settings.seed)
+    chosen = [known[n]() for n in names]
+    place = out / "policy-grpo"
+    start.policy = grpo.train_grpo(start.policy, data, chosen, place, settings, device)
+    start.save_pretrained(out, "policy-grpo")
