@@ -32,7 +32,7 @@ def clustered(
     values = np.asarray(values, dtype=float)
     if len(values) != len(clusters) or not len(values):
         raise ValueError(f"{len(values)} values and {len(clusters)} clusters do not go together")
-    _, index = np.unique(np.asarray(clusters), return_inverse=True)
+    _, index = np.unique(np.asarray(list(clusters)), return_inverse=True)
     counts = np.bincount(index).astype(float)
     sums = np.bincount(index, weights=values)
     mean = float(values.mean())
