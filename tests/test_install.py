@@ -45,7 +45,7 @@ def test_every_asset_is_credited_and_every_credit_is_shipped():
     shipped = {
         p.relative_to(ASSETS).as_posix()
         for p in ASSETS.rglob("*")
-        if p.suffix in (".webp", ".safetensors")
+        if p.suffix in (".webp", ".safetensors") or p.name == "annotations.csv"
     }
     assert len(listed) == len(set(listed))
     assert set(listed) == shipped
@@ -54,4 +54,5 @@ def test_every_asset_is_credited_and_every_credit_is_shipped():
 
 def test_assets_stay_light():
     sizes = [p.stat().st_size for p in ASSETS.rglob("*") if p.is_file()]
-    assert max(sizes) < 16e6 and sum(sizes) < 45e6
+    # 45 MB for good; 13 MB more while the weights of both forms ship.
+    assert max(sizes) < 16e6 and sum(sizes) < 58e6

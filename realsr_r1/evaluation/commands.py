@@ -11,13 +11,14 @@ def table(a: argparse.Namespace) -> None:
 
     from realsr_r1 import photographs
     from realsr_r1.cli import model_of
-    from realsr_r1.evaluation import nano
+    from realsr_r1.evaluation import blind, nano
     from realsr_r1.sampling import Sampling
 
     photos = photographs.load(a.split, a.photographs)[: a.n]
     model = model_of(a)
     sampling = Sampling(image_temperature=a.temperature)
-    rows = nano.measure(model, photos, sampling=sampling, seed=a.seed, batch=a.batch)
+    others = {name: blind.method(name, model) for name in a.peers}
+    rows = nano.measure(model, photos, sampling=sampling, seed=a.seed, batch=a.batch, others=others)
     command = shlex.join(["realsr", *sys.argv[1:]])
     note = f"`{command}` ({len(photos)} photographs, {model.device}, {date.today()})"
     nano.write(rows, a.out, note)
@@ -62,6 +63,7 @@ def register(sub) -> None:
     add_photographs(p, "val")
     p.add_argument("-n", type=int, help="only the first so many photographs")
     p.add_argument("--batch", type=int, default=48, help="chains at a time")
+    p.add_argument("--peers", nargs="*", default=[], help="other methods, e.g. realesrgan-x4plus")
     p.add_argument(
         "-o", "--out", type=Path, default=Path("results"), help="writes OUT.md and OUT.csv"
     )

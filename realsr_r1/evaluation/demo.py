@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from realsr_r1 import images
 from realsr_r1.photographs import ASSETS
 from realsr_r1.pipeline import RealSR
+from realsr_r1.vlcot import IMAGE_TAGS
 
 CUT = 64  # LR pixels a side
 
 
 def draw(model: RealSR, out: str | Path, seed: int = 0) -> None:
-    """A square of each shipped real photo, bicubic beside restored, and what the model read."""
+    """A square of each shipped real photo: bicubic, the three images of its reading, restored."""
     rows = []
     for path in sorted((ASSETS / "real_lr").glob("*.webp")):
         photo = images.open_photo(path)
@@ -20,6 +21,8 @@ def draw(model: RealSR, out: str | Path, seed: int = 0) -> None:
         result = model(photo.crop((x, y, x + CUT, y + CUT)), seed, progress=False)
         lr = images.to_tensor(photo)[None, :, y : y + CUT, x : x + CUT]
         large = F.interpolate(lr, scale_factor=4, mode="bicubic", align_corners=False)
-        rows.append([large[0].clamp(0, 1), images.to_tensor(result.image)])
+        steps = [model.decode(getattr(result.reading, t)[None])[0].cpu() for t in IMAGE_TAGS]
+        rows.append([large[0].clamp(0, 1), *steps, images.to_tensor(result.image)])
         print(f"{path.name}: {result.reading.final_understand}", flush=True)
-    images.grid(rows, ["bicubic", "RealSR-R1 nano"], side=4 * CUT).save(out)
+    heads = ["LR, bicubic", "rough image", "middle image", "final image", "restored"]
+    images.grid(rows, heads, side=4 * CUT).save(out)
