@@ -10,8 +10,7 @@ import transformers
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from realsr_r1 import images as photos
-from realsr_r1.corpus import annotate, captioners
+from realsr_r1.corpus import annotate, captioners, folders
 from realsr_r1.first.__main__ import main
 
 
@@ -507,7 +506,7 @@ def test_lines_are_what_photo_folders_read(folder):
         "A white bird on grass.",
     ] and lines[0]["tags"] == ["bird", "grass"]
     assert lines[0]["objects"][0] == {"tag": "Bird", "box": [0.1, 0.2, 0.3333, 0.9]}
-    _, captions, tags = photos.PhotoFolder(folder)[4]
+    _, captions, tags = folders.PhotoFolder(folder)[4]
     assert captions == lines[4]["captions"] and tags == ["bird", "grass"]
 
 
@@ -529,7 +528,7 @@ def test_a_killed_run_goes_on_and_mends_the_torn_line(folder):
     done = path.read_bytes()
     path.write_bytes(done + b'{"file": "sub/3.png", "capt')  # killed in the middle of a write
     assert annotate.annotate(folder, model, batch=2) == {"new": 2, "known": 3, "left out": 0}
-    assert path.read_bytes().startswith(done) and list(photos.read_captions(folder)) == ALL
+    assert path.read_bytes().startswith(done) and list(folders.read_captions(folder)) == ALL
     assert model.batches == [2, 1, 2]
     before = path.read_bytes()
     assert annotate.annotate(folder, model) == {"new": 0, "known": 5, "left out": 0}
@@ -543,7 +542,7 @@ def test_processes_share_the_photos_and_know_each_others_work(folder):
         "captions.0-of-2.jsonl",
         "captions.1-of-2.jsonl",
     ]
-    assert sorted(photos.read_captions(folder)) == ALL
+    assert sorted(folders.read_captions(folder)) == ALL
     assert annotate.annotate(folder, Scripted()) == {
         "new": 0,
         "known": 5,

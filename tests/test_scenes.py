@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from realsr_r1 import images as photos
+from realsr_r1.corpus import folders
 from realsr_r1.first import scenes
 
 
@@ -114,7 +115,7 @@ def test_photo_folder_with_and_without_captions(tmp_path):
     (tmp_path / "captions.jsonl").write_text(
         json.dumps({"file": "a.png", "captions": ["x", "y", "z"], "tags": ["t"]})
     )
-    folder = photos.PhotoFolder(tmp_path)
+    folder = folders.PhotoFolder(tmp_path)
     x, captions, tags = folder[0]
     assert (
         len(folder) == 2
@@ -124,7 +125,7 @@ def test_photo_folder_with_and_without_captions(tmp_path):
     )
     assert folder[1][0].shape == (3, 128, 128) and folder[1][1] is None
     with pytest.raises(ValueError, match="holds no photos"):
-        photos.PhotoFolder(tmp_path / "empty")
+        folders.PhotoFolder(tmp_path / "empty")
 
 
 def save_photo(path, kind):

@@ -6,8 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from realsr_r1 import images as photos
-from realsr_r1.corpus import shards, sources
+from realsr_r1.corpus import folders, shards, sources
 from realsr_r1.first import policy, sft, vlcot
 
 CAPTIONS = [
@@ -45,7 +44,9 @@ def chains(tiny, words):
 
 
 def test_a_chain_row_says_what_the_photo_shows(folder, chains, words):
-    data, _ = sources.pairs(sources.open_source(folder).take(1), notes=photos.read_captions(folder))
+    data, _ = sources.pairs(
+        sources.open_source(folder).take(1), notes=folders.read_captions(folder)
+    )
     (row,), skipped = chains(data)
     assert skipped == [] and row["file"] == "0.png"
     n = row["labels"].count(-100)
@@ -67,7 +68,7 @@ def test_a_chain_row_says_what_the_photo_shows(folder, chains, words):
 
 def test_captions_are_cut_and_photos_without_known_words_left_out(folder, tiny, words):
     chains = shards.ChainRows(*tiny[:2], words, most_words=2)
-    notes = photos.read_captions(folder)
+    notes = folders.read_captions(folder)
     notes["1.png"]["captions"] = ["zebra", "zebra crossing", "bird"]
     data, _ = sources.pairs(sources.open_source(folder).take(2), notes=notes)
     rows, skipped = chains(data)
@@ -93,7 +94,9 @@ def test_prompt_rows_have_the_columns_of_grpo(folder, tiny, words):
     from realsr_r1.first import grpo, rewards
 
     encode = shards.PromptRows(tiny[1], words, keep_hr=128)
-    data, _ = sources.pairs(sources.open_source(folder).take(2), notes=photos.read_captions(folder))
+    data, _ = sources.pairs(
+        sources.open_source(folder).take(2), notes=folders.read_captions(folder)
+    )
     rows, _ = encode(data)
     known = grpo.prompts(range(2), tiny[1], words)
     assert set(known.column_names) | {"file"} == set(rows[0])
@@ -105,7 +108,7 @@ def test_prompt_rows_have_the_columns_of_grpo(folder, tiny, words):
     stored = next(
         iter(
             shards.on_the_fly(
-                sources.open_source(folder), encode, notes=photos.read_captions(folder)
+                sources.open_source(folder), encode, notes=folders.read_captions(folder)
             )
         )
     )
@@ -113,7 +116,7 @@ def test_prompt_rows_have_the_columns_of_grpo(folder, tiny, words):
 
 
 def test_on_the_fly_gives_what_the_files_hold(folder, chains, tmp_path, caplog):
-    notes = photos.read_captions(folder)
+    notes = folders.read_captions(folder)
     live = list(shards.on_the_fly(sources.open_source(folder), chains, notes=notes, batch=3))
     assert "left out 6.png: no captions" in caplog.text
     total = shards.write_shards(folder, tmp_path / "out", chains, notes=notes, photos_per_file=4)
@@ -125,7 +128,7 @@ def test_on_the_fly_gives_what_the_files_hold(folder, chains, tmp_path, caplog):
 
 
 def test_a_killed_process_goes_on_and_gives_the_same_files(folder, chains, tmp_path, monkeypatch):
-    options = {"notes": photos.read_captions(folder), "photos_per_file": 2}
+    options = {"notes": folders.read_captions(folder), "photos_per_file": 2}
     shards.write_shards(folder, tmp_path / "whole", chains, **options)
     real, files = shards._write_one, []
 
@@ -158,7 +161,7 @@ def test_a_killed_process_goes_on_and_gives_the_same_files(folder, chains, tmp_p
 
 
 def test_two_processes_give_what_one_gives(folder, chains, tmp_path):
-    notes = photos.read_captions(folder)
+    notes = folders.read_captions(folder)
     shards.write_shards(folder, tmp_path / "one", chains, notes=notes)
     shards.write_shards(folder, tmp_path / "two", chains, notes=notes, shard=(0, 2))
     with pytest.raises(ValueError, match=r"shards \[1\] of 2"):
@@ -173,7 +176,7 @@ def test_two_processes_give_what_one_gives(folder, chains, tmp_path):
 
 
 def test_other_settings_photos_or_names_are_refused(folder, chains, tmp_path):
-    notes, out = photos.read_captions(folder), tmp_path / "out"
+    notes, out = folders.read_captions(folder), tmp_path / "out"
     with pytest.raises(ValueError, match="none of 7 photos is named in the captions"):
         shards.write_shards(
             folder, tmp_path / "wrong", chains, notes={f"in/{f}": n for f, n in notes.items()}
@@ -212,7 +215,7 @@ def test_a_folder_of_which_nothing_could_be_used(folder, chains, tmp_path):
 
 @pytest.mark.parametrize("how", ["streamed", "copied", "on the fly"])
 def test_sft_trains_on_them(folder, chains, tiny, tmp_path, how):
-    notes = photos.read_captions(folder)
+    notes = folders.read_captions(folder)
     if how == "on the fly":
         data = shards.on_the_fly(sources.open_source(folder), chains, notes=notes)
     else:
@@ -271,7 +274,7 @@ def test_grpo_takes_its_prompts_from_the_files(folder, tiny, words, tmp_path):
         folder,
         tmp_path / "rows",
         shards.PromptRows(tiny[1], words),
-        notes=photos.read_captions(folder),
+        notes=folders.read_captions(folder),
     )
     policy.save(tiny[2], tmp_path / "sft")
     policy_folder, data = tmp_path / "sft", shards.read_shards(tmp_path / "rows", streaming=False)

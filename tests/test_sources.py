@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from realsr_r1 import images as photos
-from realsr_r1.corpus import sources
+from realsr_r1.corpus import folders, sources
 from realsr_r1.first import degradation
 
 
@@ -36,7 +36,7 @@ def names(data):
 
 
 def as_parquet(folder, out, column="image", **more):
-    files = photos.photo_files(folder)
+    files = folders.photo_files(folder)
     rows = {column: [str(folder / f) for f in files], **{k: v(files) for k, v in more.items()}}
     data = datasets.Dataset.from_dict(rows).cast_column(column, datasets.Image())
     out.mkdir()
@@ -199,7 +199,7 @@ def test_a_pair_is_its_crop_degraded(folder):
     data, _ = sources.pairs([next(iter(sources.open_source(folder)))], sources.Recipe(size=32))
     seed = sources.seed_of(sources.Recipe(size=32), "a/0.png", 0)
     crop = photos.to_tensor(
-        photos.largest_square(photos.open_photo(folder / "a" / "0.png"), 32, seed)
+        folders.largest_square(photos.open_photo(folder / "a" / "0.png"), 32, seed)
     )
     lr = degradation.degrade(crop[None], "nano", torch.Generator().manual_seed(seed)).lr
     assert torch.equal(data.hr[0].float() / 255, crop) and torch.equal(
@@ -232,10 +232,10 @@ def test_captions_join_by_file_name_in_folder_and_parquet(folder, tmp_path):
     line = {"file": "b/5.png", "captions": ["x", "y", "z"], "tags": []}
     (folder / "captions.jsonl").write_text(json.dumps(line) + "\n")
     as_parquet(folder, tmp_path / "p", file_name=lambda files: files)
-    notes = photos.read_captions(folder)
+    notes = folders.read_captions(folder)
     for where in (folder, tmp_path / "p"):
         assert sources.check_join(names(sources.open_source(where)), notes) == 1
-    assert photos.PhotoFolder(folder)[5][1] == ["x", "y", "z"]  # the same name for PhotoFolder
+    assert folders.PhotoFolder(folder)[5][1] == ["x", "y", "z"]  # the same name for PhotoFolder
     with pytest.raises(
         ValueError,
         match=r"none of 2 photos is named .* first photo is '5\.png', the first caption's file "
@@ -253,14 +253,14 @@ def test_captions_of_several_processes_and_broken_lines(tmp_path):
     (tmp_path / "captions.1-of-2.jsonl").write_text(
         line("c.png", "c") + '{"file": "d.png", "capt'
     )  # killed while writing
-    notes = photos.read_captions(tmp_path)
+    notes = folders.read_captions(tmp_path)
     assert {f: n["captions"][0] for f, n in notes.items()} == {
         "a.png": "new",
         "b.png": "b",
         "c.png": "c",
     }
-    assert photos.read_captions(tmp_path / "captions.jsonl")["a.png"]["captions"][0] == "old"
+    assert folders.read_captions(tmp_path / "captions.jsonl")["a.png"]["captions"][0] == "old"
     (tmp_path / "captions.jsonl").write_text('{"file": "a.png"}\n' + line("b.png", "b"))
     with pytest.raises(ValueError, match=r"line 1 of captions\.jsonl is not"):
-        photos.read_captions(tmp_path)
-    assert photos.read_captions(tmp_path / "elsewhere") == {}
+        folders.read_captions(tmp_path)
+    assert folders.read_captions(tmp_path / "elsewhere") == {}

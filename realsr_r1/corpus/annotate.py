@@ -1,7 +1,7 @@
 """Captions and tags for photos that have none: what `scenes` knows exactly, pretrained models must
 guess here.
 
-One JSON line a photo goes to captions.jsonl beside the photos, which `photos.PhotoFolder` and
+One JSON line a photo goes to captions.jsonl beside the photos, which `folders.PhotoFolder` and
 `sources` read: {"file", "captions": [rough, middle, final], "tags", "objects": [{"tag", "box"
 (fractions), "score"}]}. What is noted there is not done again, so the same command continues after
 a kill; several processes share the photos by `--shard`, each with a file of its own. The paper
@@ -21,8 +21,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from realsr_r1 import images as photos
-from realsr_r1.corpus import captioners, sources
+from realsr_r1.corpus import captioners, folders, sources
 
 log = logging.getLogger(__name__)
 LONGEST = 1024  # pixels: no model here looks at more, and a photo's tokens grow with its area
@@ -131,7 +130,11 @@ def annotate(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ("captions.jsonl" if number == 1 else f"captions.{index}-of-{number}.jsonl")
     mend(path)
-    known, left_out, count = photos.read_captions(folder), {}, {"new": 0, "known": 0, "left out": 0}
+    known, left_out, count = (
+        folders.read_captions(folder),
+        {},
+        {"new": 0, "known": 0, "left out": 0},
+    )
 
     def unknown() -> Iterator[dict]:
         for row in rows:

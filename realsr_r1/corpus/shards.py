@@ -6,7 +6,7 @@ that gives rows and what it left out, with `features` and a `fingerprint`. `writ
 process's share and continues after a kill:
 
     encode = ChainRows(vq, reader, Vocabulary(vq.config.codes, reader.vocabulary), device="cuda")
-    notes = photos.read_captions("LSDIR")
+    notes = folders.read_captions("LSDIR")
     write_shards("LSDIR", "rows", encode, Recipe(), notes, shard=(rank, world))  # one call a
       process, on any machine
     sft.train_sft(read_shards("rows"), None, ...)  # when all are done

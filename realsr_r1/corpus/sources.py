@@ -22,6 +22,7 @@ from datasets import Features, Image, IterableDataset, Value, load_dataset
 from PIL import Image as PILImage
 
 from realsr_r1 import images as photos
+from realsr_r1.corpus import folders
 from realsr_r1.first import degradation, scenes
 
 ROW = Features({"file": Value("string"), "path": Value("string"), "bytes": Value("binary")})
@@ -242,7 +243,7 @@ def pairs(
     rows: Iterable[dict], recipe: Recipe = Recipe(), notes: dict[str, dict] | None = None
 ) -> tuple[scenes.Pairs | None, list[dict]]:
     """Rows → pairs (None if there is none) and what was left out, as {"file", "why"}: broken photos
-    and, where `notes` (`photos.read_captions`) are given, photos without captions."""
+    and, where `notes` (`folders.read_captions`) are given, photos without captions."""
     hr, lr, labels, samples, skipped = [], [], [], [], []
     for row in rows:
         note = {} if notes is None else notes.get(row["file"])
@@ -255,7 +256,7 @@ def pairs(
             continue
         for copy in range(recipe.copies):
             seed = seed_of(recipe, row["file"], copy)
-            x = photos.to_tensor(photos.largest_square(image, recipe.size, seed, recipe.zoom))
+            x = photos.to_tensor(folders.largest_square(image, recipe.size, seed, recipe.zoom))
             d = degradation.degrade(x[None], recipe.preset, torch.Generator().manual_seed(seed))
             hr.append((x * 255).round().byte())
             lr.append((d.lr[0] * 255).round().byte())

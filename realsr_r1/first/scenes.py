@@ -25,8 +25,8 @@ from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from realsr_r1.corpus.folders import Dice, square
 from realsr_r1.first import degradation
-from realsr_r1.images import Dice, square
 
 ASSETS = Path(__file__).parents[1] / "assets"
 COLORS = (
