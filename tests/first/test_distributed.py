@@ -16,7 +16,7 @@ from realsr_r1.first import grpo, policy, sft
 from realsr_r1.first.grpo import GrpoSettings
 from realsr_r1.reference import qwen as middle
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "realsr_r1" / "configs"
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",

@@ -9,7 +9,7 @@ import torch
 from realsr_r1.course import notebooks as course
 from realsr_r1.course.checks import grpo as checks
 
-NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "05_vlcot_grpo.ipynb"
+NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "05_vlcot_grpo.ipynb"
 right = checks.reference
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from realsr_r1.course.checks import chain as checks
 from realsr_r1.first import policy, sft
 
-NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "03_vlcot_sft.ipynb"
+NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "03_vlcot_sft.ipynb"
 
 
 def right_labels(ids, prompt, pad=0):

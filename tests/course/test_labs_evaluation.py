@@ -13,7 +13,7 @@ from realsr_r1.course import notebooks as course
 from realsr_r1.course.checks import evaluation as checks
 from realsr_r1.evaluation import metrics
 
-NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "06_evaluation.ipynb"
+NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "06_evaluation.ipynb"
 right = checks.reference
 NARROW = (65.481, 128.553, 24.966)
 
