@@ -97,7 +97,7 @@ class DegradationConfig:
     antialias: bool = False
 
 
-# Soft enough that a person still sees what most photos show (DESIGN.md asks for it); a third of the
+# Soft enough that a person still sees what most photos show; a third of the
 # photos light, medium and heavy over all. Both resizes vary, so that their labels carry
 # information.
 NANO_LEVELS = Levels(
@@ -130,39 +130,6 @@ def _nano(*severities: str) -> DegradationConfig:
 PRESETS = {
     # Real-ESRGAN's options, the degradation of PURE and RealSR-R1.
     "paper": DegradationConfig(),
-    # One light stage: what a recent camera and one save do.
-    "mild": DegradationConfig(
-        stages=(
-            Stage(
-                sigma=(0.2, 2.0),
-                noise_sigma=(1, 12),
-                poisson_scale=(0.05, 1.0),
-                jpeg_quality=(60, 95),
-                resize_range=(0.4, 1.2),
-            ),
-        )
-    ),
-    # Two stages with the upper halves of the ranges.
-    "severe": DegradationConfig(
-        stages=(
-            Stage(
-                sigma=(1.5, 4.0),
-                noise_sigma=(15, 40),
-                poisson_scale=(1.0, 4.0),
-                jpeg_quality=(20, 60),
-                resize_range=(0.15, 0.8),
-            ),
-            Stage(
-                blur_prob=0.9,
-                sigma=(0.8, 2.0),
-                noise_sigma=(10, 30),
-                poisson_scale=(1.0, 3.0),
-                jpeg_quality=(15, 50),
-                resize_prob=(0.2, 0.6, 0.2),
-                resize_range=(0.3, 1.0),
-            ),
-        )
-    ),
     # What the shipped weights are trained on, and its thirds.
     "nano": _nano("light", "medium", "heavy"),
     "nano-light": _nano("light"),

@@ -3,17 +3,7 @@
 import torch
 from torch import Tensor
 
-from realsr_r1.vlcot import (
-    END,
-    EOS,
-    GRIDS,
-    IMAGE_TAGS,
-    PAD,
-    START,
-    TAGS,
-    TEXT_TAGS,
-    Vocabulary,
-)
+from realsr_r1.vlcot import END, EOS, GRIDS, IMAGE_TAGS, PAD, START, TAGS, TEXT_TAGS, Vocabulary
 
 MAX_WORDS = 24  # of a text part
 

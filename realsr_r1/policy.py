@@ -18,15 +18,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from realsr_r1.eye import Eye
 from realsr_r1.grammar import LayoutGrammar
 from realsr_r1.tokenizer import VQModel
-from realsr_r1.vlcot import (
-    GRIDS,
-    IMAGE_TAGS,
-    LR,
-    PATCH_TOKENS,
-    START,
-    TAGS,
-    Vocabulary,
-)
+from realsr_r1.vlcot import GRIDS, IMAGE_TAGS, LR, PATCH_TOKENS, START, TAGS, Vocabulary
 
 CELLS = sum(n * n for n in GRIDS)
 FIRST_CELL = [sum(n * n for n in GRIDS[:i]) for i in range(len(GRIDS))]

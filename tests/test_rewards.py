@@ -124,12 +124,7 @@ def test_degradation_rewards_by_hand(said, exact, near):
         ("a bird bird bird on grass", ["bird", "bird", "grass"], 1, 1),
         ("a wild cat on grass", ["wild cat"], 1, 2 * 1 / (2 + 1)),
         ("a dog ball lamp sofa pencil bottle", ["dog", "ball"], 1, 2 * 2 / (6 + 2)),
-        (
-            " ".join(sorted(tag_nouns())),
-            TAGS,
-            1,
-            None,
-        ),  # naming all: recall alone is fooled
+        (" ".join(sorted(tag_nouns())), TAGS, 1, None),  # naming all: recall alone is fooled
         ("a bird on grass", [], 0, 0),
     ],
 )

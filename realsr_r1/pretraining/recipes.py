@@ -8,10 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import (
-    DataLoader,
-    Dataset,
-)
+from torch.utils.data import DataLoader, Dataset
 
 from realsr_r1 import perceptual, photographs, sft
 from realsr_r1.policy import ChainPolicy

@@ -325,11 +325,7 @@ def test_tags_are_unique_in_order_and_few():
 def test_things_that_captions_name():
     assert captioners.phrases_of(
         ["A white bird on grass.", "a small white sea bird is standing, on the grass"]
-    ) == [
-        "white bird",
-        "grass",
-        "white sea bird",
-    ]
+    ) == ["white bird", "grass", "white sea bird"]
     assert captioners.phrases_of(["the image", ""]) == []
 
 
