@@ -7,6 +7,7 @@ so the words' advantages do not shake 336 image codes. Advantage, clipping and K
 `objective` for the formulas).
 """
 
+import copy
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -168,12 +169,10 @@ class ChainGRPOTrainer(GRPOTrainer):
         logits_to_keep,
         batch_size=None,
         compute_entropy=False,
-        compute_aux_loss=False,
-        pixel_values=None,
-        **_,
+        **more,
     ):
         """Under the grammar, as `sampling.sample` draws: the one method that must differ."""
-        pixels, logps, entropies = self.lr if pixel_values is None else pixel_values, [], []
+        pixels, logps, entropies = more.get("pixel_values", self.lr), [], []
         for rows in torch.arange(len(input_ids)).split(batch_size or len(input_ids)):
             ids, lr = input_ids[rows], pixels[rows]
             logits = model(ids, lr, logits_to_keep=logits_to_keep + 1).logits[:, :-1].float()
@@ -229,6 +228,14 @@ def arguments(out: Path, settings: GrpoSettings, device: str | None, length: int
     )
 
 
+def check_columns(dataset: Dataset, rewards: list[Callable]) -> None:
+    """Raise ValueError naming the first column that a reward needs and the dataset lacks."""
+    for reward in rewards:
+        for column in getattr(reward, "columns", ()):
+            if column not in dataset.column_names:
+                raise ValueError(f"reward {reward.__name__} needs the column {column!r}: add it")
+
+
 def train_grpo(
     policy: ChainPolicy,
     dataset: Dataset,
@@ -249,14 +256,8 @@ def train_grpo(
     Raises ValueError, in one sentence, for a missing column or a reward that misbehaves."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    for reward in rewards:
-        for column in getattr(reward, "columns", ()):
-            if column not in dataset.column_names:
-                raise ValueError(f"reward {reward.__name__} needs the column {column!r}: add it")
-    reference = None
-    if settings.beta:
-        reference = ChainPolicy(policy.config)
-        reference.load_state_dict(policy.state_dict())
+    check_columns(dataset, rewards)
+    reference = copy.deepcopy(policy) if settings.beta else None
     policy.generation_config = GenerationConfig()  # TRL sets its own sampler up, which is not used
     trainer = ChainGRPOTrainer(
         settings,

@@ -24,6 +24,7 @@ from realsr_r1 import degradation
 
 ASSETS = Path(__file__).parent / "assets"
 SPLITS = ("train", "val", "test")
+SIDE = 128  # pixels of an HR square
 SHORT_SIDE = 160  # pixels: at this size the sources' own JPEG traces are gone
 COUNTS = {"one": "", "two": "two", "few": "a few", "many": "many"}
 
@@ -283,7 +284,7 @@ class Picture:
 
 
 class Pairs(Dataset):
-    """HR squares (3, size, size) and their LR photos as uint8, with labels, captions and tags.
+    """HR squares (3, 128, 128) and their LR photos as uint8, with labels, captions and tags.
 
     Item i is always the same: everything random comes from `seed` and i. In training there is no
     end of items: each is a random crop of a random photograph; otherwise item i is the center of
@@ -293,13 +294,12 @@ class Pairs(Dataset):
         self,
         photos: list,
         preset: str = "nano",
-        size: int = 128,
         seed: int = 0,
         training: bool = True,
         labels: bool = True,
         native: bool = False,
     ):
-        self.photos, self.config, self.size = photos, degradation.PRESETS[preset], size
+        self.photos, self.config = photos, degradation.PRESETS[preset]
         self.seed, self.training, self.labels, self.native = seed, training, labels, native
 
     def __len__(self) -> int:
@@ -311,9 +311,9 @@ class Pairs(Dataset):
         photo, flip = self.photos[index], False
         if self.training:
             native = self.native and rng.random() < 0.5
-            image, flip = crop(photo.image(), self.size, rng, native)
+            image, flip = crop(photo.image(), SIDE, rng, native)
         else:
-            image = center(photo.image(), self.size)
+            image = center(photo.image(), SIDE)
         pixels = to_bytes(image)
         hr = pixels.float() / 255
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))

@@ -197,16 +197,13 @@ class RealSR:
         image = images.to_rgb(photo) if isinstance(photo, Image.Image) else images.open_photo(photo)
         w, h = image.size
         if w * h > max_pixels:
-            raise ValueError(
-                f"a photo of {w}x{h} pixels is rarely in need of ×4: scale it down, or raise "
-                "max_pixels"
-            )
+            raise ValueError(f"{w}x{h} pixels rarely need ×4: scale it down, or raise max_pixels")
         lr = pad(images.to_tensor(image))
         reading = self.read(lr, sampling, torch.Generator().manual_seed(seed))
         texts = {t: getattr(reading, t) for t in TEXT_TAGS[1:]}
-        grid, tiles, places = None, [], origins(lr)
+        tiles, places = [], origins(lr)
+        grid = torch.full([n // CODE for n in lr.shape[-2:]], -1)
         try:
-            grid = torch.full([n // CODE for n in lr.shape[-2:]], -1)
             for place, chain in self._draw(lr, places, texts, (sampling, seed, batch), progress):
                 tiles.append(Tile(*place, chain))
                 put(grid, chain.final_image, place)

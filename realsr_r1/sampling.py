@@ -14,7 +14,7 @@ from realsr_r1 import vlcot
 from realsr_r1.decoding import Decoder
 from realsr_r1.grammar import LayoutGrammar
 from realsr_r1.policy import CELLS, FIRST_CELL, ChainPolicy
-from realsr_r1.vlcot import EOS, GRIDS, PAD
+from realsr_r1.vlcot import GRIDS, PAD
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,15 @@ class _Writer:
         self.decoder.step(x)
 
 
+def _guided(logits: Tensor, blind: _Writer | None, inside: Tensor, guidance: float) -> Tensor:
+    """Masked logits (b, v), in rows that are in an image guided away from the `blind` reading."""
+    if blind is None:
+        return logits
+    mixed = guided_logits(logits, blind.logits(), guidance)
+    mixed = mixed.masked_fill(logits.isinf(), float("-inf"))
+    return torch.where(inside[:, None], mixed, logits)
+
+
 def _chosen(logits: Tensor, inside: Tensor, sampling: Sampling, first: int, u: Tensor) -> Tensor:
     """Tokens (b,) from masked logits (b, v); `inside` (b,) marks rows that are in an image."""
     heat = torch.where(inside, sampling.image_temperature, sampling.temperature)
@@ -117,6 +126,15 @@ def _chosen(logits: Tensor, inside: Tensor, sampling: Sampling, first: int, u: T
         scores[inside, first:] = keep_top_k(some, entropy_top_k(some))
     drawn = choose(scores, u)
     return torch.where(~inside & sampling.greedy_text, scores.argmax(-1), drawn)
+
+
+def _collect(writer: _Writer, ids: Tensor, logprobs: Tensor) -> Samples:
+    """What has been written, as Samples."""
+    vocabulary = writer.policy.vocabulary
+    chains = [vlcot.parse(vocabulary.decode(row)) for row in ids.cpu()]
+    codes = writer.codes[:, FIRST_CELL[-1] :] - vocabulary.first_code
+    logprobs = logprobs.masked_fill(ids == vocabulary.ids[PAD], 0.0)
+    return Samples(ids, logprobs, chains, codes.unflatten(1, (GRIDS[-1], GRIDS[-1])))
 
 
 @torch.no_grad()
@@ -138,7 +156,6 @@ def sample(
     grammar = (grammar or policy.grammar()).to(policy.device)
     lr = lr.to(policy.device, policy.dtype)
     copies, vocabulary = sampling.num_generations, policy.vocabulary
-    first, pad, eos = vocabulary.first_code, vocabulary.ids[PAD], vocabulary.ids[EOS]
     writer = _Writer(policy, lr, grammar.max_length + 1, copies)
     blind = None
     if sampling.guidance != 1.0:
@@ -148,27 +165,19 @@ def sample(
     for i in range(grammar.max_length):
         mask, cell = grammar.allowed(state), grammar.cell[state]
         logits = writer.logits().masked_fill(~mask, float("-inf"))
-        chosen = logits
-        if blind is not None:
-            other = blind.logits().masked_fill(~mask, float("-inf"))
-            mixed = guided_logits(logits, other, sampling.guidance).masked_fill(~mask, -torch.inf)
-            chosen = torch.where((cell >= 0)[:, None], mixed, logits)
+        chosen = _guided(logits, blind, cell >= 0, sampling.guidance)
         u = torch.rand(len(state), generator=generator).to(policy.device)
-        token = _chosen(chosen, cell >= 0, sampling, first, u)
+        token = _chosen(chosen, cell >= 0, sampling, vocabulary.first_code, u)
         if prefix is not None and i < prefix.shape[1]:
             token = prefix[:, i].to(policy.device)
         tokens.append(token)
         logprobs.append(logits.log_softmax(-1).gather(-1, token[:, None])[:, 0])
         state = grammar.step(state, token)
-        if bool((token == eos).all() | (state == grammar.max_length).all()):
+        if bool((state == grammar.max_length).all()):
             break
         for w in filter(None, (writer, blind)):
             w.write(token, cell, grammar.cell[state])
-    ids, logprobs = torch.stack(tokens, 1), torch.stack(logprobs, 1)
-    chains = [vlcot.parse(vocabulary.decode(row)) for row in ids.cpu()]
-    codes = writer.codes[:, FIRST_CELL[-1] :] - first
-    grid = GRIDS[-1]
-    return Samples(ids, logprobs.masked_fill(ids == pad, 0.0), chains, codes.view(-1, grid, grid))
+    return _collect(writer, torch.stack(tokens, 1), torch.stack(logprobs, 1))
 
 
 def logprobs_of(policy: ChainPolicy, lr: Tensor, ids: Tensor, grammar: LayoutGrammar) -> Tensor:

@@ -35,3 +35,14 @@ def test_every_core_module_has_its_place():
 def test_imports_point_one_way(name):
     later = imported(PACKAGE / f"{name}.py") - set(ORDER[: ORDER.index(name)]) - {"__version__"}
     assert not later, f"{name} imports {', '.join(sorted(later))}, which come after it"
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_functions_are_short(name):
+    """At most 40 lines and six parameters: a frozen config takes the rest."""
+    for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef):
+            given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            parameters = [a.arg for a in given if a.arg not in ("self", "cls")]
+            assert node.end_lineno - node.lineno < 40, f"{node.name} is long"
+            assert len(parameters) <= 6, f"{node.name} takes {', '.join(parameters)}"
