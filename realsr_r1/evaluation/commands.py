@@ -14,7 +14,7 @@ def table(a: argparse.Namespace) -> None:
     from realsr_r1.evaluation import blind, nano
     from realsr_r1.sampling import Sampling
 
-    photos = photographs.load(a.split, a.photographs)[: a.n]
+    photos = spread(photographs.load(a.split, a.photographs), a.n)
     model = model_of(a)
     sampling = Sampling(image_temperature=a.temperature)
     others = {name: blind.method(name, model) for name in a.peers}
@@ -35,8 +35,7 @@ def blind(a: argparse.Namespace) -> None:
     from realsr_r1.cli import model_of
     from realsr_r1.sampling import Sampling
 
-    photos = photographs.load(a.split, a.photographs)
-    photos = photos[:: max(1, len(photos) // a.n)][: a.n]
+    photos = spread(photographs.load(a.split, a.photographs), a.n)
     model, sampling = model_of(a), Sampling(image_temperature=a.temperature)
     methods = {n: blind.method(n, model, a.seed, sampling) for n in a.methods}
     blind.prepare(photos, methods, a.out, a.seed)
@@ -44,6 +43,11 @@ def blind(a: argparse.Namespace) -> None:
         f"{len(photos)} pairs in {a.out}. In a notebook: "
         f"from realsr_r1.evaluation import blind; blind.page({str(a.out)!r})"
     )
+
+
+def spread(photos: list, n: int | None) -> list:
+    """`n` of the photographs, evenly over the split; None: all."""
+    return photos if n is None else photos[:: max(1, len(photos) // n)][:n]
 
 
 def add_photographs(p: argparse.ArgumentParser, split: str) -> None:
@@ -61,7 +65,7 @@ def register(sub) -> None:
     leaves = group.add_subparsers(dest="what", required=True, metavar="WHAT")
     p = leaf(leaves, "table", table, "the chain beside its controls, by severity")
     add_photographs(p, "val")
-    p.add_argument("-n", type=int, help="only the first so many photographs")
+    p.add_argument("-n", type=int, help="so many photographs, spread over the split")
     p.add_argument("--batch", type=int, default=48, help="chains at a time")
     p.add_argument("--peers", nargs="*", default=[], help="other methods, e.g. realesrgan-x4plus")
     p.add_argument(

@@ -1,0 +1,49 @@
+"""The weights that ship, on photographs that ship: what the front page promises."""
+
+import pytest
+import torch
+
+from realsr_r1 import RealSR, Sampling, perceptual, vlcot
+from realsr_r1.evaluation.nano import bicubic
+from realsr_r1.photographs import Pairs, load
+
+
+@pytest.fixture(scope="module")
+def model() -> RealSR:
+    return RealSR.from_pretrained("nano", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def pairs() -> tuple[torch.Tensor, torch.Tensor]:
+    data = Pairs(load("val"), "nano-heavy", training=False, labels=False)
+    items = [data[i] for i in range(16)]
+    return tuple(torch.stack([x[k] for x in items]).float() / 255 for k in ("lr", "hr"))
+
+
+def lpips(y: torch.Tensor, hr: torch.Tensor) -> float:
+    return float(perceptual.distance(y, hr).mean())
+
+
+def test_the_chain_beats_bicubic_and_confetti(model, pairs):
+    lr, hr = pairs
+    samples = model.sample(lr, Sampling(), torch.Generator().manual_seed(0))
+    confetti = torch.randint(
+        0, 2048, samples.codes.shape, generator=torch.Generator().manual_seed(1)
+    )
+    chain = lpips(model.decode(samples.codes, lr), hr)
+    assert chain < 0.75 * lpips(bicubic(lr), hr)
+    assert chain < 0.9 * lpips(model.decode(confetti, lr), hr)
+
+
+def test_the_form_has_been_learnt(model, pairs):
+    """Every chain names five labels and speaks its captions' language."""
+    samples = model.sample(pairs[0][:4], Sampling(), torch.Generator().manual_seed(0))
+    for chain in samples.chains:
+        assert len(chain.labels) == 5
+        assert chain.final_understand.split()[2] == "view"
+        assert vlcot.well_formed(vlcot.render(chain))
+
+
+def test_true_codes_are_a_picture(model, pairs):
+    hr = pairs[1]
+    assert lpips(model.decode(model.tokenizer.encode(hr)), hr) < 0.25
