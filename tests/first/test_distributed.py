@@ -116,7 +116,7 @@ def launch(folder: Path, name: str, optimizer: str, first: str = "", **more: str
     script = folder / f"{name}.py"
     script.write_text(
         SCRIPT.format(
-            tests=str(ROOT / "tests"),
+            tests=str(ROOT / "tests" / "first"),
             folder=str(folder),
             name=name,
             optimizer=optimizer,
