@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from realsr_r1.version import __version__
 
-GROUPS = ("pretraining", "evaluation", "corpus")
+GROUPS = ("pretraining", "evaluation", "ablations", "corpus")
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):

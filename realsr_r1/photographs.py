@@ -262,6 +262,15 @@ def crop(
     return (ImageOps.mirror(cut) if flip else cut), flip
 
 
+def relight(hr: Tensor, rng: np.random.Generator) -> Tensor:
+    """(3, h, w) in [0, 1] with saturation, contrast and brightness changed by up to 15%: too little
+    to change the name of a color, enough that no photograph is met twice."""
+    saturation, contrast, brightness = rng.uniform(0.85, 1.15, 3)
+    gray, mean = hr.mean(0, keepdim=True), hr.mean()
+    hr = gray + saturation * (hr - gray)
+    return ((mean + contrast * (hr - mean)) * brightness).clamp(0, 1)
+
+
 def center(image: Image.Image, size: int) -> Image.Image:
     """The largest square in the middle, at `size` pixels: what evaluations look at."""
     return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
@@ -312,10 +321,10 @@ class Pairs(Dataset):
         if self.training:
             native = self.native and rng.random() < 0.5
             image, flip = crop(photo.image(), SIDE, rng, native)
+            pixels = (relight(to_bytes(image) / 255, rng) * 255).round().byte()
         else:
-            image = center(photo.image(), SIDE)
-        pixels = to_bytes(image)
-        hr = pixels.float() / 255
+            pixels = to_bytes(center(photo.image(), SIDE))
+        hr = pixels / 255
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         ops = degradation.draw(hr.shape[-2:], self.config, generator)
         lr = (degradation.apply(hr[None], [ops])[0] * 255).round().byte()

@@ -67,20 +67,26 @@ def token_weights(vocabulary: Vocabulary, text: float = 6.0) -> Tensor:
     return weights
 
 
-def token_losses(policy: ChainPolicy, ids: Tensor, lr: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def token_losses(
+    policy: ChainPolicy, ids: Tensor, lr: Tensor, seen: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy of the completion's tokens (b, m), the logits (b, m, v), the tokens (b, m).
 
-    `ids` (b, n) with the prompt, `lr` (b, 3, 32, 32) in [0, 1]."""
+    `ids` (b, n) with the prompt, `lr` (b, 3, 32, 32) in [0, 1]; `seen` (b, n): what the policy has
+    before it where that is not the truth (see `redraw`)."""
     prompt = len(policy.vocabulary.prompt)
-    logits = policy(ids, lr, logits_to_keep=ids.shape[1] - prompt + 1).logits[:, :-1]
+    seen = ids if seen is None else seen
+    logits = policy(seen, lr, logits_to_keep=ids.shape[1] - prompt + 1).logits[:, :-1]
     target = ids[:, prompt:]
     loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="none")
     return loss.view_as(target), logits, target
 
 
-def chain_loss(policy: ChainPolicy, ids: Tensor, lr: Tensor, weights: Tensor) -> Tensor:
+def chain_loss(
+    policy: ChainPolicy, ids: Tensor, lr: Tensor, weights: Tensor, seen: Tensor | None = None
+) -> Tensor:
     """Weighted mean cross-entropy of the completions; `weights` (v,) of `token_weights`."""
-    loss, _, target = token_losses(policy, ids, lr)
+    loss, _, target = token_losses(policy, ids, lr, seen)
     w = weights[target]
     return (loss * w).sum() / w.sum()
 
@@ -108,13 +114,27 @@ def chain_metrics(policy: ChainPolicy, ids: Tensor, lr: Tensor) -> dict[str, Ten
 
 
 @torch.no_grad()
-def drawn_codes(policy: ChainPolicy, ids: Tensor, lr: Tensor, temperature: float = 1.0) -> Tensor:
-    """Codes (b, 16, 16) that the policy draws for the final image, each given the true tokens
-    before it, in one forward pass: what a decoder will meet."""
-    grid, first = vlcot.GRIDS[-1], policy.vocabulary.first_code
-    cells = policy.cells(ids)
-    logits = policy(ids, lr).logits
-    here = cells >= CELLS - grid * grid
-    chosen = logits[here][:, first:].float() / temperature
-    codes = torch.multinomial(chosen.softmax(-1), 1)
-    return codes.view(len(ids), grid, grid)
+def redraw(
+    policy: ChainPolicy,
+    ids: Tensor,
+    lr: Tensor,
+    temperature: float = 1.0,
+    share: float | Tensor = 1.0,
+) -> Tensor:
+    """Chains (b, n) whose image codes the policy has drawn anew, each given the true tokens before
+    it, in one forward pass; `share` of them, one number or (b, 1), the others stay."""
+    first = policy.vocabulary.first_code
+    here = policy.cells(ids)[:, :-1] >= 0
+    logits = policy(ids, lr).logits[:, :-1][here][:, first:].float()
+    drawn = ids[:, 1:].clone()
+    drawn[here] = torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0] + first
+    out, new = ids.clone(), torch.rand(drawn.shape, device=ids.device) < share
+    out[:, 1:] = torch.where(new, drawn, ids[:, 1:])
+    return out
+
+
+def final_codes(policy: ChainPolicy, ids: Tensor) -> Tensor:
+    """Codes (b, 16, 16) of the final images of chains (b, n) that have one."""
+    grid = vlcot.GRIDS[-1]
+    here = policy.cells(ids)[:, :-1] >= CELLS - grid * grid
+    return (ids[:, 1:][here] - policy.vocabulary.first_code).view(len(ids), grid, grid)

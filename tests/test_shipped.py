@@ -32,6 +32,7 @@ def test_the_chain_beats_bicubic_and_confetti(model, pairs):
     )
     chain = lpips(model.decode(samples.codes, lr), hr)
     assert chain < 0.75 * lpips(bicubic(lr), hr)
+    # Only just better on these 16 (a bar of 10% was missed): the policy is a tenth trained.
     assert chain < lpips(model.decode(confetti, lr), hr)
 
 

@@ -25,6 +25,28 @@ def table(a: argparse.Namespace) -> None:
     print(a.out.with_suffix(".md").read_text(encoding="utf-8"))
 
 
+def lattice(a: argparse.Namespace) -> None:
+    import torch
+
+    from realsr_r1 import photographs
+    from realsr_r1.cli import model_of
+    from realsr_r1.evaluation import nano
+
+    photos = spread(photographs.load(a.split, a.photographs), a.n)
+    data = photographs.Pairs(photos, "nano-medium", seed=a.seed, training=False, labels=False)
+    items, model = [data[i] for i in range(len(data))], model_of(a)
+    lr, hr = (torch.stack([x[k] for x in items]).float() / 255 for k in ("lr", "hr"))
+    with torch.no_grad():
+        codes = model.tokenizer.encode(hr.to(model.device))
+    made = {
+        "HR": hr,
+        "true codes": model.decode(codes).cpu(),
+        "LR alone": model.decode(lr=lr).cpu(),
+    }
+    for name, x in made.items():
+        print(f"{name}: {nano.lattice(x):.2f}")
+
+
 def blind(a: argparse.Namespace) -> None:
     from realsr_r1.evaluation import blind
 
@@ -71,6 +93,10 @@ def register(sub) -> None:
     p.add_argument(
         "-o", "--out", type=Path, default=Path("results"), help="writes OUT.md and OUT.csv"
     )
+    add_model(p)
+    p = leaf(leaves, "lattice", lattice, "whether the decoder weaves a pattern into its pictures")
+    p.add_argument("-n", type=int, default=96, help="photographs, spread over the split")
+    add_photographs(p, "val")
     add_model(p)
     p = leaf(leaves, "blind", blind, "pairs of two methods in secret order, for people to choose")
     names = "chain, 'LR alone', bicubic, or a peer such as realesrgan-x4plus"

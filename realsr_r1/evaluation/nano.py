@@ -35,6 +35,23 @@ METHODS = (
 )
 
 
+def lattice(x: Tensor, period: int = 8) -> float:
+    """How strongly a pattern of `period` pixels is woven into pictures (b, 3, n, n): log ratio of
+    the mean power spectrum at the period's frequencies to the median around each. Natural pictures
+    have about 0; pixel-shuffle decoders had 1.7 and more."""
+    gray, n = x.mean(1), x.shape[-1]
+    window = torch.hann_window(n)
+    gray = (gray - gray.mean((1, 2), keepdim=True)) * window[:, None] * window
+    power = (torch.fft.fft2(gray).abs() ** 2).mean(0)
+    near = [(i, j) for i in range(-5, 6) for j in range(-5, 6) if max(abs(i), abs(j)) >= 2]
+    ratios = []
+    for a, b in torch.cartesian_prod(*[torch.arange(0, n // 2 + 1, n // period)] * 2).tolist():
+        if a or b:
+            around = torch.stack([power[(a + i) % n, (b + j) % n] for i, j in near]).median()
+            ratios.append(float((power[a, b] / around).log()))
+    return sum(ratios) / len(ratios)
+
+
 def bicubic(lr: Tensor) -> Tensor:
     """(b, 3, h, w) → (b, 3, 4h, 4w)."""
     return F.interpolate(lr, scale_factor=4, mode="bicubic", align_corners=False).clamp(0, 1)

@@ -27,7 +27,6 @@ from trl import SFTConfig, SFTTrainer
 
 from realsr_r1.common import device_of, fast_bfloat16
 from realsr_r1.first import degradation, policy, scenes
-from realsr_r1.first.muon import MuonAdamW
 from realsr_r1.first.policy import PolicyConfig
 from realsr_r1.first.reader import LRReader
 from realsr_r1.first.tokenizer import VQModel
@@ -42,6 +41,7 @@ from realsr_r1.first.vlcot import (
     Chain,
     Vocabulary,
 )
+from realsr_r1.pretraining.muon import MuonAdamW
 
 
 @torch.no_grad()

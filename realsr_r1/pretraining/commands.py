@@ -76,6 +76,9 @@ def register(sub) -> None:
         p.add_argument("--workers", type=int, help="processes that prepare data")
         p.add_argument("--device", help="cpu, cuda or mps; the best there is if left out")
         p.add_argument("--seed", type=int, default=0, help="of weights and data")
+        if name in ("policy", "all"):
+            text = "how often the policy sees each pair: on a GPU, 5 keeps up with 16 cores"
+            p.add_argument("--reuse", type=float, default=1.0, help=text)
         if name != "policy":
             p.add_argument(
                 "--vgg",

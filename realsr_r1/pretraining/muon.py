@@ -11,19 +11,16 @@ import torch
 from torch import Tensor, nn
 
 
-def orthogonalise(m: Tensor, steps: int = 5) -> Tensor:
-    """The nearest (semi-)orthogonal matrix to (rows, columns) m, roughly: singular values end in
-    about 0.7–1.2.
-
-    The quintic's coefficients are Jordan's.
-    """
-    x = m / (m.norm() + 1e-7)
-    tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x
+def orthogonalize(m: Tensor, steps: int = 5) -> Tensor:
+    """The nearest (semi-)orthogonal matrix to each of (…, rows, columns), roughly: singular values
+    end in about 0.7–1.2. The quintic's coefficients are Jordan's."""
+    x = m / (m.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
     for _ in range(steps):
-        a = x @ x.T
+        a = x @ x.mT
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return x.T if tall else x
+    return x.mT if tall else x
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -56,29 +53,35 @@ class MuonAdamW(torch.optim.Optimizer):
     def step(self, closure=None):
         loss = closure() if closure else None
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["step"], state["first"] = torch.zeros(()), torch.zeros_like(p)
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p] = {"step": torch.zeros(()), "first": torch.zeros_like(p)}
                     if not group["muon"]:
-                        state["second"] = torch.zeros_like(p)
-                state["step"] += 1
+                        self.state[p]["second"] = torch.zeros_like(p)
+                self.state[p]["step"] += 1
                 if p.ndim == 2:
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                if group["muon"]:
-                    state["first"].lerp_(p.grad, 1 - group["momentum"])
-                    update = orthogonalise(torch.lerp(p.grad, state["first"], group["momentum"]))
-                    p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
-                else:
-                    b1, b2 = group["betas"]
-                    state["first"].lerp_(p.grad, 1 - b1)
-                    state["second"].lerp_(p.grad.square(), 1 - b2)
-                    n = float(state["step"])
-                    p.addcdiv_(
-                        state["first"] / (1 - b1**n),
-                        (state["second"] / (1 - b2**n)).sqrt() + 1e-8,
-                        value=-group["lr"],
-                    )
+            (self._muon if group["muon"] else self._adamw)(params, group)
         return loss
+
+    def _muon(self, params: list[Tensor], group: dict) -> None:
+        """Matrices of one shape are made orthogonal together: many small products cost more."""
+        for shape in dict.fromkeys(p.shape for p in params):
+            same = [p for p in params if p.shape == shape]
+            updates = []
+            for p in same:
+                first = self.state[p]["first"].lerp_(p.grad, 1 - group["momentum"])
+                updates.append(torch.lerp(p.grad, first, group["momentum"]))
+            scale = group["lr"] * 0.2 * max(shape) ** 0.5
+            for p, update in zip(same, orthogonalize(torch.stack(updates)), strict=True):
+                p.add_(update, alpha=-scale)
+
+    def _adamw(self, params: list[Tensor], group: dict) -> None:
+        b1, b2 = group["betas"]
+        for p in params:
+            state, n = self.state[p], float(self.state[p]["step"])
+            state["first"].lerp_(p.grad, 1 - b1)
+            state["second"].lerp_(p.grad.square(), 1 - b2)
+            size = (state["second"] / (1 - b2**n)).sqrt() + 1e-8
+            p.addcdiv_(state["first"] / (1 - b1**n), size, value=-group["lr"])

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,9 @@ from realsr_r1 import perceptual, photographs, sft
 from realsr_r1.policy import ChainPolicy
 from realsr_r1.pretraining.loop import Fit, FitConfig
 from realsr_r1.pretraining.muon import MuonAdamW
+from realsr_r1.sampling import Sampling, sample
 from realsr_r1.tokenizer import VQModel
+from realsr_r1.vlcot import PAD
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,13 @@ class Machine:
     device: str = "cpu"
     batch: int = 8
     workers: int = 0
+    draws: int = 48  # chains that are drawn at a time
 
-    def autocast(self):
-        cuda = self.device.startswith("cuda")
-        return torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=cuda)
+
+def autocast(device: str | torch.device) -> torch.autocast:
+    """bfloat16 on a GPU."""
+    kind = torch.device(device).type
+    return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
 
 
 def forever(data: Dataset, machine: Machine, sampler, collate=None) -> Iterator[dict]:
@@ -76,6 +81,7 @@ class TokenizerLoss:
     codes_alone: float = 0.3  # share of the run before the LR photo comes in
     see_lr: float = 0.6
     see_codes: float = 0.8  # of those that see the LR photo
+    reuse: float = 4.0  # how often the decoder sees a drawn chain
     vgg_file: str = ""
 
 
@@ -117,7 +123,7 @@ class TokenizerTraining:
 
     def judge(self, x: Tensor, y: Tensor) -> Tensor:
         """One step of the discriminator on real `x` and made `y`; returns its loss."""
-        with self.machine.autocast():
+        with autocast(self.machine.device):
             real, made = self.critic(x).float(), self.critic(y.detach()).float()
         loss = F.relu(1 - real).mean() + F.relu(1 + made).mean()
         self.critic_step.zero_grad(set_to_none=True)
@@ -128,20 +134,20 @@ class TokenizerTraining:
     def __call__(self, step: int, done: float) -> tuple[Tensor, dict[str, Tensor]]:
         c, model, batch = self.config, self.model, next(self.data)
         x, lr = batch["hr"], batch["lr"]
-        with self.machine.autocast():
+        with autocast(self.machine.device):
             z = model.encoder(x)
         if step % 20 == 19 and done < 0.7:
             model.codebook.revive(z.detach())
         q, codes, book = model.codebook(z)
         see_codes, see_lr = _inputs(len(x), c, done, x.device)
         q = spoil_codes(q, model, codes, see_lr)
-        with self.machine.autocast():
+        with autocast(self.machine.device):
             y = model.decoder(q, lr, see_codes, see_lr).float()
             loss = self.distance(y, x) + c.codebook * book
         figures = {"l1": (y - x).abs().mean().detach(), "book": book.detach()}
         if step % 3 == 0:  # the chain's smaller images, whole pictures scaled down, codes alone
             small = F.interpolate(x, size=64 if step % 2 else 32, mode="area")
-            with self.machine.autocast():
+            with autocast(self.machine.device):
                 q, _, book = model.codebook(model.encoder(small))
                 remade = model.decoder(q).float()
                 loss = loss + 0.3 * (c.l1 * (remade - small).abs().mean() + c.codebook * book)
@@ -151,7 +157,7 @@ class TokenizerTraining:
             figures["critic"] = self.judge(x, y)
             grow = min(1.0, max(0.0, (done - c.adversary_from) / 0.1))
             if grow > 0:
-                with self.machine.autocast():
+                with autocast(self.machine.device):
                     loss = loss - c.adversary * grow * self.critic(y).float().mean()
         return loss, figures
 
@@ -215,6 +221,56 @@ def _stack(items: list[dict]) -> dict:
     return {k: torch.stack([x[k] for x in items]) for k in ("hr", "lr")}
 
 
+class Replay:
+    """Batches of `size` samples, each sample used about `reuse` times, in random company: preparing
+    one takes longer than learning from it, on a GPU or where a policy has to draw it. `fresh` gives
+    dicts of tensors (b, …) of one shape; the last `capacity` samples are kept."""
+
+    def __init__(self, fresh: Iterator[dict], size: int, reuse: float, capacity: int = 300_000):
+        self.fresh, self.size, self.reuse, self.capacity = fresh, size, reuse, capacity
+        self.added, self.used, self.store = 0, 0, {}
+
+    def _add(self, batch: dict[str, Tensor]) -> None:
+        for name, x in batch.items():
+            if name not in self.store:
+                self.store[name] = x.new_empty(self.capacity, *x.shape[1:])
+            place = (self.added + torch.arange(len(x), device=x.device)) % self.capacity
+            self.store[name][place] = x
+        self.added += len(x)
+
+    def __next__(self) -> dict[str, Tensor]:
+        while self.used >= self.reuse * self.added:
+            self._add(next(self.fresh))
+        self.used += self.size
+        first = next(iter(self.store.values()))
+        there = min(self.added, self.capacity)
+        chosen = torch.randint(there, (self.size,), device=first.device)
+        return {name: x[chosen] for name, x in self.store.items()}
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """What the policy learns from (see `train_policy`)."""
+
+    text_weight: float = 4.0  # of a word, where a code weighs 1
+    own_from: float = 0.3  # share of the run before it sees codes of its own
+    own: float = 0.5  # share of the chains that hold such codes, up to half of their cells
+    reuse: float = 1.0  # how often each pair is used
+    tags: tuple[str, ...] = sft.TAGS
+    muon: bool = True
+
+
+def _chains(policy: ChainPolicy, tokenizer: VQModel, batches: Iterator[dict]) -> Iterator[dict]:
+    """True chains with their codes, all of one length, and LR photos, small in memory."""
+    pad = policy.vocabulary.ids[PAD]
+    length = len(policy.vocabulary.prompt) + policy.grammar().max_length
+    for batch in batches:
+        with torch.no_grad(), autocast(policy.device):
+            ids = sft.fill(policy, batch["ids"], tokenizer.encode_steps(batch["hr"]))
+        ids = F.pad(ids, (0, length - ids.shape[1]), value=pad)
+        yield {"ids": ids.short(), "lr": (batch["lr"] * 255).round().byte()}
+
+
 def train_policy(
     policy: ChainPolicy,
     tokenizer: VQModel,
@@ -222,31 +278,52 @@ def train_policy(
     out: Path,
     machine: Machine,
     fit: FitConfig,
-    text_weight: float = 6.0,
+    loss: PolicyLoss = PolicyLoss(),
     preview=None,
-    tags=sft.TAGS,
-    muon: bool = True,
 ) -> ChainPolicy:
-    """Supervised fine-tuning from scratch on true chains; returns the averaged weights."""
+    """Supervised fine-tuning from scratch on true chains; returns the averaged weights.
+
+    Part of the codes that the policy has before it are its own, drawn given the true ones: in a
+    chain of its own it meets nothing else (scheduled sampling in two passes, Mihaylova and Martins
+    2019, arXiv 1906.07651)."""
     policy, tokenizer = policy.to(machine.device).train(), tokenizer.to(machine.device).eval()
-    if muon:
+    if loss.muon:
         optimizer = MuonAdamW(policy, lr=fit.lr)
     else:
         optimizer = torch.optim.AdamW(
             policy.parameters(), lr=fit.lr, betas=(0.9, 0.95), weight_decay=0.05
         )
-    weights = sft.token_weights(policy.vocabulary, text_weight).to(machine.device)
-    collate = sft.collate(policy.vocabulary, tags)
+    weights = sft.token_weights(policy.vocabulary, loss.text_weight).to(machine.device)
+    collate = sft.collate(policy.vocabulary, loss.tags)
     batches = forever(data, machine, Counting(fit.seed * 10**8), collate)
+    source = Replay(_chains(policy, tokenizer, batches), machine.batch, loss.reuse)
 
     def loss_of(step: int, done: float) -> tuple[Tensor, dict[str, Tensor]]:
-        batch = next(batches)
-        with torch.no_grad(), machine.autocast():
-            ids = sft.fill(policy, batch["ids"], tokenizer.encode_steps(batch["hr"]))
-        with machine.autocast():
-            return sft.chain_loss(policy, ids, batch["lr"], weights), {}
+        batch = next(source)
+        ids, lr = batch["ids"].long(), batch["lr"].float() / 255
+        ids = ids[:, : int((ids != policy.vocabulary.ids[PAD]).sum(1).max())]
+        seen = ids
+        with autocast(policy.device):
+            if done >= loss.own_from:
+                share = torch.rand(len(ids), 1, device=ids.device) / 2
+                share = share * (torch.rand_like(share) < loss.own)
+                seen = sft.redraw(policy, ids, lr, share=share)
+            return sft.chain_loss(policy, ids, lr, weights, seen), {}
 
     return Fit(policy, optimizer, out, fit).run(loss_of, preview)
+
+
+def _drawn(policy: ChainPolicy, batches: Iterator[dict], model: VQModel) -> Iterator[dict]:
+    """Pictures, LR photos, the codes of chains that the policy draws as at restoration, and the
+    true codes."""
+    for i, batch in enumerate(batches):
+        heat = 0.6 + 0.4 * float(torch.rand(()))
+        generator = torch.Generator().manual_seed(i)
+        drawn = sample(policy, batch["lr"], Sampling(image_temperature=heat), generator).codes
+        with torch.no_grad(), autocast(batch["hr"].device):
+            true = model.encode(batch["hr"])
+        pictures = {k: (batch[k] * 255).round().byte() for k in ("hr", "lr")}
+        yield pictures | {"drawn": drawn, "true": true}
 
 
 def train_decoder(
@@ -259,8 +336,9 @@ def train_decoder(
     loss: TokenizerLoss = TokenizerLoss(),
     preview=None,
 ) -> VQModel:
-    """Go on with the decoder alone, three quarters of its codes drawn by the policy: it learns what
-    to believe of them. Encoder and codebook stay, so the policy's tokens keep their meaning."""
+    """Go on with the decoder alone, three quarters of its codes from chains that the policy has
+    drawn: it learns what to believe of them. Encoder and codebook stay, so the policy's tokens keep
+    their meaning."""
     model = model.to(machine.device, memory_format=torch.channels_last)
     policy = policy.to(machine.device).eval().requires_grad_(False)
     model.eval().requires_grad_(False)
@@ -268,27 +346,23 @@ def train_decoder(
     optimizer = torch.optim.AdamW(
         model.decoder.parameters(), lr=fit.lr, betas=(0.9, 0.95), weight_decay=0.01
     )
-    collate = sft.collate(policy.vocabulary)
-    batches = forever(data, machine, Counting(fit.seed * 10**8), collate)
+    drawing = replace(machine, batch=machine.draws)
+    batches = forever(data, drawing, Counting(fit.seed * 10**8), _stack)
+    source = Replay(_drawn(policy, batches, model), machine.batch, loss.reuse, 30_000)
     training = TokenizerTraining(model, batches, machine, loss)
 
     def loss_of(step: int, done: float) -> tuple[Tensor, dict[str, Tensor]]:
-        batch = next(batches)
-        x, lr = batch["hr"], batch["lr"]
-        with torch.no_grad(), machine.autocast():
-            steps = model.encode_steps(x)
-            ids = sft.fill(policy, batch["ids"], steps)
-            heat = 0.6 + 0.4 * float(torch.rand(()))
-            drawn = sft.drawn_codes(policy, ids, lr, heat)
+        batch = next(source)
+        x, lr = (batch[k].float() / 255 for k in ("hr", "lr"))
         see_codes, see_lr = _inputs(len(x), loss, 1.0, x.device)
         own = see_lr & (torch.rand(len(x), device=x.device) < 0.75)
-        codes = torch.where(own[:, None, None], drawn, steps[-1])
-        with machine.autocast():
+        codes = torch.where(own[:, None, None], batch["drawn"], batch["true"])
+        with autocast(x.device):
             y = model.decoder(model.codebook.embed(codes), lr, see_codes, see_lr).float()
             total = training.distance(y, x)
         figures = {"l1": (y - x).abs().mean().detach(), "critic": training.judge(x, y)}
         if step > 200:
-            with machine.autocast():
+            with autocast(x.device):
                 total = total - loss.adversary * training.critic(y).float().mean()
         return total, figures
 

@@ -17,7 +17,8 @@ from realsr_r1.pipeline import RealSR
 from realsr_r1.policy import ChainPolicy, PolicyConfig
 from realsr_r1.pretraining import recipes
 from realsr_r1.pretraining.loop import FitConfig
-from realsr_r1.pretraining.recipes import Machine, TokenizerLoss
+from realsr_r1.pretraining.recipes import Machine, PolicyLoss, TokenizerLoss
+from realsr_r1.sampling import sample
 from realsr_r1.tokenizer import TokenizerConfig, VQModel
 
 SHARES = {"tokenizer": 0.4, "policy": 0.5, "decoder": 0.1}  # of the minutes of "all"
@@ -41,6 +42,7 @@ class Settings:
     workers: int | None = None
     device: str | None = None
     seed: int = 0
+    reuse: float = 1.0
     vgg: str = ""
 
     @classmethod
@@ -52,7 +54,8 @@ class Settings:
         workers = self.workers
         if workers is None:
             workers = 0 if device == "cpu" else max(1, (os.cpu_count() or 2) - 1)
-        return Machine(device, self.batch or BATCHES[stage][device != "cpu"], workers)
+        batch = self.batch or BATCHES[stage][device != "cpu"]
+        return Machine(device, batch, workers, draws=48 if device == "cpu" else 1024)
 
     def fit(self, stage: str) -> FitConfig:
         return FitConfig(
@@ -74,6 +77,19 @@ class Preview:
 
     def lpips(self, y: Tensor) -> float:
         return round(float(perceptual.distance(y, self.hr).mean()), 4)
+
+    @torch.no_grad()
+    def decoder(self, policy: ChainPolicy) -> Callable[[VQModel], dict[str, float]]:
+        policy = policy.to(self.machine.device).eval()
+        drawn = sample(policy, self.lr, generator=torch.Generator().manual_seed(0)).codes
+
+        @torch.no_grad()
+        def preview(model: VQModel) -> dict[str, float]:
+            return self.tokenizer(model) | {
+                "lpips, chain": self.lpips(model.decode(drawn, self.lr))
+            }
+
+        return preview
 
     def sheet(self, columns: dict[str, Tensor]) -> None:
         rows = [[c[i].cpu() for c in columns.values()] for i in range(min(6, len(self.hr)))]
@@ -97,7 +113,8 @@ class Preview:
             batch = sft.collate(policy.vocabulary)(self.items)
             ids = sft.fill(policy, batch["ids"].to(self.machine.device), steps)
             out = {k: float(v.mean()) for k, v in sft.chain_metrics(policy, ids, self.lr).items()}
-            drawn = tokenizer.decode(sft.drawn_codes(policy, ids, self.lr, 0.8), self.lr)
+            codes = sft.final_codes(policy, sft.redraw(policy, ids, self.lr, 0.8))
+            drawn = tokenizer.decode(codes, self.lr)
             self.sheet({"HR": self.hr, "LR alone": alone, "drawn": drawn})
             out |= {"lpips, LR": self.lpips(alone), "lpips, drawn": self.lpips(drawn)}
             return {k: round(v, 4) for k, v in out.items()}
@@ -122,22 +139,23 @@ def _tokenizer(s: Settings, start: RealSR | None) -> VQModel:
 
 def _policy(s: Settings, tokenizer: VQModel, start: ChainPolicy | None) -> ChainPolicy:
     torch.manual_seed(s.seed)
-    policy = start or ChainPolicy(PolicyConfig(codes=tokenizer.config.codes, dropout=0.05))
+    policy = start or ChainPolicy(PolicyConfig(codes=tokenizer.config.codes, dropout=0.1))
     if start is None:
         policy.start_from(tokenizer, s.seed)
     machine, fit = s.machine("policy"), s.fit("policy")
     data = Pairs(photographs.load("train", s.photographs), seed=s.seed)
     tokenizer = tokenizer.to(machine.device).eval()
     preview = Preview(s, "policy").policy(tokenizer)
+    loss = PolicyLoss(reuse=s.reuse)
     return recipes.train_policy(
-        policy, tokenizer, data, s.out / "policy", machine, fit, preview=preview
+        policy, tokenizer, data, s.out / "policy", machine, fit, loss, preview
     )
 
 
 def _decoder(s: Settings, model: RealSR) -> VQModel:
     data = Pairs(photographs.load("train", s.photographs), seed=s.seed)
-    loss = TokenizerLoss(adversary=0.02, vgg_file=s.vgg)
-    preview, machine = Preview(s, "decoder").tokenizer, s.machine("decoder")
+    loss = TokenizerLoss(l1=3.0, adversary=0.02, see_lr=0.75, vgg_file=s.vgg)
+    preview, machine = Preview(s, "decoder").decoder(model.policy), s.machine("decoder")
     return recipes.train_decoder(
         model.tokenizer,
         model.policy,
@@ -170,6 +188,7 @@ def run(what: str, settings: Settings) -> None:
             run(stage, part if stage == "tokenizer" else replace(part, init=part.init or part.out))
         return
     s, out, machine = settings, settings.out, settings.machine(what)
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     home = s.init or out
     start = RealSR.from_pretrained(home, machine.device) if (home / "policy-sft").exists() else None
     tokenizer = start.tokenizer if start else None

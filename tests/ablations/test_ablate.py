@@ -424,8 +424,8 @@ def test_figures_and_table_from_runs(tmp_path, monkeypatch):
         store.finish(variant, 0, {}, {"LPIPS": [0.5]})
         rows = "".join(f"{d},{d},0.0\n" for d in dead)
         store.path(variant, 0, ".csv").write_text(
-            "reward,kl,zero_spread/degradation_reward,zero_spread/understanding_reward,zero_spread/generation_reward\n"
-            + "".join(f"1.0,0.1,{r}\n" for r in rows.split())
+            "reward,kl,zero_spread/degradation_reward,zero_spread/understanding_reward,"
+            "zero_spread/generation_reward\n" + "".join(f"1.0,0.1,{r}\n" for r in rows.split())
         )
     for seed, last in ((0, 6.0), (1, 8.0)):
         curve = Store(tmp_path, "hack").path("recall", seed, ".curve.csv")

@@ -225,7 +225,10 @@ def precision_section(b: Bench) -> None:
         )
 
     s = side_by_side({name: lambda name=name: run(name) for name in ("float32", "bfloat16")}, 1)
-    decode = lambda codes, guided=m.guided: guided_decode(guided, m.tokenizer, codes, lr)  # noqa: E731
+
+    def decode(codes, guided=m.guided):
+        return guided_decode(guided, m.tokenizer, codes, lr)
+
     with torch.no_grad():
         away = {
             name: perceptual.distance(decode(codes), hr).numpy() for name, codes in said.items()

@@ -149,7 +149,10 @@ def weights(models, tmp_path):
 
 def test_command_line(weights, tmp_path, capsys):
     noise_photo(20, 12).save(tmp_path / "x.png")
-    go = lambda *a: main(["restore", *map(str, a), "--weights", str(weights), "--device", "cpu"])  # noqa: E731
+
+    def go(*a):
+        return main(["restore", *map(str, a), "--weights", str(weights), "--device", "cpu"])
+
     assert (
         go(
             tmp_path / "x.png",

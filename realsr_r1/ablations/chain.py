@@ -1,0 +1,126 @@
+"""Is the chain worth it? Policies from scratch that draw the final image with or without what
+comes before it in a chain, on the same photographs and with the same decoder.
+
+Two comparisons: equal pairs (the direct policy sees as many photographs) and equal compute (as many
+tokens: its sequences are shorter, so it sees more photographs). The ablation "1-D positions" takes
+the aligned inputs away (`PolicyConfig.aligned`).
+"""
+
+import csv
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from realsr_r1 import perceptual, photographs, sft
+from realsr_r1.evaluation.nano import cluster_of
+from realsr_r1.pipeline import RealSR
+from realsr_r1.policy import ChainPolicy, PolicyConfig
+from realsr_r1.pretraining import recipes
+from realsr_r1.pretraining.loop import FitConfig
+from realsr_r1.pretraining.recipes import Machine, PolicyLoss
+from realsr_r1.sampling import Sampling, sample
+from realsr_r1.stats import clustered
+from realsr_r1.vlcot import GRIDS, IMAGE_TAGS, PATCH_TOKENS, image_length
+
+DIRECT = (IMAGE_TAGS[-1],)
+SEVERITIES = ("medium", "heavy")
+VARIANTS = ("chain", "direct, equal pairs", "direct, equal compute", "chain, 1-D positions")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run: `steps` of the chain policy, the other variants in proportion."""
+
+    photographs: Path | None
+    out: Path
+    steps: int = 600
+    seed: int = 0
+    lr: float = 3e-3
+    reuse: float = 1.0
+    variants: tuple[str, ...] = VARIANTS[:3]
+
+
+def length_ratio(words: int = 40) -> float:
+    """Tokens of a chain with so many words for one token of a direct sequence."""
+    chain = PATCH_TOKENS + 1 + words + 2 * len(sft.TAGS) + sum(map(image_length, GRIDS)) + 1
+    return chain / (PATCH_TOKENS + 1 + 2 + image_length(GRIDS[-1]) + 1)
+
+
+def train(model: RealSR, variant: str, s: Settings, machine: Machine) -> ChainPolicy:
+    """One policy from scratch."""
+    torch.manual_seed(s.seed)
+    tags = DIRECT if variant.startswith("direct") else sft.TAGS
+    aligned = variant != "chain, 1-D positions"
+    config = PolicyConfig(codes=model.tokenizer.config.codes, dropout=0.05, aligned=aligned)
+    policy = ChainPolicy(config)
+    policy.start_from(model.tokenizer, s.seed)
+    steps = round(s.steps * (length_ratio() if variant.endswith("compute") else 1))
+    data = photographs.Pairs(photographs.load("train", s.photographs), seed=100 + s.seed)
+    out = s.out / f"{variant.replace(', ', '-').replace(' ', '-')}-{s.seed}"
+    fit = FitConfig(minutes=10**6, steps=steps, lr=s.lr, ema=0.99, seed=s.seed)
+    loss = PolicyLoss(tags=tags, reuse=s.reuse)
+    return recipes.train_policy(policy, model.tokenizer, data, out, machine, fit, loss)
+
+
+@torch.no_grad()
+def measure(model: RealSR, policy: ChainPolicy, tags: tuple[str, ...], photos: list) -> list[dict]:
+    """LPIPS and PSNR of drawn final images, decoded beside the LR photo; one row a photograph."""
+    rows, device = [], model.device
+    for severity in SEVERITIES:
+        data = photographs.Pairs(photos, f"nano-{severity}", training=False, labels=False)
+        for first in range(0, len(data), 48):
+            items = [data[i] for i in range(first, min(first + 48, len(data)))]
+            lr, hr = (torch.stack([x[k] for x in items]).float() / 255 for k in ("lr", "hr"))
+            g = torch.Generator().manual_seed(first)
+            codes = sample(policy, lr.to(device), Sampling(), g, policy.grammar(tags)).codes
+            made, hr = model.decode(codes, lr), hr.to(device)
+            for item, d, p in zip(
+                items, perceptual.distance(made, hr), perceptual.psnr(made, hr), strict=True
+            ):
+                photo = photos[item["index"]]
+                row = {k: getattr(photo, k) for k in ("source", "file", "author")}
+                rows.append(row | {"severity": severity, "lpips": float(d), "psnr": float(p)})
+    return rows
+
+
+def run(model: RealSR, photos: list, s: Settings, machine: Machine) -> Path:
+    """Train and measure the variants of one seed; rows go to `out`/chain-<seed>.csv as each is
+    done."""
+    s.out.mkdir(parents=True, exist_ok=True)
+    path = s.out / f"chain-{s.seed}.csv"
+    rows: list[dict] = []
+    for variant in s.variants:
+        policy = train(model, variant, s, machine)
+        tags = DIRECT if variant.startswith("direct") else sft.TAGS
+        found = measure(model, policy, tags, photos)
+        rows += [{"variant": variant, "seed": s.seed, **row} for row in found]
+        with path.open("w", newline="") as f:
+            w = csv.DictWriter(f, list(rows[0]))
+            w.writeheader()
+            w.writerows(rows)
+    return path
+
+
+def table(paths: list[Path]) -> str:
+    """Markdown: every variant's LPIPS and PSNR over all seeds, and the chain's paired difference
+    to each of the others."""
+    rows = [r for path in paths for r in csv.DictReader(path.open(newline=""))]
+
+    def of(variant: str, key: str) -> np.ndarray:
+        return np.array([float(r[key]) for r in rows if r["variant"] == variant])
+
+    variants = list(dict.fromkeys(r["variant"] for r in rows))
+    clusters = [cluster_of(r) for r in rows if r["variant"] == variants[0]]
+    out = ["| from scratch | LPIPS ↓ | PSNR ↑ | chain minus it, LPIPS |", "|---|---|---|---|"]
+    for v in variants:
+        difference = clustered(of(variants[0], "lpips") - of(v, "lpips"), clusters)
+        last = "" if v == variants[0] else str(difference)
+        out.append(f"| {v} | {of(v, 'lpips').mean():.3f} | {of(v, 'psnr').mean():.2f} | {last} |")
+    return "\n".join(out) + "\n"
+
+
+def seeds(model: RealSR, photos: list, s: Settings, machine: Machine, n: int) -> list[Path]:
+    """`run` with n seeds, one after another."""
+    return [run(model, photos, replace(s, seed=s.seed + i), machine) for i in range(n)]

@@ -1,0 +1,42 @@
+"""`realsr ablate …`: what happens when a part of the method is left out."""
+
+import argparse
+from pathlib import Path
+
+
+def chain(a: argparse.Namespace) -> None:
+    from realsr_r1 import photographs
+    from realsr_r1.ablations import chain as ablation
+    from realsr_r1.cli import model_of
+    from realsr_r1.evaluation.commands import spread
+    from realsr_r1.pretraining.recipes import Machine
+
+    model = model_of(a)
+    names = ("photographs", "out", "steps", "seed", "lr", "reuse")
+    settings = ablation.Settings(
+        **{k: getattr(a, k) for k in names}, variants=tuple(a.variants or ablation.VARIANTS[:3])
+    )
+    machine = Machine(model.device.type, a.batch, a.workers)
+    photos = spread(photographs.load(a.split, a.photographs), a.n)
+    print(ablation.table(ablation.seeds(model, photos, settings, machine, a.seeds)))
+
+
+def register(sub) -> None:
+    from realsr_r1.cli import add_model, leaf
+
+    text = "leave a part of the method out and measure"
+    group = sub.add_parser("ablate", help=text, description=text)
+    leaves = group.add_subparsers(dest="what", required=True, metavar="WHAT")
+    p = leaf(leaves, "chain", chain, "the chain against the final image alone, both from scratch")
+    p.add_argument("--photographs", type=Path, help="a folder of annotated photographs")
+    p.add_argument("--out", type=Path, default=Path("runs/chain"), help="logs and a CSV per seed")
+    p.add_argument("--steps", type=int, default=600, help="of the chain policy")
+    p.add_argument("--seeds", type=int, default=3, help="so many, from --seed on")
+    p.add_argument("--variants", nargs="+", help="which; the first is what others are held to")
+    p.add_argument("--batch", type=int, default=12, help="chains per step")
+    p.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
+    p.add_argument("--reuse", type=float, default=1.0, help="as in realsr train policy")
+    p.add_argument("--workers", type=int, default=0, help="processes that prepare data")
+    p.add_argument("--split", default="test", choices=("val", "test"), help="what is measured")
+    p.add_argument("-n", type=int, default=200, help="photographs, spread over the split")
+    add_model(p)
