@@ -41,7 +41,7 @@ def method(name: str, model: RealSR, seed: int = 0, sampling: Sampling = Samplin
         return bicubic
     from realsr_r1.evaluation import peers
 
-    if name not in peers.METHODS:
+    if name not in peers.METHODS and not name.startswith(peers.ANY):
         known = ", ".join(("chain", "LR alone", *peers.METHODS))
         raise ValueError(f"no method {name!r}; choose from {known}")
     return peers.load(name)

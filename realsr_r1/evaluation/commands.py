@@ -17,12 +17,21 @@ def table(a: argparse.Namespace) -> None:
     photos = spread(photographs.load(a.split, a.photographs), a.n)
     model = model_of(a)
     sampling = Sampling(image_temperature=a.temperature)
-    others = {name: blind.method(name, model) for name in a.peers}
+    others = {Path(name).name: blind.method(name, model) for name in a.peers}
     rows = nano.measure(model, photos, sampling=sampling, seed=a.seed, batch=a.batch, others=others)
     command = shlex.join(["realsr", *sys.argv[1:]])
     note = f"`{command}` ({len(photos)} photographs, {model.device}, {date.today()})"
     nano.write(rows, a.out, note)
     print(a.out.with_suffix(".md").read_text(encoding="utf-8"))
+
+
+def chains(a: argparse.Namespace) -> None:
+    from realsr_r1 import photographs
+    from realsr_r1.cli import model_of
+    from realsr_r1.evaluation import chains
+
+    photos = spread(photographs.load(a.split, a.photographs), a.n)
+    print(chains.report(model_of(a), photos, a.severity, a.temperature, a.seed))
 
 
 def lattice(a: argparse.Namespace) -> None:
@@ -93,6 +102,11 @@ def register(sub) -> None:
     p.add_argument(
         "-o", "--out", type=Path, default=Path("results"), help="writes OUT.md and OUT.csv"
     )
+    add_model(p)
+    p = leaf(leaves, "chains", chains, "whether chains are well formed and their texts matter")
+    p.add_argument("-n", type=int, default=96, help="photographs, spread over the split")
+    p.add_argument("--severity", default="medium", choices=("light", "medium", "heavy"))
+    add_photographs(p, "val")
     add_model(p)
     p = leaf(leaves, "lattice", lattice, "whether the decoder weaves a pattern into its pictures")
     p.add_argument("-n", type=int, default=96, help="photographs, spread over the split")

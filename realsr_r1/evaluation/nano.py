@@ -24,11 +24,14 @@ from realsr_r1.sampling import Sampling
 from realsr_r1.stats import Interval, clustered
 
 SEVERITIES = ("light", "medium", "heavy")
+STEPS = vlcot.IMAGE_TAGS[::-1]
 METHODS = (
     "bicubic",
     "LR alone",
     "chain",
     "chain, plain decode",
+    "its middle image",
+    "its rough image",
     "random codes",
     "true codes",
     "true codes, plain decode",
@@ -57,8 +60,15 @@ def bicubic(lr: Tensor) -> Tensor:
     return F.interpolate(lr, scale_factor=4, mode="bicubic", align_corners=False).clamp(0, 1)
 
 
-def pictures(model: RealSR, lr: Tensor, hr: Tensor, drawn: Tensor) -> dict[str, Tensor]:
-    """The picture (b, 3, 4h, 4w) of each method; `drawn` are the chain's codes (b, 16, 16)."""
+def enlarged(x: Tensor, size: int) -> Tensor:
+    """(b, 3, h, h) → (b, 3, size, size), bicubic."""
+    x = F.interpolate(x, size=size, mode="bicubic", align_corners=False)
+    return x.clamp(0, 1)
+
+
+def pictures(model: RealSR, lr: Tensor, hr: Tensor, chains: list[vlcot.Chain]) -> dict[str, Tensor]:
+    """The picture (b, 3, 4h, 4w) of each method."""
+    drawn, middle, rough = (torch.stack([getattr(c, t) for c in chains]) for t in STEPS)
     g = torch.Generator().manual_seed(0)
     confetti = torch.randint(0, model.tokenizer.config.codes, drawn.shape, generator=g)
     with torch.no_grad():
@@ -68,6 +78,8 @@ def pictures(model: RealSR, lr: Tensor, hr: Tensor, drawn: Tensor) -> dict[str, 
         "LR alone": model.decode(lr=lr).cpu(),
         "chain": model.decode(drawn, lr).cpu(),
         "chain, plain decode": model.decode(drawn).cpu(),
+        "its middle image": enlarged(model.decode(middle).cpu(), hr.shape[-1]),
+        "its rough image": enlarged(model.decode(rough).cpu(), hr.shape[-1]),
         "random codes": model.decode(confetti, lr).cpu(),
         "true codes": model.decode(true, lr).cpu(),
         "true codes, plain decode": model.decode(true).cpu(),
@@ -97,7 +109,8 @@ def measure(
     batch: int = 48,
     others: dict[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> list[dict]:
-    """One row per photograph, severity and method: lpips, psnr, and for the chain its words.
+    """One row per photograph, severity and method: lpips, psnr, the consistency (PSNR in dB of the
+    picture scaled down against the LR photo), and for the chain its words.
 
     `others`: more methods by name, LR (b, 3, h, w) → (b, 3, 4h, 4w)."""
     rows = []
@@ -108,14 +121,17 @@ def measure(
             lr, hr = (torch.stack([x[k] for x in items]).float() / 255 for k in ("lr", "hr"))
             g = torch.Generator().manual_seed(seed * 1_000_003 + first)
             samples = model.sample(lr, sampling, g)
-            made = pictures(model, lr, hr, samples.codes)
+            made = pictures(model, lr, hr, samples.chains)
             made |= {name: f(lr) for name, f in (others or {}).items()}
             for name, y in made.items():
                 d, p = perceptual.distance(y, hr).tolist(), perceptual.psnr(y, hr).tolist()
+                again = F.interpolate(y, size=lr.shape[-1], mode="area")
+                c = perceptual.psnr(again, lr).tolist()
                 for i, item in enumerate(items):
                     photo = photos[item["index"]]
                     row = {"source": photo.source, "file": photo.file, "author": photo.author}
                     row |= {"severity": severity, "method": name, "lpips": d[i], "psnr": p[i]}
+                    row["consistency"] = c[i]
                     if name == "chain":
                         row |= words_right(samples.chains[i], photo, item["degradation"])
                     rows.append(row)
@@ -135,31 +151,38 @@ def interval(rows: list[dict], key: str, minus: list[dict] | None = None) -> Int
     return clustered(values, [cluster_of(r) for r in rows])
 
 
+def _head(title: str, groups: list[str | None]) -> list[str]:
+    names = " | ".join(g or "pooled" for g in groups)
+    return ["", f"| {title} | {names} |", "|---|" + "---|" * len(groups)]
+
+
 def table(rows: list[dict]) -> str:
-    """Markdown: every method by severity and pooled, and the chain's differences and words."""
-    severities = list(dict.fromkeys(r["severity"] for r in rows))
+    """Markdown: every method by severity and pooled, the chain's differences, consistency and
+    words."""
+    groups = [*dict.fromkeys(r["severity"] for r in rows), None]
     methods = list(dict.fromkeys(r["method"] for r in rows))
 
     def of(method: str, severity: str | None) -> list[dict]:
         return [r for r in rows if r["method"] == method and severity in (None, r["severity"])]
 
-    groups = [*severities, None]
-    head = " | ".join(g or "pooled" for g in groups)
-    out = [f"| LPIPS ↓ / PSNR ↑ | {head} |", "|---|" + "---|" * len(groups)]
+    def line(name: str, cells: list) -> str:
+        return f"| {name} | {' | '.join(map(str, cells))} |"
+
+    out = _head("LPIPS ↓ / PSNR ↑", groups)[1:]
     for m in methods:
-        cells = [of(m, g) for g in groups]
-        text = [f"{interval(c, 'lpips').mean:.3f} / {interval(c, 'psnr').mean:.2f}" for c in cells]
-        out.append(f"| {m} | {' | '.join(text)} |")
-    out += ["", f"| chain minus …, LPIPS | {head} |", "|---|" + "---|" * len(groups)]
+        both = [(interval(of(m, g), "lpips"), interval(of(m, g), "psnr")) for g in groups]
+        out.append(line(m, [f"{d.mean:.3f} / {p.mean:.2f}" for d, p in both]))
+    for key, unit in (("lpips", "LPIPS"), ("psnr", "dB")):
+        out += _head(f"chain minus …, {unit}", groups)
+        for m in (m for m in methods if m != "chain"):
+            out.append(line(m, [interval(of("chain", g), key, of(m, g)) for g in groups]))
+    out += _head("consistency with the LR photo, dB ↑", groups)
     for m in methods:
-        if m != "chain":
-            cells = [interval(of("chain", g), "lpips", of(m, g)) for g in groups]
-            out.append(f"| {m} | {' | '.join(map(str, cells))} |")
-    names = [k for k in of("chain", None)[0] if k in (*LABELS, "subject", "background", "color")]
-    out += ["", f"| words right | {head} |", "|---|" + "---|" * len(groups)]
-    for name in names:
-        cells = [interval(of("chain", g), name) for g in groups]
-        out.append(f"| {name} | {' | '.join(map(str, cells))} |")
+        out.append(line(m, [f"{interval(of(m, g), 'consistency').mean:.1f}" for g in groups]))
+    out += _head("words right", groups)
+    names = (*LABELS, "subject", "background", "color")
+    for name in (k for k in of("chain", None)[0] if k in names):
+        out.append(line(name, [interval(of("chain", g), name) for g in groups]))
     return "\n".join(out) + "\n"
 
 

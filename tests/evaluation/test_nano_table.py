@@ -1,6 +1,17 @@
+import csv
+
+import pytest
 import torch
 
+from realsr_r1 import photographs
+from realsr_r1.evaluation import chains, nano
 from realsr_r1.evaluation.nano import lattice
+from realsr_r1.pipeline import RealSR
+
+
+@pytest.fixture(scope="module")
+def model() -> RealSR:
+    return RealSR.from_pretrained("nano", "cpu")
 
 
 def noise() -> torch.Tensor:
@@ -15,3 +26,43 @@ def test_a_woven_pattern_is_found_and_noise_has_none():
     assert abs(lattice(noise())) < 0.7
     assert lattice(woven) > lattice(noise()) + 1
     assert lattice(other) < lattice(woven) - 1
+
+
+def test_the_table_has_a_row_for_each_photograph_and_method(model, tmp_path):
+    photos = photographs.load("test")[:2]
+    rows = nano.measure(model, photos, ("light",))
+    assert [r["method"] for r in rows[:: len(photos)]] == list(nano.METHODS)
+    blank = [r["lpips"] for r in rows if r["method"] == "true codes"]
+    assert max(blank) < min(r["lpips"] for r in rows if r["method"] == "its rough image")
+    nano.write(rows, tmp_path / "out", "a note")
+    with (tmp_path / "out.csv").open(newline="") as f:
+        assert len(list(csv.DictReader(f))) == len(rows)
+    text = (tmp_path / "out.md").read_text()
+    assert "chain minus …, dB" in text and "consistency" in text and "| subject |" in text
+
+
+def test_consistency_is_high_only_for_pictures_of_the_same_photo(model):
+    photos = photographs.load("test")[:2]
+    rows = {r["method"]: r for r in nano.measure(model, photos, ("light",))}
+    assert rows["bicubic"]["consistency"] > rows["its rough image"]["consistency"] + 3
+
+
+def test_form_is_certain_for_a_policy_that_cannot_leave_it(model, monkeypatch):
+    """The product of the masses that the grammar leaves: one where it leaves all."""
+    lr = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    share = chains.well_formed(model, lr)
+    assert ((share > 0.5) & (share <= 1)).all()
+    grammar = model.policy.grammar()
+    monkeypatch.setattr(
+        type(grammar),
+        "allowed",
+        lambda self, s: torch.ones(*s.shape, len(self.masks[0]), dtype=torch.bool),
+    )
+    assert torch.allclose(chains.well_formed(model, lr), torch.ones(2))
+
+
+def test_given_texts_are_written_and_change_the_picture(model):
+    lr = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    texts = [{"rough_understand": t} for t in ("a tulip on grass", "a ferry by the sea")]
+    one, two = (chains.under_texts(model, lr, [t], chains.Sampling(), 0) for t in texts)
+    assert (one - two).abs().mean() > 0.005

@@ -365,3 +365,8 @@ def test_a_real_network_hides_its_windows(cat):
     lr = F.interpolate(cat[0], scale_factor=0.5, mode="bicubic", antialias=True).clamp(0, 1)
     whole, cut = (peers.load("span-x4", threads=1, window=w)(lr) for w in (64, 48))
     assert 0 < (whole - cut).abs().max() < 0.02
+
+
+def test_any_other_model_is_named_by_its_files(tmp_path):
+    with pytest.raises(RuntimeError, match="are not both there"):
+        peers.load(f"ncnn:{tmp_path}/nothing")

@@ -1,0 +1,80 @@
+"""Two questions to a chain beyond its picture: is its form learnt, and do its words matter?
+
+The grammar forces the form while sampling. How often the policy would keep it unforced needs no
+unforced sample: the probability of a well-formed chain is the mean, over chains drawn under the
+grammar, of the product of the probability mass that the grammar had left.
+"""
+
+import torch
+from torch import Tensor
+
+from realsr_r1 import perceptual
+from realsr_r1.evaluation.nano import cluster_of
+from realsr_r1.photographs import Pairs, Photograph
+from realsr_r1.pipeline import RealSR
+from realsr_r1.sampling import Sampling
+from realsr_r1.stats import clustered
+from realsr_r1.vlcot import PAD, TEXT_TAGS
+
+
+@torch.no_grad()
+def well_formed(model: RealSR, lr: Tensor, seed: int = 0) -> Tensor:
+    """Share of chains (b,) that keep the form without a grammar, at temperature 1, one estimate per
+    LR photo (b, 3, 32, 32)."""
+    policy, g = model.policy, torch.Generator().manual_seed(seed)
+    ids = model.sample(lr, Sampling.rollout(), g).ids
+    grammar = policy.grammar()
+    prompt = torch.tensor(policy.vocabulary.prompt, device=ids.device).expand(len(ids), -1)
+    whole = torch.cat([prompt, ids], 1)
+    logits = policy(whole, lr.to(ids.device), logits_to_keep=ids.shape[1] + 1).logits[:, :-1]
+    left = logits.masked_fill(~grammar.allowed(grammar.states(ids)), float("-inf"))
+    mass = left.logsumexp(-1) - logits.logsumexp(-1)
+    return mass.masked_fill(ids == policy.vocabulary.ids[PAD], 0.0).sum(1).exp()
+
+
+def under_texts(
+    model: RealSR, lr: Tensor, texts: list[dict[str, str]], sampling: Sampling, seed: int
+) -> Tensor:
+    """Pictures (b, 3, 128, 128) of LR photos (b, 3, 32, 32), each drawn under given texts."""
+    out = []
+    for i, (x, given) in enumerate(zip(lr.split(1), texts, strict=True)):
+        g = torch.Generator().manual_seed(seed * 1_000_003 + i)
+        codes = model.sample(x, sampling, g, given).codes
+        out.append(model.decode(codes, x).cpu())
+    return torch.cat(out)
+
+
+def report(
+    model: RealSR,
+    photos: list[Photograph],
+    severity: str = "medium",
+    temperature: float = 0.8,
+    seed: int = 0,
+) -> str:
+    """Lines of text: the share of well-formed chains; LPIPS of pictures drawn under the policy's
+    own texts, and how much worse or better the true captions and another photograph's make it."""
+    data = Pairs(photos, f"nano-{severity}", seed=seed, training=False)
+    items = [data[i] for i in range(len(data))]
+    lr, hr = (torch.stack([x[k] for x in items]).float() / 255 for k in ("lr", "hr"))
+    clusters = [
+        cluster_of({k: getattr(p, k) for k in ("source", "author", "file")}) for p in photos
+    ]
+    sampling = Sampling(image_temperature=temperature)
+    free = torch.cat([well_formed(model, x, seed) for x in lr.split(48)])
+    generator = torch.Generator().manual_seed(seed)
+    chains = [c for x in lr.split(48) for c in model.sample(x, sampling, generator).chains]
+    own = [{t: getattr(c, t) for t in TEXT_TAGS} for c in chains]
+    true = [dict(zip(TEXT_TAGS, (x["degradation"], *x["captions"]), strict=True)) for x in items]
+    other = [
+        t | {TEXT_TAGS[0]: o[TEXT_TAGS[0]]} for t, o in zip(true[1:] + true[:1], own, strict=True)
+    ]
+    distance = {}
+    for name, texts in {"own": own, "true": true, "another photograph's": other}.items():
+        made = under_texts(model, lr, texts, sampling, seed)
+        distance[name] = perceptual.distance(made, hr).numpy()
+    lines = [f"well formed without the grammar: {clustered(free.cpu().numpy(), clusters)}"]
+    lines.append(f"LPIPS under own texts: {clustered(distance['own'], clusters)}")
+    for name in list(distance)[1:]:
+        difference = clustered(distance[name] - distance["own"], clusters)
+        lines.append(f"under {name} texts, minus that: {difference}")
+    return "\n".join(lines)
