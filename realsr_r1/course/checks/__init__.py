@@ -5,7 +5,9 @@
 A check never raises and never blocks the notebook; it prints its verdict and returns True or False.
 """
 
+import contextlib
 import functools
+import io
 from collections.abc import Callable
 
 
@@ -50,3 +52,12 @@ def check(body: Callable[[Callable], None]) -> Callable[[Callable], Verdict]:
         return Verdict(False)
 
     return run
+
+
+def use(passed: Callable[[Callable], Verdict], student: Callable, fallback: Callable) -> Callable:
+    """The student's function if it passes its check, else `fallback`, so that a lesson goes on
+    either way. Prints which it is."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        right = passed(student)
+    print(f"{passed.__name__}: {'your function' if right else 'the package stands in'}")
+    return student if right else fallback
