@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
 from transformers import GenerationConfig, TrainerCallback
@@ -27,11 +28,13 @@ from realsr_r1.photographs import Pairs, Photograph
 from realsr_r1.policy import ChainPolicy
 from realsr_r1.rewards import guarded
 from realsr_r1.sampling import Sampling, sample
-from realsr_r1.vlcot import PAD
+from realsr_r1.vlcot import PAD, TAGS
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func may change; we pin TRL
 # The part of a chain at whose end a reward is decided; the others need the whole chain.
 DECIDED = {"degradation_reward": "degradation", "understanding_reward": "rough_understand"}
+# The first words alone: sampled in a twentieth of a chain's time, enough for these two rewards.
+WORDS = tuple(DECIDED.values())
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class GrpoSettings:
     loss_type: str = "grpo"  # or another that TRL knows: dapo, dr_grpo, …
     weights: tuple[float, ...] | None = None  # of the rewards; None: all 1, as released
     normalize_first: bool = False  # GDPO, see objective.combined_advantages
+    parts: tuple[str, ...] = TAGS  # of the chain that are written; see WORDS
     by_part: bool = True  # credit by part; False: every reward on every token
     save_steps: int = 10
     seed: int = 0
@@ -99,6 +103,14 @@ def part_advantages(
     return out
 
 
+def without_dropout(policy: ChainPolicy) -> ChainPolicy:
+    """The same policy, whose loss now sees the probabilities that it samples from."""
+    policy.drop.p = 0.0
+    for layer in policy.model.layers:
+        layer.self_attn.attention_dropout = 0.0
+    return policy
+
+
 class ChainGRPOTrainer(GRPOTrainer):
     """TRL's trainer with the LR photo beside the tokens and the grammar on the logits."""
 
@@ -106,7 +118,7 @@ class ChainGRPOTrainer(GRPOTrainer):
         super().__init__(rollout_func=self._rollouts, **options)
         self.settings, self.lr, self.rewards = settings, None, None
         self.policy = self.accelerator.unwrap_model(self.model)
-        self.grammar = self.policy.grammar().to(self.accelerator.device)
+        self.grammar = self.policy.grammar(settings.parts).to(self.accelerator.device)
         self.beta, self.ref_model = settings.beta, reference
         if reference is not None:
             self.ref_model = reference.to(self.accelerator.device).eval().requires_grad_(False)
@@ -150,7 +162,8 @@ class ChainGRPOTrainer(GRPOTrainer):
             found = part_advantages(
                 self.rewards, self.reward_weights.to(ids.device), decided, self.settings
             )
-            out["advantages"] = found
+            rest = ids.shape[1] - found.shape[1]  # after the last reward is decided: nothing
+            out["advantages"] = F.pad(found, (0, rest))
         return out
 
     def _decided(self, ids: Tensor, reward: str) -> Tensor:
@@ -257,13 +270,13 @@ def train_grpo(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     check_columns(dataset, rewards)
-    reference = copy.deepcopy(policy) if settings.beta else None
+    reference = copy.deepcopy(without_dropout(policy)) if settings.beta else None
     policy.generation_config = GenerationConfig()  # TRL sets its own sampler up, which is not used
     trainer = ChainGRPOTrainer(
         settings,
         reference,
-        model=policy,
-        args=arguments(out, settings, device, policy.grammar().max_length),
+        model=without_dropout(policy),
+        args=arguments(out, settings, device, policy.grammar(settings.parts).max_length),
         train_dataset=dataset.with_format("numpy", columns=["lr", "hr"], output_all_columns=True),
         processing_class=policy.vocabulary.tokenizer,
         reward_funcs=[guarded(r) for r in rewards],

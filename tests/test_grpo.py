@@ -9,7 +9,7 @@ from realsr_r1.grpo import ChainGRPOTrainer, GrpoSettings, arguments, part_advan
 from realsr_r1.objective import combined_advantages, grpo_loss
 from realsr_r1.policy import ChainPolicy, PolicyConfig
 from realsr_r1.rewards import degradation_reward, format_reward, understanding_reward
-from realsr_r1.sampling import logprobs_of
+from realsr_r1.sampling import Sampling, logprobs_of, sample
 from realsr_r1.vlcot import PAD
 
 REWARDS = [format_reward, degradation_reward, understanding_reward]
@@ -95,6 +95,25 @@ def test_rollouts_and_loss_are_one_distribution(rows, tmp_path):
     forced = policy.grammar().forced[policy.grammar().states(ids)]
     assert (batch["tool_mask"][forced & keep] == 0).all()
     assert (batch["tool_mask"][~forced & keep] == 1).all()
+
+
+def test_dropout_of_the_cold_start_is_off(rows, tmp_path):
+    """In training mode the loss sees the probabilities that were sampled from."""
+    torch.manual_seed(0)
+    config = tiny().config
+    config.dropout = 0.3
+    policy = grpo.without_dropout(ChainPolicy(config)).train()
+    lr = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    drawn = sample(policy.eval(), lr, Sampling.rollout(), torch.Generator().manual_seed(0))
+    again = logprobs_of(policy.train(), lr, drawn.ids, policy.grammar())
+    torch.testing.assert_close(again, drawn.logprobs, atol=1e-4, rtol=0)
+
+
+def test_the_words_alone_are_learnt_without_images(rows, tmp_path):
+    settings = GrpoSettings(steps=2, prompts=1, group=4, micro_batch=4, parts=grpo.WORDS)
+    grpo.train_grpo(tiny(), rows, REWARDS[1:], tmp_path, settings, "cpu")
+    log = pd.read_csv(tmp_path / "log.csv")
+    assert log["completions/mean_length"].dropna().max() < 60
 
 
 def test_a_simple_reward_is_learnt(rows, tmp_path):

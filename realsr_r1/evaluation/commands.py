@@ -34,6 +34,18 @@ def chains(a: argparse.Namespace) -> None:
     print(chains.report(model_of(a), photos, a.severity, a.temperature, a.seed))
 
 
+def words(a: argparse.Namespace) -> None:
+    from realsr_r1 import photographs
+    from realsr_r1.evaluation import words
+    from realsr_r1.pipeline import RealSR
+
+    photos, found = spread(photographs.load(a.split, a.photographs), a.n), {}
+    for policy in a.policies:
+        model = RealSR.from_pretrained(a.model, a.device, policy)
+        found[policy] = words.measure(model.policy, photos, a.seed)
+    print(words.table(found))
+
+
 def lattice(a: argparse.Namespace) -> None:
     import torch
 
@@ -106,6 +118,12 @@ def register(sub) -> None:
     p = leaf(leaves, "chains", chains, "whether chains are well formed and their texts matter")
     p.add_argument("-n", type=int, default=96, help="photographs, spread over the split")
     p.add_argument("--severity", default="medium", choices=("light", "medium", "heavy"))
+    add_photographs(p, "val")
+    add_model(p)
+    p = leaf(leaves, "words", words, "whether policies' first words are right, greedy and sampled")
+    names = "folders in the model's; the first is what the others are held to"
+    p.add_argument("--policies", nargs="+", default=["policy-sft", "policy-grpo"], help=names)
+    p.add_argument("-n", type=int, help="so many photographs, spread over the split")
     add_photographs(p, "val")
     add_model(p)
     p = leaf(leaves, "lattice", lattice, "whether the decoder weaves a pattern into its pictures")

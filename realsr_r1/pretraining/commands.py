@@ -1,6 +1,7 @@
 """`realsr train …`: the recipes on the command line."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 
@@ -11,11 +12,13 @@ def train(a: argparse.Namespace) -> None:
 
 
 def grpo(a: argparse.Namespace) -> None:
-    from realsr_r1.grpo import GrpoSettings
+    from realsr_r1.grpo import WORDS, GrpoSettings
     from realsr_r1.pretraining import stages
 
     names = ("steps", "prompts", "group", "micro_batch", "lr", "beta", "seed")
     settings = GrpoSettings(**{k: getattr(a, k) for k in names}, by_part=not a.whole_chain)
+    if a.words:
+        settings = replace(settings, parts=WORDS)
     stages.reinforce(a.model, a.photographs, a.rewards, a.out, settings, a.device)
 
 
@@ -39,6 +42,7 @@ def add_grpo(leaves) -> None:
     p.add_argument("--micro-batch", type=int, default=8, help="chains in one backward pass")
     p.add_argument("--lr", type=float, default=2e-4, help="learning rate")
     p.add_argument("--beta", type=float, default=0.02, help="weight of the KL to the start")
+    p.add_argument("--words", action="store_true", help="only the first words, without images")
     p.add_argument("--whole-chain", action="store_true", help="every reward on every token")
     p.add_argument("--seed", type=int, default=0, help="of photos and chains")
     p.add_argument("--device", help="cpu, cuda or mps; the best there is if left out")

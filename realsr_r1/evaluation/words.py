@@ -1,0 +1,85 @@
+"""Do a policy's first words get righter? Degradation and understanding rewards on held-out
+photographs, in the mode people use (greedy) and at temperature 1, beside what sampling alone gives:
+a lower temperature, and the best of eight.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from realsr_r1 import rewards
+from realsr_r1.evaluation.nano import SEVERITIES, cluster_of
+from realsr_r1.grpo import WORDS
+from realsr_r1.photographs import Pairs, Photograph
+from realsr_r1.policy import ChainPolicy
+from realsr_r1.sampling import Sampling, sample
+from realsr_r1.stats import Interval, clustered
+from realsr_r1.vlcot import render
+
+TRIES = 8
+MODES = {
+    "greedy": Sampling(),
+    "temperature 0.5": replace(Sampling.rollout(TRIES), temperature=0.5),
+    "temperature 1": Sampling.rollout(TRIES),
+}
+NAMES = ("degradation", "understanding")
+
+
+@dataclass(frozen=True)
+class Words:
+    """Rewards of one policy: by mode and reward an array (photographs × severities, tries)."""
+
+    scores: dict[tuple[str, str], np.ndarray]
+    clusters: list[str]
+
+    def of(self, mode: str, name: str) -> np.ndarray:
+        """One number a photo; "best of 8" is of temperature 1."""
+        if mode == f"best of {TRIES}":
+            return self.scores["temperature 1", name].max(1)
+        return self.scores[mode, name].mean(1)
+
+
+def measure(policy: ChainPolicy, photos: list[Photograph], seed: int = 0, batch: int = 64) -> Words:
+    """Sample the first words for each photograph at each severity, and score them."""
+    items, clusters = [], []
+    for severity in SEVERITIES:
+        data = Pairs(photos, f"nano-{severity}", seed=seed, training=False)
+        items += [data[i] for i in range(len(data))]
+        clusters += [
+            cluster_of({k: getattr(p, k) for k in ("source", "author", "file")}) for p in photos
+        ]
+    grammar, scores = policy.grammar(WORDS), {}
+    for mode, sampling in MODES.items():
+        n, found = sampling.num_generations, {k: [] for k in NAMES}
+        for first in range(0, len(items), batch):
+            some = items[first : first + batch]
+            lr = torch.stack([x["lr"] for x in some]).float() / 255
+            g = torch.Generator().manual_seed(seed * 1_000_003 + first)
+            chains = sample(policy, lr, sampling, g, grammar).chains
+            texts = [render(c, WORDS) for c in chains]
+            columns = {k: [x[k] for x in some for _ in range(n)] for k in ("degradation", "tags")}
+            found["degradation"] += rewards.degradation_reward(texts, columns["degradation"])
+            found["understanding"] += rewards.understanding_reward(texts, columns["tags"])
+        scores |= {(mode, k): np.array(v).reshape(-1, n) for k, v in found.items()}
+    return Words(scores, clusters)
+
+
+def gain(after: Words, before: Words, mode: str, name: str) -> Interval:
+    """Paired difference of two policies."""
+    return clustered(after.of(mode, name) - before.of(mode, name), after.clusters)
+
+
+def table(found: dict[str, Words]) -> str:
+    """Markdown: each policy's rewards by mode; from the second on the gain over the first."""
+    first = next(iter(found.values()))
+    modes = [*MODES, f"best of {TRIES}"]
+    out = [f"| | {' | '.join(modes)} |", "|---|" + "---|" * len(modes)]
+    for name in NAMES:
+        for policy, words in found.items():
+            cells = [f"{words.of(m, name).mean():.3f}" for m in modes]
+            out.append(f"| {name}, {policy} | {' | '.join(cells)} |")
+            if words is not first:
+                gains = [str(gain(words, first, m, name)) for m in modes]
+                out.append(f"| its gain | {' | '.join(gains)} |")
+    return "\n".join(out) + "\n"
