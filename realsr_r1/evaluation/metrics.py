@@ -26,8 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from realsr_r1 import perceptual
-from realsr_r1.first import experts
+from realsr_r1 import experts, perceptual
 
 Score = Callable[[Tensor, Tensor | None], Tensor]
 

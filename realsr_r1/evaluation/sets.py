@@ -3,10 +3,10 @@ where they are known.
 
 offline   eval      the shipped photos that no training has seen: the centre square scaled to 256
           px, under three degradations with
-                    fixed seeds ("eval:mild", "eval:nano", "eval:severe": one of them)
+                    fixed seeds ("eval:light", "eval:medium", "eval:heavy": one of them)
           real_lr   the shipped real low-quality photos, whole; there is no original
-          collages  scenes of the test split under the preset nano, the pairs of
-                    `scenes.cached_pairs`
+          photographs   the annotated test photographs that ship, their middle squares at 128 px,
+                    under the same three; photographs:FOLDER has those of a folder
 yours     FOLDER    pairs of one name in `hr/` and `lr/` (of LR, also 0001x4 or NAME_x4), or files
           NAME_HR and NAME_LR4 side by side;
                     photos alone: LR without originals
@@ -31,14 +31,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from realsr_r1 import degradation, photographs
 from realsr_r1 import images as photos
-from realsr_r1.first import degradation, scenes
 
 SCALE = 4
 # pixels of the `eval` originals: a square of the photo's shorter side (288 px or more), scaled down
 # to be sharp
 SIDE = 256
-DEGRADATIONS = ("mild", "nano", "severe")  # presets of `degradation`
+DEGRADATIONS = ("light", "medium", "heavy")  # presets nano-… of `degradation`
 # Names of the two folders of a set of pairs, in lower case; test_HR, gt and lq are those of
 # StableSR's test sets.
 HR_NAMES = ("hr", "gt", "test_hr", "hq", "div2k_valid_hr")
@@ -53,7 +53,7 @@ class Item:
     id: str
     read: Callable[[], tuple[Tensor, Tensor | None]]
     labels: dict[str, str] | None = None  # the five of its degradation
-    scene: scenes.Scene | None = None
+    photo: photographs.Photograph | None = None
     group: str = (
         ""  # items of one photo share it: they are not independent, and intervals count them as one
     )
@@ -135,16 +135,16 @@ NAMES = (
     "eval",
     *(f"eval:{d}" for d in DEGRADATIONS),
     "real_lr",
-    "collages",
+    "photographs",
+    "photographs:FOLDER",
     "FOLDER",
     "hf:NAME",
     *(f"{k}:FOLDER" for k in KNOWN),
 )
 
 
-def load(spec: str, n: int | None = None, cache: str | Path | None = None) -> BenchSet:
-    """The set that `spec` names (see NAMES), its first `n` items. `cache` is the folder that keeps
-    collages.
+def load(spec: str, n: int | None = None) -> BenchSet:
+    """The set that `spec` names (see NAMES), its first `n` items.
 
     Raises ValueError, in one sentence, for an unknown name, an empty or half-paired folder, pairs
     that are not ×4, and a set that is not what KNOWN expects; FileNotFoundError for a folder or a
@@ -155,12 +155,12 @@ def load(spec: str, n: int | None = None, cache: str | Path | None = None) -> Be
     kind, _, rest = spec.partition(":")
     if spec == "real_lr":
         found = from_folder(
-            scenes.ASSETS / "real_lr",
+            photographs.ASSETS / "real_lr",
             "real_lr",
             "real photos of old cameras, phones and scans, whole",
         )
-    elif spec == "collages":
-        return collages(n or 128, cache)
+    elif kind == "photographs":
+        found = annotated(rest or None)
     elif kind == "eval" and rest in ("", *DEGRADATIONS):
         found = eval_photos((rest,) if rest else DEGRADATIONS)
     elif kind == "hf" and rest:
@@ -197,10 +197,10 @@ def eval_photos(presets: tuple[str, ...] = DEGRADATIONS, side: int = SIDE) -> Be
     """The shipped `eval` photos, photo by photo under each preset; the draw's seed is the photo's
     number, so it never changes."""
     items = []
-    for i, path in enumerate(sorted((scenes.ASSETS / "eval").glob("*.webp"))):
+    for i, path in enumerate(sorted((photographs.ASSETS / "eval").glob("*.webp"))):
         hr = centre_square(photos.open_photo(path), side)
         for preset in presets:
-            d = degradation.degrade(hr[None], preset, torch.Generator().manual_seed(i))
+            d = degradation.degrade(hr[None], f"nano-{preset}", torch.Generator().manual_seed(i))
             items.append(
                 Item(
                     f"{path.stem}-{preset}",
@@ -217,22 +217,22 @@ def eval_photos(presets: tuple[str, ...] = DEGRADATIONS, side: int = SIDE) -> Be
     return BenchSet(name, items, True, note)
 
 
-def collages(n: int = 128, cache: str | Path | None = None) -> BenchSet:
-    """The first `n` scenes of the test split at 128 px under the preset nano, LR 32 px: object,
-    background and labels are known."""
-    data, first = scenes.cached_pairs(n, "test", cache=cache), scenes.FIRST_SEED["test"]
-    items = [
-        Item(
-            f"{first + i}",
-            partial(_both, data.lr[i].float() / 255, data.hr[i].float() / 255),
-            data.labels[i],
-            data.scenes[i],
-        )
-        for i in range(n)
-    ]
-    return BenchSet(
-        "collages", items, True, "scenes of the test split, HR 128 px, LR 32 px, degradation nano"
-    )
+def annotated(folder: str | None = None) -> BenchSet:
+    """The annotated test photographs of a folder, or those that ship, photo by photo under each
+    preset."""
+    chosen = photographs.load("test", folder)
+    sets = {d: photographs.Pairs(chosen, f"nano-{d}", training=False) for d in DEGRADATIONS}
+
+    def item(i: int, preset: str) -> Item:
+        pair, photo = sets[preset][i], chosen[i]
+        lr, hr = (pair[k].float() / 255 for k in ("lr", "hr"))
+        labels = degradation.from_words(pair["degradation"])
+        group = photo.author if photo.source == "flower_photos" else photo.file
+        return Item(f"{photo.file}-{preset}", partial(_both, lr, hr), labels, photo, group)
+
+    items = [item(i, preset) for i in range(len(chosen)) for preset in DEGRADATIONS]
+    note = "annotated test photographs, HR 128 px, LR 32 px, degradations light, medium, heavy"
+    return BenchSet("photographs", items, True, note)
 
 
 def _both(lr: Tensor, hr: Tensor | None) -> tuple[Tensor, Tensor | None]:

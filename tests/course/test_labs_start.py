@@ -3,9 +3,8 @@ import math
 import pytest
 import torch
 
+from realsr_r1 import vlcot
 from realsr_r1.course.checks import start as checks
-from realsr_r1.first import vlcot
-from realsr_r1.first.restore import tile_origins
 
 
 def part_at(trace, x, y, tag):
@@ -16,7 +15,7 @@ def part_at(trace, x, y, tag):
 
 def tiles_needed(width, height):
     def along(n):
-        return 1 + math.ceil(max(0, n - 32) / 28)
+        return 1 + math.ceil(max(0, n - 32) / 24)
 
     return along(width) * along(height)
 
@@ -24,10 +23,22 @@ def tiles_needed(width, height):
 def chain_tokens(text_words, image_sides):
     return (
         sum(text_words)
-        + sum(n * (n + 1) + 4 for n in image_sides)
+        + sum(n * n + 2 for n in image_sides)
         + 2 * (len(text_words) + len(image_sides))
         + 1
     )
+
+
+def mse_db(a, b):
+    return float(-10 * torch.log10(((a - b) ** 2).mean()))
+
+
+def upsampled(x):
+    return x.repeat_interleave(4, 2).repeat_interleave(4, 3)
+
+
+def consistency(restored, lr):
+    return mse_db(torch.nn.functional.interpolate(restored, size=lr.shape[-2:], mode="area"), lr)
 
 
 def covering(trace, x, y, width=32, inclusive=0):
@@ -57,24 +68,33 @@ WRONG = [
     ("part_at", lambda t, x, y, tag: part_at(t, x, y, "rough_understand"), "whatever `tag` says"),
     ("part_at", lambda t, x, y, tag: None, "returned nothing"),
     ("part_at", lambda t, x, y, tag: t["tile"], "KeyError"),
-    ("tiles_needed", product(lambda n: 1 + max(0, n - 32) // 28), "rounded down"),
-    ("tiles_needed", product(lambda n: 1 + max(0, n - 32) / 28), "whole"),
+    ("tiles_needed", product(lambda n: 1 + max(0, n - 32) // 24), "rounded down"),
+    ("tiles_needed", product(lambda n: 1 + max(0, n - 32) / 24), "whole"),
     ("tiles_needed", product(lambda n: math.ceil(n / 32)), "forgot the overlap"),
-    ("tiles_needed", product(lambda n: math.ceil(n / 28)), "the first one brings 32"),
-    ("tiles_needed", product(lambda n: max(1, math.ceil((n - 32) / 28))), "takes 2 tiles"),
-    ("tiles_needed", product(lambda n: math.ceil((n - 32) / 28)), "smaller than a tile"),
+    ("tiles_needed", product(lambda n: math.ceil(n / 24)), "the first one brings 32"),
+    ("tiles_needed", product(lambda n: max(1, math.ceil((n - 32) / 24))), "takes 2 tiles"),
+    ("tiles_needed", product(lambda n: math.ceil((n - 32) / 24)), "smaller than a tile"),
     ("tiles_needed", lambda w, h: tiles_needed(4 * w, 4 * h), "pixels of the result"),
-    ("tiles_needed", lambda w, h: len(tile_origins(w)), "one row"),
-    ("tiles_needed", lambda w, h: len(tile_origins(w)) + len(tile_origins(h)), "multiply them"),
+    ("tiles_needed", lambda w, h: tiles_needed(w, 32), "one row"),
+    ("tiles_needed", lambda w, h: tiles_needed(w, 32) + tiles_needed(32, h), "multiply them"),
     ("tiles_needed", lambda w, h: None, "returned nothing"),
-    ("chain_tokens", lambda t, s: chain_tokens(t, s) - sum(s), "row ends"),
-    ("chain_tokens", lambda t, s: chain_tokens(t, s) - 12, "frame"),
-    ("chain_tokens", lambda t, s: chain_tokens(t, s) - 12 - sum(s), "codes of an image only"),
+    ("chain_tokens", lambda t, s: chain_tokens(t, s) - 6, "frame"),
+    ("chain_tokens", lambda t, s: chain_tokens(t, s) - 336 + 28, "not n"),
     ("chain_tokens", lambda t, s: chain_tokens(t, s) - 14, "forgot the tags"),
     ("chain_tokens", lambda t, s: chain_tokens(t, s) - 7, "one tag a part"),
-    ("chain_tokens", lambda t, s: chain_tokens(t, s) - 1, "end word"),
+    ("chain_tokens", lambda t, s: chain_tokens(t, s) - 1, "end token"),
     ("chain_tokens", lambda t, s: chain_tokens(t, s) - sum(t), "words of the texts"),
-    ("chain_tokens", lambda t, s: 424, "for one chain only"),
+    ("consistency", lambda y, x: -consistency(y, x), "sign"),
+    ("consistency", lambda y, x: consistency(y, x) / 2, "not its root"),
+    ("consistency", lambda y, x: consistency(y, x) * math.log(10), "base 10"),
+    ("consistency", lambda y, x: mse_db(y[..., ::4, ::4], x), "every fourth"),
+    (
+        "consistency",
+        lambda y, x: mse_db(x.repeat_interleave(4, 2).repeat_interleave(4, 3), y),
+        "enl",
+    ),
+    ("consistency", lambda y, x: None, "returned nothing"),
+    ("chain_tokens", lambda t, s: 390, "for one chain only"),
 ]
 
 
@@ -86,7 +106,7 @@ def test_a_mistake_is_named(capsys, name, function, says):
 
 
 @pytest.mark.parametrize(
-    "function", [part_at, tiles_needed, chain_tokens], ids=lambda f: f.__name__
+    "function", [part_at, tiles_needed, chain_tokens, consistency], ids=lambda f: f.__name__
 )
 def test_a_right_answer_passes(capsys, function):
     assert getattr(checks, function.__name__)(function)
@@ -97,7 +117,7 @@ def test_a_stub_is_not_written_yet(capsys):
     def stub(*_):
         raise NotImplementedError
 
-    for name in ("part_at", "tiles_needed", "chain_tokens"):
+    for name in ("part_at", "tiles_needed", "chain_tokens", "consistency"):
         assert not getattr(checks, name)(stub)
         assert "not written yet" in capsys.readouterr().out
 

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from realsr_r1 import degradation, photographs, vlcot
+from realsr_r1.cli import main
 from realsr_r1.evaluation import benchmark, metrics
 from realsr_r1.evaluation import tables as benchtable
 from realsr_r1.evaluation.sets import BenchSet, Item
-from realsr_r1.first import policy, tokenizer, vlcot, weights
-from realsr_r1.first.__main__ import main
-from realsr_r1.first.policy import Sampling
-from realsr_r1.first.restore import Models
+from realsr_r1.pipeline import RealSR, Restoration
+from realsr_r1.sampling import Sampling
 
 CHEAP = ["psnr_rgb", "ssim_rgb"]
 
@@ -57,9 +57,20 @@ def run(data, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def models(tiny):
-    vq, reader, lm = tiny
-    return Models(vq, reader, tokenizer.GuidedDecoder(width=16, blocks=1).eval(), lm)
+def model() -> RealSR:
+    return RealSR.from_pretrained("nano", "cpu")
+
+
+@pytest.fixture(scope="module")
+def pairs() -> list[dict]:
+    """Three shipped test photographs, damaged."""
+    found = photographs.Pairs(photographs.load("test")[:3], "nano-medium", training=False)
+    return [found[i] for i in range(3)]
+
+
+def item(pair: dict, photo: photographs.Photograph | None = None) -> Item:
+    lr, hr = (pair[k].float() / 255 for k in ("lr", "hr"))
+    return Item("x", lambda: (lr, hr), degradation.from_words(pair["degradation"]), photo)
 
 
 # ---------------------------------------------------------------- the numbers
@@ -324,117 +335,84 @@ def test_every_batch_has_noise_of_its_own_that_depends_on_its_place_alone(
 # ---------------------------------------------------------------- methods
 
 
-def test_a_chain_says_what_it_sees_and_a_photo_is_restored_by_tiles(models, pairs):
-    call = benchmark.chain_method(models, Sampling())
-    lr = pairs.lr[:3].float() / 255
+def test_a_chain_says_what_it_sees_and_a_photo_is_restored_by_tiles(model, pairs):
+    call = benchmark.chain_method(model, Sampling())
+    lr = torch.stack([p["lr"] for p in pairs]).float() / 255
     out, chains = call(lr, 7)
     assert out.shape == (3, 3, 128, 128) and [len(c) for c in chains] == [1, 1, 1]
     assert torch.equal(out, call(lr, 7)[0]) and not torch.equal(out, call(lr, 8)[0])
     photo, tiles = call(torch.rand(1, 3, 33, 40, generator=torch.Generator().manual_seed(0)), 7)
-    assert (
-        photo.shape == (1, 3, 132, 160)
-        and len(tiles[0]) == 4
-        and isinstance(tiles[0][0], vlcot.Chain)
-    )
-    photo, tiles = benchmark.chain_method(models, Sampling(), direct=True)(
-        torch.rand(1, 3, 33, 40), 0
-    )
-    assert photo.shape == (1, 3, 132, 160) and tiles is None  # it says nothing
+    assert photo.shape == (1, 3, 132, 160) and [len(t) for t in tiles] == [4]
 
 
-def test_a_photo_that_was_interrupted_is_not_kept(models, monkeypatch):
-    monkeypatch.setattr(
-        benchmark,
-        "restore",
-        lambda *a, **k: (Image.new("RGB", (160, 132)), {"complete": False, "tiles": []}),
-    )
+def test_the_controls_share_the_decoder(model, pairs):
+    lr = torch.stack([p["lr"] for p in pairs]).float() / 255
+    alone, said = benchmark.lr_alone(model)(lr, 0)
+    assert said is None and torch.allclose(alone, model.decode(lr=lr).clamp(0, 1), atol=1e-5)
+    odd, _ = benchmark.lr_alone(model)(torch.rand(1, 3, 33, 40), 0)
+    assert odd.shape == (1, 3, 132, 160)
+    plain, _ = benchmark.chain_method(model, plain=True)(lr, 0)
+    assert not torch.equal(plain, benchmark.chain_method(model)(lr, 0)[0])
+    with pytest.raises(ValueError, match="photos of one tile"):
+        benchmark.chain_method(model, plain=True)(torch.rand(1, 3, 33, 40), 0)
+
+
+def test_a_photo_that_was_interrupted_is_not_kept(model, monkeypatch):
+    half = Restoration(Image.new("RGB", (160, 132)), vlcot.Chain(), [], {}, complete=False)
+    monkeypatch.setattr(RealSR, "__call__", lambda *a, **k: half)
     with pytest.raises(KeyboardInterrupt):
-        benchmark.chain_method(models)(torch.rand(1, 3, 33, 40), 0)
+        benchmark.chain_method(model)(torch.rand(1, 3, 33, 40), 0)
 
 
 def test_said_is_the_share_of_tiles_that_are_right(pairs):
-    labels, scene = pairs.labels[0], pairs.scenes[0]
-    from realsr_r1.first import degradation
-
-    right = vlcot.Chain(degradation.to_words(labels), scene.captions[0], None, scene.captions[1])
-    wrong = vlcot.Chain("nonsense", "a thing", None, "a thing")
-    with_scene = benchmark.said([right, wrong], Item("x", None, labels, scene))
-    assert set(with_scene.values()) == {0.5} and set(with_scene) == {
-        *degradation.LABELS,
-        "category",
-        "kind",
-        "background",
-    }
-    assert benchmark.said([right, right, right, wrong], Item("x", None, labels)) == dict.fromkeys(
-        labels, 0.75
-    )
+    photo, words = photographs.load("test")[0], pairs[0]["degradation"]
+    right = vlcot.Chain(words, photo.captions[0], None, photo.captions[1])
+    wrong = vlcot.Chain("nonsense", "nothing", None, "nothing")
+    both = benchmark.said([right, wrong], item(pairs[0], photo))
+    assert set(both.values()) == {0.5}
+    assert set(both) == {*degradation.LABELS, "subject", "background", "color"}
+    shares = benchmark.said([right, right, right, wrong], item(pairs[0]))
+    assert shares == dict.fromkeys(degradation.LABELS, 0.75)
     assert benchmark.said([right], Item("x", None)) == {}
 
 
-def test_accuracy_of_the_text_reaches_the_table(run, pairs, models, monkeypatch, tmp_path):
-    items = [
-        Item(
-            str(i),
-            lambda i=i: (pairs.lr[i].float() / 255, pairs.hr[i].float() / 255),
-            pairs.labels[i],
-            pairs.scenes[i],
-        )
-        for i in range(3)
-    ]
-    ours = benchmark.Method(benchmark.chain_method(models), "key")
+def test_accuracy_of_the_text_reaches_the_table(run, pairs, model, monkeypatch, tmp_path):
+    items = [item(p, x) for p, x in zip(pairs, photographs.load("test")[:3], strict=True)]
+    for i, x in enumerate(items):
+        x.id = x.group = str(i)
+    ours = benchmark.Method(benchmark.chain_method(model), "key")
+    other = benchmark.Method(lambda lr, seed: (nearest(lr), None), "other")
     monkeypatch.setattr(
-        benchmark,
-        "load_method",
-        lambda name, device, folder: (
-            ours
-            if name == "chain-sft"
-            else benchmark.Method(lambda lr, seed: (nearest(lr), None), name)
-        ),
+        benchmark, "load_method", lambda name, *_: ours if name == "chain-sft" else other
     )
-    record = run(["bicubic", "chain-sft"], data=BenchSet("scenes", items, True), baseline="bicubic")
+    record = run(["bicubic", "chain-sft"], data=BenchSet("some", items, True), baseline="bicubic")
     said = record["methods"]["chain-sft"]["said"]
     assert record["methods"]["bicubic"]["said"] == {} and len(said["blur"]) == 3
-    assert said["degradation"] == pytest.approx(
-        np.mean([said[k] for k in pairs.labels[0]], axis=0).tolist()
-    )
-    assert said["understanding"] == pytest.approx(
-        np.mean([said["category"], said["background"]], axis=0).tolist()
-    )
-    text = (tmp_path / "out" / "benchmark-scenes.md").read_text()
-    assert "| the chain says rightly | blur |" in text and "| degradation | understanding |" in text
+    labels = [said[k] for k in degradation.LABELS]
+    assert said["degradation"] == pytest.approx(np.mean(labels, axis=0).tolist())
+    two = [said["subject"], said["background"]]
+    assert said["understanding"] == pytest.approx(np.mean(two, axis=0).tolist())
+    text = (tmp_path / "out" / "benchmark-some.md").read_text()
+    assert "| the chain says rightly | subject |" in text and "| degradation | understanding |" in text
 
 
-def test_own_methods_are_loaded_by_name_from_a_folder(models, pairs, tmp_path):
-    for name, model in (
-        ("tokenizer", models.tokenizer),
-        ("reader", models.reader),
-        ("guided", models.guided),
-    ):
-        weights.save(model, tmp_path / f"{name}.safetensors")
-    weights.save(
-        tokenizer.GuidedDecoder(width=16, blocks=1, use_codes=False),
-        tmp_path / "regression.safetensors",
-    )
-    policy.save(policy.build(models.policy.nano, seed=3), tmp_path / "policy-sft")
-    lr = pairs.lr[:2].float() / 255
-    chain, regression = (
-        benchmark.load_method(name, "cpu", tmp_path) for name in ("chain-sft", "regression")
+def test_own_methods_are_loaded_by_name_from_a_folder(model, pairs, tmp_path):
+    model.save_pretrained(tmp_path)
+    lr = torch.stack([p["lr"] for p in pairs[:2]]).float() / 255
+    chain, alone = (
+        benchmark.load_method(name, "cpu", str(tmp_path)) for name in ("chain-sft", "lr-alone")
     )
     with torch.no_grad():
-        assert chain.call(lr, 0)[0].shape == regression.call(lr, 0)[0].shape == (2, 3, 128, 128)
+        assert chain.call(lr, 0)[0].shape == alone.call(lr, 0)[0].shape == (2, 3, 128, 128)
         assert torch.equal(
             benchmark.load_method("bicubic", "cpu").call(lr, 0)[0],
             F.interpolate(lr, scale_factor=4, mode="bicubic", align_corners=False).clamp(0, 1),
         )
-    assert benchmark.load_method("chain-sft", "cpu", tmp_path).key == chain.key
-    weights.save(
-        tokenizer.GuidedDecoder(width=16, blocks=2).eval(), tmp_path / "guided.safetensors"
-    )
-    assert (
-        benchmark.load_method("chain-sft", "cpu", tmp_path).key != chain.key
-    )  # other weights, other outputs
+    assert benchmark.load_method("chain-sft", "cpu", str(tmp_path)).key == chain.key
+    (tmp_path / "tokenizer" / "more").write_text("other weights, other outputs")
+    assert benchmark.load_method("chain-sft", "cpu", str(tmp_path)).key != chain.key
     with pytest.raises(FileNotFoundError, match="policy-grpo"):
-        benchmark.load_method("chain-grpo", "cpu", tmp_path)
+        benchmark.load_method("chain-grpo", "cpu", str(tmp_path))
 
 
 def test_methods_that_cannot_be_had_are_named_and_the_others_go_on(run, tmp_path):
@@ -481,139 +459,20 @@ def test_wrong_names_are_refused_before_any_work(run, tmp_path):
 def test_the_command_measures_a_folder_and_says_errors_in_a_sentence(tmp_path, capsys):
     for i in range(2):
         for side, size in (("lr", (24, 24)), ("hr", (96, 96))):
-            (tmp_path / "mine" / side).mkdir(parents=True, exist_ok=True)
-            Image.effect_noise(size, 20 + i).convert("RGB").save(
-                tmp_path / "mine" / side / f"{i}.png"
-            )
+            folder = tmp_path / "mine" / side
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.effect_noise(size, 20 + i).convert("RGB").save(folder / f"{i}.png")
     rest = ["--cache", str(tmp_path / "cache"), "-o", str(tmp_path / "out"), "--device", "cpu"]
-    argv = [
-        "evaluate",
-        "--data",
-        str(tmp_path / "mine"),
-        "--methods",
-        "bicubic",
-        "lanczos",
-        "--metrics",
-        "psnr_y",
-        "niqe",
-        *rest,
-    ]
-    assert main(argv) == 0
-    assert (
-        "| lanczos |" in capsys.readouterr().out
-        and (tmp_path / "out" / "benchmark-mine.csv").exists()
-    )
+    what = ["--methods", "bicubic", "lanczos", "--metrics", "psnr_y", "niqe"]
+    assert main(["eval", "benchmark", "--data", str(tmp_path / "mine"), *what, *rest]) == 0
+    assert "| lanczos |" in capsys.readouterr().out
+    assert (tmp_path / "out" / "benchmark-mine.csv").exists()
     record = json.loads((tmp_path / "out" / "benchmark-mine.json").read_text())
-    assert record["baseline"] == "bicubic" and all(
-        len(m["scores"]["niqe"]) == 2 for m in record["methods"].values()
-    )
-    assert main(["evaluate", "--data", "nowhere", *rest]) == 2
-    assert main(["evaluate", "--data", "eval", "--compare", "policy-sft", *rest]) == 2
+    assert record["baseline"] == "bicubic"
+    assert all(len(m["scores"]["niqe"]) == 2 for m in record["methods"].values())
+    assert main(["eval", "benchmark", "--data", "nowhere", *rest]) == 2
     errors = capsys.readouterr().err
-    assert (
-        "error: no set and no folder 'nowhere'" in errors
-        and "error: --compare and --experts have scenes of their own" in errors
-        and "Traceback" not in errors
-    )
-
-
-def test_ctrl_c_is_one_sentence(monkeypatch, capsys, tmp_path):
-    def stop(*a, **k):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(benchmark, "run", stop)
-    assert main(["evaluate", "--data", "eval", "--cache", str(tmp_path)]) == 2
-    assert "the same command goes on from there" in capsys.readouterr().err
-
-
-def test_the_command_without_data_makes_the_first_table(monkeypatch, tmp_path):
-    from realsr_r1.evaluation import results as evaluate
-    from realsr_r1.first import restore
-
-    seen = {}
-    monkeypatch.setattr(restore, "load_models", lambda *a, **k: "models")
-    monkeypatch.setattr(
-        evaluate,
-        "first_results",
-        lambda models, out, n, **k: seen.update(k, models=models, out=out, n=n),
-    )
-    assert main(["evaluate", "--cache", str(tmp_path), "-o", str(tmp_path)]) == 0
-    assert seen == {
-        "models": "models",
-        "out": tmp_path,
-        "n": 512,
-        "cnn_steps": 1200,
-        "cache": tmp_path,
-        "seed": 0,
-    }
-
-
-@pytest.mark.parametrize(
-    ("argv", "said"),
-    [
-        (
-            "evaluate --methods bicubic",
-            "--methods goes with --data alone: say on what, e.g. --data eval",
-        ),
-        (
-            "evaluate --metrics psnr_y",
-            "--metrics goes with --data alone: say on what, e.g. --data eval",
-        ),
-        (
-            "evaluate --baseline lanczos",
-            "--baseline goes with --data alone: say on what, e.g. --data eval",
-        ),
-        (
-            "evaluate --experts niqe --methods bicubic",
-            "--methods goes with --data alone: leave it out",
-        ),
-        (
-            "evaluate --compare policy-sft --metrics psnr_y",
-            "--metrics goes with --data alone: leave it out",
-        ),
-        ("evaluate --first 5", "--first goes with --compare alone: leave it out"),
-        (
-            "evaluate --experts niqe --compare policy-sft --first 5",
-            "--first goes with --compare alone: leave it out",
-        ),
-        ("evaluate --data eval --first 5", "--first goes with --compare alone: leave it out"),
-        ("evaluate --compare policy-sft --first -5", "--first must be 0 or more, got -5"),
-        ("evaluate -n 0", "-n must be 1 or more, got 0"),
-        ("evaluate --experts niqe -n -3", "-n must be 1 or more, got -3"),
-        ("ablate text -n 0", "-n must be 1 or more, got 0"),
-        ("evaluate -o FILE", "FILE is a file and --out takes a folder: choose another place"),
-        (
-            "evaluate --data eval --cache FILE",
-            "FILE is a file and --cache takes a folder: choose another place",
-        ),
-        (
-            "evaluate --data eval --methods bicubic --cache FILE/a -n 1 -o .",
-            "FILE/a/benchmark/eval/bicubic cannot be used, Not a directory",
-        ),
-    ],
-)
-def test_what_cannot_be_meant_is_refused_in_a_sentence_before_any_work(
-    monkeypatch, capsys, tmp_path, argv, said
-):
-    from realsr_r1.ablations import grpo as ablate
-    from realsr_r1.evaluation import calibration
-    from realsr_r1.evaluation import policies as compare
-    from realsr_r1.evaluation import results as evaluate
-    from realsr_r1.first import restore
-
-    for module, name in (
-        (restore, "load_models"),
-        (evaluate, "first_results"),
-        (calibration, "calibrate"),
-        (compare, "compare"),
-        (ablate.Bench, "load"),
-        (benchmark, "load_method"),
-    ):
-        monkeypatch.setattr(module, name, lambda *a, **k: pytest.fail("work began"))
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "FILE").write_text("")
-    assert main(argv.split()) == 2
-    assert capsys.readouterr().err.splitlines()[-1] == f"error: {said}"
+    assert "error: no set and no folder 'nowhere'" in errors and "Traceback" not in errors
 
 
 @pytest.mark.parametrize(
@@ -633,5 +492,5 @@ def test_an_error_of_the_system_is_one_sentence(monkeypatch, capsys, tmp_path, e
         raise error
 
     monkeypatch.setattr(benchmark, "run", refuse)
-    assert main(["evaluate", "--data", "eval", "--cache", str(tmp_path)]) == 2
+    assert main(["eval", "benchmark", "--cache", str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"error: {said}\n"

@@ -4,9 +4,9 @@ import pytest
 import torch
 from PIL import Image
 
+from realsr_r1 import degradation, photographs
 from realsr_r1 import images as photos
 from realsr_r1.evaluation import sets as benchsets
-from realsr_r1.first import degradation, scenes
 
 
 def picture(path, w, h, level=100):
@@ -28,7 +28,7 @@ def make_pairs(
 
 def test_eval_photos_under_three_fixed_degradations():
     found = benchsets.load("eval")
-    files = sorted((scenes.ASSETS / "eval").glob("*.webp"))
+    files = sorted((photographs.ASSETS / "eval").glob("*.webp"))
     assert (
         len(found) == 3 * len(files) == 42
         and found.paired
@@ -37,17 +37,17 @@ def test_eval_photos_under_three_fixed_degradations():
     assert [i.group for i in found.items[:4]] == [files[0].stem] * 3 + [files[1].stem]
     lr, hr = found.items[1].read()
     assert lr.shape == (3, 64, 64) and hr.shape == (3, 256, 256)
-    again = degradation.degrade(hr[None], "nano", torch.Generator().manual_seed(0))
+    again = degradation.degrade(hr[None], "nano-medium", torch.Generator().manual_seed(0))
     assert torch.equal(lr, again.lr[0]) and found.items[1].labels == again.labels[0]
-    assert found.items[1].id.endswith("-nano") and not torch.equal(lr, found.items[2].read()[0])
+    assert found.items[1].id.endswith("-medium") and not torch.equal(lr, found.items[2].read()[0])
 
 
 def test_one_degradation_alone_is_the_same_pictures():
-    whole, severe = benchsets.load("eval", 6), benchsets.load("eval:severe", 2)
-    assert [i.id for i in severe.items] == [
-        i.id for i in whole.items if i.id.endswith("severe")
-    ] and severe.name == "eval-severe"
-    assert torch.equal(severe.items[1].read()[0], whole.items[5].read()[0])
+    whole, heavy = benchsets.load("eval", 6), benchsets.load("eval:heavy", 2)
+    assert [i.id for i in heavy.items] == [
+        i.id for i in whole.items if i.id.endswith("heavy")
+    ] and heavy.name == "eval-heavy"
+    assert torch.equal(heavy.items[1].read()[0], whole.items[5].read()[0])
 
 
 def test_an_original_is_the_centre_square_and_keeps_colours():
@@ -66,21 +66,16 @@ def test_real_photos_have_no_original():
     )
 
 
-def test_collages_are_the_pairs_of_the_test_split(tmp_path):
-    found, pairs = (
-        benchsets.load("collages", 3, tmp_path),
-        scenes.pairs(range(2_000_000, 2_000_003), "test"),
-    )
-    for i, item in enumerate(found.items):
-        lr, hr = item.read()
-        assert torch.equal((lr * 255).round().byte(), pairs.lr[i]) and torch.equal(
-            (hr * 255).round().byte(), pairs.hr[i]
-        )
-        assert (
-            item.labels == pairs.labels[i]
-            and item.scene.captions == pairs.scenes[i].captions
-            and item.id == f"{2_000_000 + i}"
-        )
+def test_annotated_photographs_are_the_test_split_at_three_severities():
+    found, photos_of_split = benchsets.load("photographs", 6), photographs.load("test")
+    names = [p.file for p in photos_of_split[:2] for _ in range(3)]
+    assert [i.photo.file for i in found.items] == names
+    pair = photographs.Pairs(photos_of_split, "nano-heavy", training=False)[1]
+    lr, hr = found.items[5].read()
+    assert torch.equal((lr * 255).round().byte(), pair["lr"])
+    assert torch.equal((hr * 255).round().byte(), pair["hr"])
+    assert degradation.to_words(found.items[5].labels) == pair["degradation"]
+    assert found.items[0].group == found.items[2].group != found.items[3].group
 
 
 # ---------------------------------------------------------------- folders
@@ -187,7 +182,7 @@ def test_photos_alone_or_in_lr_alone_have_no_original(tmp_path):
 
 def test_folders_that_are_wrong_are_refused_in_a_sentence(tmp_path):
     with pytest.raises(
-        FileNotFoundError, match="no set and no folder 'nowhere': choose among eval, eval:mild"
+        FileNotFoundError, match="no set and no folder 'nowhere': choose among eval, eval:light"
     ):
         benchsets.load("nowhere")
     with pytest.raises(FileNotFoundError, match="does not exist"):

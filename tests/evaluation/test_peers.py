@@ -17,6 +17,7 @@ from PIL import Image
 
 from realsr_r1 import images as photos
 from realsr_r1 import perceptual
+from realsr_r1.cli import main
 from realsr_r1.evaluation import peers
 
 NETWORKS = [name for name, method in peers.METHODS.items() if method.weights]
@@ -176,7 +177,7 @@ def test_an_absent_package_is_named_with_the_line_that_installs_it(nothing, name
     )
     method = peers.METHODS[name]
     with pytest.raises(
-        RuntimeError, match=f"{method.package}.*python -m realsr_r1.evaluation.peers"
+        RuntimeError, match=f"{method.package}.*realsr eval peers"
     ) as error:
         peers.load(name)
     assert "\n" not in str(error.value)
@@ -312,7 +313,8 @@ def test_archives_that_cannot_serve(nothing, tmp_path, capsys):
     with pytest.raises(ValueError, match="holds no weights of realesrgan"):
         peers.add(half)
     assert not (tmp_path / "hub").exists()
-    assert peers.main([str(half)]) == 1 and "holds no weights" in capsys.readouterr().out
+    assert main(["eval", "peers", str(half)]) == 2
+    assert "holds no weights" in capsys.readouterr().err
 
 
 def test_a_cut_archive_is_damaged_and_leaves_nothing(nothing, tmp_path):
@@ -329,7 +331,7 @@ def test_a_cut_archive_is_damaged_and_leaves_nothing(nothing, tmp_path):
 
 def test_the_command_lists_every_method_with_its_state(fakes, monkeypatch, capsys):
     monkeypatch.setattr(peers, "missing", lambda name: "install it" if name == "span-x4" else None)
-    assert peers.main([]) == 0
+    assert main(["eval", "peers"]) == 0
     text = capsys.readouterr().out
     assert "span-x4: install it" in text and text.count(": ready") == len(peers.METHODS) - 1
     assert text.count("licence:") == len(peers.METHODS)

@@ -1,11 +1,16 @@
-"""Checks for notebook 00: finding a part in a trace, counting tiles, counting the tokens of a
-chain."""
+"""Checks for notebook 00: finding a part in a trace, counting tiles and tokens, agreement with the
+LR photo."""
 
 import math
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
 from realsr_r1.course.checks import check, expect
-from realsr_r1.first import vlcot
-from realsr_r1.first.restore import STRIDE, TILE, tile_origins
+from realsr_r1.perceptual import psnr
+from realsr_r1.pipeline import STRIDE, TILE, origins
+from realsr_r1.vlcot import IMAGE_TAGS, TAGS, image_length
 
 
 def toy_trace() -> dict:
@@ -15,8 +20,8 @@ def toy_trace() -> dict:
     for y in (0, 24):
         for x in (0, 24):
             parts = {
-                t: [[len(tiles)]] if t in vlcot.IMAGE_TAGS else f"{t} of the tile at {x}, {y}"
-                for t in vlcot.TAGS
+                t: [[len(tiles)]] if t in IMAGE_TAGS else f"{t} of the tile at {x}, {y}"
+                for t in TAGS
             }
             tiles.append({"x": x, "y": y, **parts})
     return {"settings": {"tile": TILE, "stride": STRIDE}, "complete": True, "tiles": tiles}
@@ -26,6 +31,23 @@ def find_part(trace: dict, x: int, y: int, tag: str):
     """The part `tag` of the first tile that covers LR pixel (x, y); None outside the photo."""
     inside = (t for t in trace["tiles"] if 0 <= x - t["x"] < TILE and 0 <= y - t["y"] < TILE)
     return next((t[tag] for t in inside), None)
+
+
+def count_tiles(width: int, height: int) -> int:
+    """The package's tiles for a photo of width x height LR pixels, padded as it pads them."""
+    side = (max(TILE, n + n % 2) for n in (height, width))
+    return len(origins(torch.empty(3, *side)))
+
+
+def count_tokens(text_words: list[int], image_sides: list[int]) -> int:
+    """Tokens of a chain, its end token included."""
+    tags = 2 * (len(text_words) + len(image_sides))
+    return sum(text_words) + sum(map(image_length, image_sides)) + tags + 1
+
+
+def agreement(restored: Tensor, lr: Tensor) -> float:
+    """PSNR in dB of a picture (1, 3, 4h, 4w), scaled down, against the LR photo (1, 3, h, w)."""
+    return psnr(F.interpolate(restored, size=lr.shape[-2:], mode="area"), lr).item()
 
 
 @check
@@ -82,15 +104,12 @@ def part_at(student) -> None:
 
 @check
 def tiles_needed(student) -> None:
-    def right(w: int, h: int) -> int:
-        return len(tile_origins(w)) * len(tile_origins(h))
-
     def mistake(per_side) -> bool:
         """True if the student's numbers are those of this rule, where it differs from the right
         one."""
         return all(got == per_side(w) * per_side(h) for (w, h), got in answers.items())
 
-    places = [(32, 32), (33, 32), (56, 80), (57, 80), (160, 104), (20, 20), (200, 113)]
+    places = [(32, 32), (33, 32), (56, 80), (58, 80), (160, 104), (20, 20), (200, 113)]
     answers = {(w, h): student(w, h) for w, h in places}
     expect(all(a is not None for a in answers.values()), "you returned nothing: end with `return`")
     expect(
@@ -103,19 +122,23 @@ def tiles_needed(student) -> None:
     )
     expect(
         not mistake(lambda n: math.ceil(n / TILE)),
-        "you forgot the overlap: tiles start every 28 pixels, only the first one is 32 new ones",
+        "you forgot the overlap: tiles start every 24 pixels, only the first one is 32 new ones",
     )
     expect(
         not mistake(lambda n: math.ceil(n / STRIDE)),
-        "you counted 28 new pixels for every tile: the first one brings 32",
+        "you counted 24 new pixels for every tile: the first one brings 32",
     )
     expect(
         not mistake(lambda n: 1 + math.ceil(max(0, 4 * n - TILE) / STRIDE)),
         "you counted pixels of the result: tiles are cut from the LR photo",
     )
-    one_side = {(w, h): len(tile_origins(w)) for w, h in places}
+
+    def along(n: int) -> int:
+        return count_tiles(n, TILE)
+
+    one_side = {(w, h): along(w) for w, h in places}
     expect(answers != one_side, "you counted one row of tiles only: multiply by the number of rows")
-    both_sides = {(w, h): len(tile_origins(w)) + len(tile_origins(h)) for w, h in places}
+    both_sides = {(w, h): along(w) + along(h) for w, h in places}
     expect(answers != both_sides, "you added columns and rows: multiply them")
     expect(
         answers[20, 20] == 1,
@@ -124,26 +147,20 @@ def tiles_needed(student) -> None:
     )
     for (w, h), got in answers.items():
         expect(
-            got == right(w, h), f"a photo of {w}x{h} takes {right(w, h)} tiles, you returned {got}"
+            got == count_tiles(w, h),
+            f"a photo of {w}x{h} takes {count_tiles(w, h)} tiles, you returned {got}",
         )
 
 
 @check
 def chain_tokens(student) -> None:
     words, sides = [9, 4, 6, 14], [4, 8, 16]
-    text, codes, rows = sum(words), sum(n * n for n in sides), sum(sides)
-    frame, tags = 4 * len(sides), 2 * (len(words) + len(sides))
-    right = text + codes + rows + frame + tags + 1
+    text, tags = sum(words), 2 * (len(words) + len(sides))
+    frame, right = 2 * len(sides), count_tokens(words, sides)
     got = student(words, sides)
     expect(got is not None, "you returned nothing: end with `return`")
-    expect(got != right - rows, "you forgot the row ends: an image of n rows has n of them")
     expect(
-        got != right - frame,
-        "you forgot the image's frame: start, height, width and end, 4 words an image",
-    )
-    expect(
-        got != right - rows - frame,
-        "you counted the codes of an image only: add its row ends and the 4 words of its frame",
+        got != right - frame, "you forgot the image's frame: a start and an end token, 2 an image"
     )
     expect(
         got != right - tags,
@@ -153,15 +170,39 @@ def chain_tokens(student) -> None:
         got != right - tags // 2,
         "you counted one tag a part: there is one that opens it and one that closes it",
     )
-    expect(got != right - tags - 1, "you forgot the tags and the end word")
-    expect(got != right - 1, "you forgot the end word that closes the completion")
+    expect(got != right - tags - 1, "you forgot the tags and the end token")
+    expect(got != right - 1, "you forgot the end token that closes the completion")
     expect(got != right - text, "you forgot the words of the texts")
+    expect(
+        got != right - sum(n * n for n in sides) + sum(sides),
+        "an image of n codes a side has n × n codes, not n",
+    )
     expect(
         got == right,
         f"texts of {words} words and images of {sides} codes a side make {right} tokens, you "
         f"returned {got}",
     )
     expect(
-        student([1, 1, 1, 1], [2, 2, 2]) == 4 + 3 * (2 * 3 + 4) + 14 + 1,
+        student([1, 1, 1, 1], [2, 2, 2]) == count_tokens([1, 1, 1, 1], [2, 2, 2]),
         "you are right for one chain only: use both arguments, not numbers",
     )
+
+
+@check
+def consistency(student) -> None:
+    g = torch.Generator().manual_seed(0)
+    big, lr = torch.rand(1, 3, 32, 48, generator=g), torch.rand(1, 3, 8, 12, generator=g)
+    right, got = agreement(big, lr), student(big.clone(), lr.clone())
+    expect(got is not None, "you returned nothing: end with `return`")
+    expect(not isinstance(got, Tensor) or got.numel() == 1, "return one number for the photo")
+    got = float(got)
+    sampled = psnr(big[..., ::4, ::4], lr).item()
+    smooth = F.interpolate(big, size=lr.shape[-2:], mode="bicubic", align_corners=False)
+    up = psnr(F.interpolate(lr, scale_factor=4, mode="nearest"), big).item()
+    expect(abs(got - sampled) > 1e-3, "you took every fourth pixel: take the mean of each block")
+    expect(abs(got - psnr(smooth, lr).item()) > 1e-3, "you scaled down by bicubic: use blocks")
+    expect(abs(got - up) > 1e-3, "you enlarged the LR photo: scale the result down instead")
+    expect(abs(got + right) > 1e-3, "the sign is turned: a smaller error means more dB")
+    expect(abs(got - right * math.log(10)) > 1e-2, "use the logarithm to the base 10")
+    expect(abs(got - right / 2) > 1e-3, "mean squared error, not its root")
+    expect(abs(got - right) < 1e-3, f"expected {right:.3f} dB on a random picture, got {got:.3f}")
