@@ -6,6 +6,8 @@ grid, from which the decoder, being convolutional, decodes the whole picture bes
 no tile border can show.
 """
 
+import contextlib
+import io
 import json
 import math
 from collections.abc import Iterator
@@ -129,7 +131,8 @@ class RealSR:
                     "(realsr train --help) or reinstall"
                 )
         try:
-            tokenizer = VQModel.from_pretrained(parts[0])
+            with contextlib.redirect_stdout(io.StringIO()):  # the hub's mixin says what it does
+                tokenizer = VQModel.from_pretrained(parts[0])
             model = ChainPolicy.from_pretrained(parts[1], dtype=torch.float32)
         except Exception as e:  # safetensors, json, torch and hub each raise their own kinds
             raise ValueError(
