@@ -249,6 +249,30 @@ def check_columns(dataset: Dataset, rewards: list[Callable]) -> None:
                 raise ValueError(f"reward {reward.__name__} needs the column {column!r}: add it")
 
 
+def trainer_of(
+    policy: ChainPolicy,
+    dataset: Dataset,
+    rewards: list[Callable],
+    out: Path,
+    settings: GrpoSettings,
+    device: str | None = None,
+) -> ChainGRPOTrainer:
+    """TRL's trainer, ready to train; see `train_grpo`."""
+    check_columns(dataset, rewards)
+    reference = copy.deepcopy(without_dropout(policy)) if settings.beta else None
+    policy.generation_config = GenerationConfig()  # TRL sets its own sampler up, which is not used
+    return ChainGRPOTrainer(
+        settings,
+        reference,
+        model=without_dropout(policy),
+        args=arguments(out, settings, device, policy.grammar(settings.parts).max_length),
+        train_dataset=dataset.with_format("numpy", columns=["lr", "hr"], output_all_columns=True),
+        processing_class=policy.vocabulary.tokenizer,
+        reward_funcs=[guarded(r) for r in rewards],
+        callbacks=[CsvLog(out / "log.csv")],
+    )
+
+
 def train_grpo(
     policy: ChainPolicy,
     dataset: Dataset,
@@ -269,19 +293,7 @@ def train_grpo(
     Raises ValueError, in one sentence, for a missing column or a reward that misbehaves."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    check_columns(dataset, rewards)
-    reference = copy.deepcopy(without_dropout(policy)) if settings.beta else None
-    policy.generation_config = GenerationConfig()  # TRL sets its own sampler up, which is not used
-    trainer = ChainGRPOTrainer(
-        settings,
-        reference,
-        model=without_dropout(policy),
-        args=arguments(out, settings, device, policy.grammar(settings.parts).max_length),
-        train_dataset=dataset.with_format("numpy", columns=["lr", "hr"], output_all_columns=True),
-        processing_class=policy.vocabulary.tokenizer,
-        reward_funcs=[guarded(r) for r in rewards],
-        callbacks=[CsvLog(out / "log.csv")],
-    )
+    trainer = trainer_of(policy, dataset, rewards, out, settings, device)
     folder = out / "checkpoints"
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
     trained = trainer.accelerator.unwrap_model(trainer.model).cpu()

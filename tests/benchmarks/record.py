@@ -23,7 +23,6 @@ SERIES = {
     "restore": ("restore a photo", "LR pixels", "#0072B2", "o"),
     "realesrgan": ("Real-ESRGAN x4plus", "LR pixels", "#D55E00", "s"),
     "group": ("sample a group", "chains in the group", "#009E73", "^"),
-    "chain": ("sample 4 chains", "words in the chain", "#CC79A7", "D"),
 }
 
 

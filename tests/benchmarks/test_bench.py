@@ -3,16 +3,11 @@ import math
 import re
 
 import peer_degradation
-import peer_sampling
 import pytest
 import torch
 from bench import main
 from PIL import Image
 from record import Peak, Record, exponent, side_by_side
-
-from realsr_r1.first import policy
-from realsr_r1.first.policy import Sampling
-from realsr_r1.first.vlcot import END, ROW, START, LayoutGrammar
 
 
 def test_exponent_of_a_known_power():
@@ -50,7 +45,7 @@ def test_the_figure_has_the_fitted_exponents(tmp_path):
     assert record.write_figure() == {}
     for x in (1, 2, 4):
         record.row(f"a group of {x}", "", "group", x, 5 * x**0.5)
-    record.row("one point only", "", "chain", 100, 1)
+    record.row("one point only", "", "restore", 100, 1)
     assert record.write_figure() == {"group": pytest.approx(0.5, abs=1e-4)}
     assert Image.open(tmp_path / "bench.webp").width > 200
     record.row("last", "")
@@ -74,62 +69,6 @@ def test_peak_memory_sees_what_was_freed():
     assert large.gib > small.gib + 0.2 or not large.exact
 
 
-def test_the_row_by_row_layout_agrees_with_the_grammar(tiny):
-    model = tiny[2]
-    v, grammar = model.vocabulary, LayoutGrammar(tiny[2].vocabulary, model.nano.sizes)
-    prompts = v.prompts(torch.arange(8).view(2, 2, 2))
-    ids = policy.sample(
-        model, prompts, Sampling.rollout(), torch.Generator().manual_seed(0), grammar=grammar
-    ).ids
-    layout, state, checked = peer_sampling.PerRowLayout(v), grammar.start(2), 0
-    inside = (
-        grammar.is_image | (grammar.only_word == v.ids[ROW]) | (grammar.only_word == v.ids[END])
-    )
-    for i in range(ids.shape[1]):
-        scores = layout(torch.cat([prompts, ids[:, :i]], 1), torch.zeros(2, len(v)))
-        for row in range(2):
-            if inside[state[row]]:
-                assert torch.equal(torch.isfinite(scores[row]), grammar.allowed(state)[row]), (
-                    f"word {i}"
-                )
-                checked += 1
-            else:
-                assert torch.equal(scores[row], torch.zeros(len(v)))
-        state = grammar.step(state, ids[:, i])
-    assert checked == 2 * sum(n * (n + 1) + 1 for n in model.nano.sizes)
-
-
-def test_generate_obeys_the_layout_and_leaves_global_randomness_alone(tiny):
-    model = tiny[2]
-    v = model.vocabulary
-    opened = v.ids[START], v.ids["<n2>"], v.ids["<n3>"]
-    prompts = torch.cat(
-        [v.prompts(torch.zeros(2, 2, 2, dtype=torch.long)), torch.tensor([opened, opened])], 1
-    )
-    torch.manual_seed(5)
-    expected = torch.rand(1)
-    torch.manual_seed(5)
-    out = peer_sampling.generate(model, prompts, 9, peer_sampling.PerRowLayout(v))
-    assert torch.equal(torch.rand(1), expected)
-    code = lambda w: v.first_code <= w < v.first_code + v.codes  # noqa: E731
-    for row in out.tolist():
-        assert [code(w) or w for w in row] == [
-            True,
-            True,
-            True,
-            v.ids[ROW],
-            True,
-            True,
-            True,
-            v.ids[ROW],
-            v.ids[END],
-        ]
-    free = peer_sampling.generate(model, prompts, 9)
-    assert not all(
-        code(w) for w in free[0].tolist()[:3]
-    )  # random weights would hardly choose codes alone
-
-
 def test_real_esrgans_own_degradation():
     run = peer_degradation.load()
     if run is None:
@@ -147,7 +86,7 @@ def test_real_esrgans_own_degradation():
 def test_the_command_refuses_what_would_mislead(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["speed"])
-    assert "choose from degradation, data, sampling" in capsys.readouterr().err
+    assert "choose from degradation, sampling" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["--small"])
     assert "folder of its own" in capsys.readouterr().err
@@ -157,23 +96,15 @@ def test_a_section_by_itself_without_the_peer(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(peer_degradation, "load", lambda: None)
     main(["degradation", "--small", "--out", str(tmp_path)])
     table = (tmp_path / "bench.md").read_text()
-    assert "ms an image" in table and "not installed" in table
-    assert "scenes" not in table
+    assert "ms each" in table and "not installed" in table
+    assert "sampled tokens" not in table
 
 
 def test_rollouts_and_a_step_are_timed_part_by_part(tmp_path):
     main(["rollouts", "grpo", "growth", "--small", "--out", str(tmp_path)])
     table = (tmp_path / "bench.md").read_text()
-    assert (
-        "2 groups of 2, the first 24 words" in table
-        and "4 chains of 32 words" in table
-        and "exponent: sample a group" in table
-    )
-    shares = [
-        int(x)
-        for x in re.search(
-            r"sampling (\d+)%, forward and backward (\d+)%, rewards (\d+)%, other (\d+)%", table
-        ).groups()
-    ]
-    assert 98 <= sum(shares) <= 102 and min(shares[:2]) > 0  # rounded
+    assert "2 groups of 2, the first words" in table and "exponent: sample a group" in table
+    pattern = r"sampling (\d+)%, rewards (\d+)%, forward, backward and rest (\d+)%"
+    shares = [int(x) for x in re.search(pattern, table).groups()]
+    assert 99 <= sum(shares) <= 101 and shares[0] > 0  # rounded
     assert (tmp_path / "bench.webp").stat().st_size > 1000
