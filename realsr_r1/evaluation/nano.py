@@ -193,6 +193,6 @@ def write(rows: list[dict], out: Path, note: str) -> None:
         w = csv.DictWriter(f, names)
         w.writeheader()
         w.writerows(
-            {k: round(v, 4) if isinstance(v, float) else v for k, v in r.items()} for r in rows
+            {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows
         )
     out.with_suffix(".md").write_text(f"{note}\n\n{table(rows)}", encoding="utf-8")

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from realsr_r1 import sampling
 from realsr_r1.course.checks import chain as checks
-from realsr_r1.first import policy, sft
 
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "03_vlcot_sft.ipynb"
 
@@ -50,25 +50,8 @@ def ce(logits, target, weights, mean=lambda loss, w: (loss * w).sum() / w.sum())
     )
 
 
-def right_word(i, n):
-    if i == 0:
-        return "start"
-    if i < 3:
-        return "size"
-    if i == n * (n + 1) + 3:
-        return "end"
-    return "row" if (i - 3) % (n + 1) == n else "code"
-
-
-def word_with(header=3, period=1, end=3):
-    def word(i, n):
-        if i < 3:
-            return "start" if i == 0 else "size"
-        if i >= n * (n + 1) + end:
-            return "end"
-        return "row" if (i - header) % (n + period) == n + period - 1 else "code"
-
-    return word
+def right_parent(r, c, fine, coarse):
+    return (r * coarse // fine) * coarse + c * coarse // fine
 
 
 def logprob(first=0, shift=1, raw=False, how=torch.sum):
@@ -102,12 +85,12 @@ def entropy_k(base=1.0, sign=1.0, slope=1.0, clamp=10.0, safe=True, whole=True, 
 
 RIGHT = [
     (checks.labels, right_labels),
-    (checks.weighted_cross_entropy, sft.weighted_cross_entropy),
+    (checks.weighted_cross_entropy, checks.reference.weighted_cross_entropy),
     (checks.weighted_cross_entropy, ce),
-    (checks.image_word, right_word),
-    (checks.image_word, word_with()),
+    (checks.parent, right_parent),
+    (checks.parent, checks.reference.parent),
     (checks.sequence_logprob, logprob()),
-    (checks.entropy_top_k, policy.entropy_k),
+    (checks.entropy_top_k, sampling.entropy_top_k),
     (checks.entropy_top_k, entropy_k()),
 ]
 
@@ -165,16 +148,12 @@ WRONG = [
         lambda x, t, w: F.cross_entropy(x, t, reduction="none") * w[t],
         "leave those positions out first",
     ),
-    (checks.image_word, word_with(period=0), "n + 1 words, not n"),
-    (checks.image_word, word_with(header=0), "subtract 3 first"),
-    (checks.image_word, word_with(end=2), "end comes too early"),
-    (checks.image_word, word_with(end=9), "must be the end"),
-    (
-        checks.image_word,
-        lambda i, n: "start" if i == 0 else "size" if i < 3 else "code",
-        "no row ends",
-    ),
-    (checks.image_word, lambda i, n: right_word(i, n) == "code", "return one of"),
+    (checks.parent, lambda r, c, f, k: right_parent(c, r, f, k), "swapped row and column"),
+    (checks.parent, lambda r, c, f, k: (r * k // f) * f + c * k // f, "not `fine`"),
+    (checks.parent, lambda r, c, f, k: r * k + c, "did not divide"),
+    (checks.parent, lambda r, c, f, k: (r // 2) * k + c // 2, "always divide by 2"),
+    (checks.parent, lambda r, c, f, k: right_parent(r, c, f, k) / 1, "integer"),
+    (checks.parent, lambda r, c, f, k: None, "returned nothing"),
     (checks.sequence_logprob, logprob(shift=0), "forgot to shift"),
     (checks.sequence_logprob, logprob_backwards, "shifted the wrong way"),
     (checks.sequence_logprob, logprob_all, "the prompt is in your sum"),

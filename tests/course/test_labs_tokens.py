@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from realsr_r1.course.checks import tokens as checks
-from realsr_r1.first.tokenizer import Codebook
-from realsr_r1.first.vlcot import image_words
+from realsr_r1.tokenizer import Codebook
+from realsr_r1.vlcot import image_tokens
 
 
 def entropy(codes, size, base=torch.e):
@@ -31,7 +31,7 @@ def in_place(w, u, p, t, g):
 
 
 RIGHT = {
-    "image_tokens": lambda n, size: (n // size) * (n // size + 1) + 4,
+    "image_tokens": lambda n, size: (n // size) ** 2 + 2,
     "nearest_code": lambda z, book: (z @ F.normalize(book, dim=1).T).argmax(1),
     "straight_through": lambda z, q: z + (q - z).detach(),
     "perplexity": lambda codes, size: torch.tensor(entropy(codes, size)).exp(),
@@ -39,13 +39,12 @@ RIGHT = {
 }
 WRONG = [
     ("image_tokens", lambda n, s: None, "returns nothing"),
-    ("image_tokens", lambda n, s: n * (n + 1) + 4, "count pixels"),
+    ("image_tokens", lambda n, s: n * n + 2, "count pixels"),
     ("image_tokens", lambda n, s: (n // s) ** 2, "codes alone"),
-    ("image_tokens", lambda n, s: (n // s) ** 2 + 4, "row ends"),
-    ("image_tokens", lambda n, s: (n // s) * (n // s + 1), "four words"),
-    ("image_tokens", lambda n, s: (n // s) * (n // s + 1) + 2, "left some out"),
-    ("image_tokens", lambda n, s: (n / s) * (n / s + 1) + 4, "integer"),
-    ("image_tokens", lambda n, s: (n // 8) * (n // 8 + 1) + 4, "hard-coded"),
+    ("image_tokens", lambda n, s: (n // s) ** 2 + 1, "left one out"),
+    ("image_tokens", lambda n, s: n // s + 2, "one row"),
+    ("image_tokens", lambda n, s: (n / s) ** 2 + 2, "integer"),
+    ("image_tokens", lambda n, s: (n // 8) ** 2 + 2, "hard-coded"),
     (
         "nearest_code",
         lambda z, b: (F.normalize(z, dim=1) @ F.normalize(b, dim=1).T).argmax(0),
@@ -57,7 +56,7 @@ WRONG = [
         "return the index",
     ),
     ("nearest_code", lambda z, b: (z @ F.normalize(b, dim=1).T).argmin(1), "argmax, not argmin"),
-    ("nearest_code", lambda z, b: (z @ b.T).argmax(1), "did not normalise the codebook"),
+    ("nearest_code", lambda z, b: (z @ b.T).argmax(1), "did not normalize the codebook"),
     (
         "nearest_code",
         lambda z, b: torch.cdist(z, b).argmin(1),
@@ -66,7 +65,7 @@ WRONG = [
     (
         "nearest_code",
         lambda z, b: torch.cdist(F.normalize(z, dim=1), b).argmin(1),
-        "codes that are not normalised",
+        "codes that are not normalized",
     ),
     (
         "nearest_code",
@@ -148,7 +147,7 @@ def test_an_empty_stub_is_said_to_be_unwritten(name, capsys):
 
 def test_the_right_answers_are_the_packages_own():
     codes = torch.zeros(5, 5, dtype=torch.long)
-    assert len(image_words(codes).split()) == RIGHT["image_tokens"](40, 8)
+    assert len(image_tokens(codes).split()) == RIGHT["image_tokens"](40, 8)
     book, z = Codebook(16, 4, 0.25), torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
     own = book.nearest(z.T[None, :, :, None]).flatten()
     assert torch.equal(own, RIGHT["nearest_code"](z, book.weight.detach()))

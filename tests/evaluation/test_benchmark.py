@@ -393,7 +393,9 @@ def test_accuracy_of_the_text_reaches_the_table(run, pairs, model, monkeypatch, 
     two = [said["subject"], said["background"]]
     assert said["understanding"] == pytest.approx(np.mean(two, axis=0).tolist())
     text = (tmp_path / "out" / "benchmark-some.md").read_text()
-    assert "| the chain says rightly | subject |" in text and "| degradation | understanding |" in text
+    assert (
+        "| the chain says rightly | subject |" in text and "| degradation | understanding |" in text
+    )
 
 
 def test_own_methods_are_loaded_by_name_from_a_folder(model, pairs, tmp_path):

@@ -176,9 +176,7 @@ def test_an_absent_package_is_named_with_the_line_that_installs_it(nothing, name
         peers, "find_spec", lambda module: ModuleSpec(module, None) if module == "ncnn" else None
     )
     method = peers.METHODS[name]
-    with pytest.raises(
-        RuntimeError, match=f"{method.package}.*realsr eval peers"
-    ) as error:
+    with pytest.raises(RuntimeError, match=f"{method.package}.*realsr eval peers") as error:
         peers.load(name)
     assert "\n" not in str(error.value)
     assert ("realsr_r1[peers]" in str(error.value)) == (name != "realsr-df2k-jpeg")

@@ -1,12 +1,42 @@
-"""Checks for the lesson on the chain and its cold start: labels, weighted loss, layout,
-log-probability, entropy top-k."""
+"""Checks for the lesson on the chain and its cold start: labels, weighted loss, the cell above,
+log-probability, entropy top-k; `reference` holds a right version of those that the package has not
+by this name."""
 
 import math
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
 from realsr_r1.course.checks import Mistake, check, expect
+
+
+def _labels(ids: torch.Tensor, prompt: int, pad: int = 0) -> torch.Tensor:
+    out = ids.clone()
+    out[:, :prompt] = -100
+    out[ids == pad] = -100
+    return out
+
+
+def _weighted(logits: torch.Tensor, target: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    keep = target != -100
+    loss = F.cross_entropy(logits[keep], target[keep], reduction="none")
+    return (loss * weights[target[keep]]).sum() / weights[target[keep]].sum()
+
+
+def _parent(r: int, c: int, fine: int, coarse: int) -> int:
+    step = fine // coarse
+    return (r // step) * coarse + c // step
+
+
+def _logprob(logits: torch.Tensor, ids: torch.Tensor, prompt: int) -> torch.Tensor:
+    logp = logits[:, prompt - 1 : -1].log_softmax(-1)
+    return logp.gather(-1, ids[:, prompt:, None])[..., 0].sum(1)
+
+
+reference = SimpleNamespace(
+    labels=_labels, weighted_cross_entropy=_weighted, parent=_parent, sequence_logprob=_logprob
+)
 
 
 def _shape(out, like: tuple[int, ...], what: str) -> None:
@@ -124,44 +154,39 @@ def weighted_cross_entropy(student) -> None:
 
 
 @check
-def image_word(student) -> None:
-    """(position i, size n) → what stands there in an n×n image: start, size, code, row or end."""
-    kinds = ("start", "size", "code", "row", "end")
-    for n in (2, 4, 16):
-        truth = ["start", "size", "size", *(["code"] * n + ["row"]) * n, "end"]
-        out = [student(i, n) for i in range(len(truth))]
-        odd = next((x for x in out if x not in kinds), None)
-        expect(all(x in kinds for x in out), f"return one of {', '.join(kinds)}, not {odd!r}")
-        if out == truth:
-            continue
-        expect(out[0] == "start", "position 0 is the start word: count from 0")
+def parent(student) -> None:
+    """(row, column, fine, coarse) → index of the coarse cell at that place."""
+    cells = [
+        (r, c, f, k) for f, k in ((16, 8), (8, 4), (16, 4)) for r in range(f) for c in range(f)
+    ]
+    got = {x: student(*x) for x in cells}
+    expect(got[0, 0, 16, 8] is not None, "you returned nothing: end with `return`")
+    expect(not isinstance(got[3, 3, 16, 8], float), "an index is an integer: divide with //")
+
+    def mistake(rule) -> bool:
+        return all(got[x] == rule(*x) for x in cells)
+
+    expect(
+        not mistake(lambda r, c, f, k: (c * k // f) * k + r * k // f),
+        "you swapped row and column: cells are counted row by row",
+    )
+    expect(
+        not mistake(lambda r, c, f, k: (r * k // f) * f + c * k // f),
+        "a row of the coarse image has `coarse` cells, not `fine`",
+    )
+    expect(
+        not mistake(lambda r, c, f, k: r * k + c),
+        "you did not divide: two rows (or more) of the fine image lie in one coarse row",
+    )
+    expect(
+        not mistake(lambda r, c, f, k: (r // 2) * k + c // 2),
+        "you always divide by 2: the fine image may have four cells for one coarse cell",
+    )
+    for (r, c, f, k), value in got.items():
+        right = _parent(r, c, f, k)
         expect(
-            out[1] == out[2] == "size", "the start is followed by two size words, height and width"
-        )
-        body = out[3:-1]
-        expect("row" in body, "no row ends: after every n codes a row is closed")
-        period = body.index("row") + 1
-        expect(
-            period != n,
-            "your rows are one word too short: a row is n codes and then its end, so the "
-            "pattern repeats every n + 1 words, not n",
-        )
-        expect(
-            period != n - 2 and period != n + 4,
-            "you forgot that three words (start and two sizes) come before the first row: "
-            "subtract 3 first",
-        )
-        expect(
-            body[-1] != "end",
-            "the end comes too early: the last row has an end of its own before it",
-        )
-        expect(
-            out[-1] == "end",
-            f"position n·(n + 1) + 3 must be the end: for n = {n} that is {len(truth) - 1}",
-        )
-        at = next(i for i, (a, b) in enumerate(zip(out, truth, strict=True)) if a != b)
-        raise Mistake(
-            f"in an image of {n}×{n} codes, position {at} is '{truth[at]}', you say '{out[at]}'"
+            value == right,
+            f"cell ({r}, {c}) of {f} a side lies in cell {right} of {k} a side, you say {value}",
         )
 
 

@@ -4,53 +4,65 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from realsr_r1.course.checks import Mistake, check, expect
+from realsr_r1.vlcot import image_length
+
+
+def count_tokens(pixels: int, pixels_per_code: int = 8) -> int:
+    """Tokens of a square image, start and end included."""
+    return image_length(pixels // pixels_per_code)
+
+
+def nearest(z: Tensor, book: Tensor) -> Tensor:
+    """Vectors (n, d), codebook (k, d) → nearest codes by cosine (n,)."""
+    return (F.normalize(z, dim=1) @ F.normalize(book, dim=1).T).argmax(1)
+
+
+def pass_through(z: Tensor, q: Tensor) -> Tensor:
+    """The value of q with the gradient to z."""
+    return z + (q - z).detach()
+
+
+def perplexity_of(codes: Tensor, size: int) -> float:
+    """exp of the entropy of how often codes occur."""
+    p = torch.bincount(codes.flatten(), minlength=size).float()
+    p = p[p > 0] / p.sum()
+    return float(torch.exp(-(p * p.log()).sum()))
+
+
+def revived(
+    weight: Tensor, usage: Tensor, pool: Tensor, threshold: float, generator: torch.Generator
+) -> Tensor:
+    """The codebook (k, d) with dead codes moved onto rows of the pool (n, d)."""
+    dead = (usage < threshold).nonzero().flatten()
+    rows = torch.randint(len(pool), (len(dead),), generator=generator)
+    new = weight.clone()
+    new[dead] = F.normalize(pool[rows], dim=1)
+    return new
 
 
 @check
 def image_tokens(student: Callable) -> None:
-    """`image_tokens(n, pixels_per_code)`: the length of an n-pixel image in the token stream."""
+    """`image_tokens(pixels, pixels_per_code)`: length of a square image in the token stream."""
     got, side = student(128, 8), 16
     expect(got is not None, "your function returns nothing: end it with return")
     expect(
-        got != 128 * 129 + 4,
-        "you count pixels: an image has n / pixels_per_code codes a side, not n",
+        got != 128 * 128 + 2, "you count pixels: an image has pixels / pixels_per_code codes a side"
     )
-    expect(
-        got != side * side,
-        "you count the codes alone: add the row ends and the four words around them",
-    )
-    expect(
-        got != side * side + 4,
-        "you forgot the row ends: every row of codes is closed by a word of its own",
-    )
-    expect(
-        got != side * (side + 1),
-        "you forgot the four words around the rows: start, height, width, end",
-    )
-    expect(
-        got not in (side * (side + 1) + 2, side * (side + 1) + 3),
-        "start, height, width and end are four words: you left some out",
-    )
+    expect(got != side + 2, "you count one row of codes: an image has n by n of them")
+    expect(got != side * side, "you count the codes alone: add the start and the end token")
+    expect(got != side * side + 1, "start and end are two tokens: you left one out")
     expect(not isinstance(got, float), "a token count is an integer: divide with //, not with /")
-    for n, size, right in (
-        (128, 8, 276),
-        (256, 8, 1060),
-        (512, 8, 4164),
-        (32, 8, 24),
-        (128, 16, 76),
-    ):
-        got = student(n, size)
+    for n, size in ((128, 8), (256, 8), (512, 8), (32, 8), (128, 16)):
+        got, right = student(n, size), count_tokens(n, size)
         if got != right:
-            sentence = (
-                "the 8 is hard-coded: use pixels_per_code"
-                if size != 8 and got == student(n, 8)
-                else "count the words row by row"
-            )
+            hard = size != 8 and got == student(n, 8)
+            why = "the 8 is hard-coded: use pixels_per_code" if hard else "count the codes again"
             raise Mistake(
                 f"an image of {n} px with {size} px a code takes {right} tokens, you say {got}; "
-                f"{sentence}"
+                f"{why}"
             )
 
 
@@ -82,7 +94,7 @@ def nearest_code(student: Callable) -> None:
     )
     expect(
         not torch.equal(got, (F.normalize(z, dim=1) @ book.T).argmax(1)),
-        "you did not normalise the codebook: long codes win the dot product although they point "
+        "you did not normalize the codebook: long codes win the dot product although they point "
         "elsewhere",
     )
     expect(
@@ -92,12 +104,12 @@ def nearest_code(student: Callable) -> None:
     )
     expect(
         not torch.equal(got, torch.cdist(F.normalize(z, dim=1), book).argmin(1)),
-        "this is the Euclidean distance to codes that are not normalised: bring the codes to "
+        "this is the Euclidean distance to codes that are not normalized: bring the codes to "
         "length 1, too",
     )
     expect(
         not torch.equal(got, (F.normalize(z, dim=0) @ F.normalize(book, dim=0).T).argmax(1)),
-        "you normalised along the wrong axis: each row is a vector, so dim=1",
+        "you normalized along the wrong axis: each row is a vector, so dim=1",
     )
     raise Mistake(f"{int((got != right).sum())} of 40 codes are not the nearest by cosine")
 
@@ -115,7 +127,7 @@ def straight_through(student: Callable) -> None:
     )
     expect(
         not torch.allclose(out, z),
-        "the value is still z: the decoder must see the code q, otherwise nothing is quantised",
+        "the value is still z: the decoder must see the code q, otherwise nothing is quantized",
     )
     expect(
         torch.allclose(out, q, atol=1e-6),
@@ -230,7 +242,7 @@ def revive(student: Callable) -> None:
 
     expect(
         not all_among(pool),
-        "the new codes are encoder outputs of any length: normalise them to length 1 like the "
+        "the new codes are encoder outputs of any length: normalize them to length 1 like the "
         "rest of the codebook",
     )
     expect(
