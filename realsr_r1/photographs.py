@@ -315,8 +315,10 @@ class Pairs(Dataset):
         return 10**9 if self.training else len(self.photos)
 
     def __getitem__(self, i: int) -> dict:
+        if not 0 <= i < len(self):  # so that a plain loop over held-out pairs ends
+            raise IndexError(f"there are {len(self)} pairs, asked for number {i}")
         rng = np.random.default_rng((self.seed, i))
-        index = int(rng.integers(len(self.photos))) if self.training else i % len(self.photos)
+        index = int(rng.integers(len(self.photos))) if self.training else i
         photo, flip = self.photos[index], False
         if self.training:
             native = self.native and rng.random() < 0.5

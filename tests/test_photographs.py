@@ -139,3 +139,8 @@ def test_captions_follow_the_mirror(photos):
     data = Pairs(photos, seed=0)
     sides = {" ".join(data[i]["captions"]).split(" on the ")[1].split()[0] for i in range(12)}
     assert sides == {"left", "right"}
+
+
+def test_a_loop_over_held_out_pairs_ends():
+    photos = photographs.load("val")[:3]
+    assert len(list(photographs.Pairs(photos, labels=False, training=False))) == 3

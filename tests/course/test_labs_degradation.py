@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from realsr_r1 import degradation as D
 from realsr_r1.course.checks import degradation as checks
-from realsr_r1.first import degradation as D
 
 
 def kernel(size, sx, sy, theta, half=0.5, power=2, middle=None, normalise=True):
@@ -30,28 +30,6 @@ def in_place(x, sigma, gray, generator):
     return x
 
 
-def scale(ops, hr_width, update_first=False, axis=1, ratio=lambda lr, w: lr / w):
-    lr = ([hr_width] + [op["size"][axis] for op in ops if op["op"] == "resize"])[-1]
-    out, width = [], hr_width
-    for op in ops:
-        before, width = width, op["size"][axis] if op["op"] == "resize" else width
-        out.append(ratio(lr, width if update_first else before))
-    return out
-
-
-def label(ops, hr_width, top=1.0, scaled=True, power=2, key="std", at_bound=False, pick=None):
-    terms = [
-        (op.get(key, 0.0), f)
-        for op, f in zip(ops, scale(ops, hr_width), strict=True)
-        if op["op"] == "noise"
-    ]
-    values = [v * (min(top, f) if scaled else 1) for v, f in terms]
-    total = (
-        (pick(values) if values else 0.0) if pick else sum(v**power for v in values) ** (1 / power)
-    )
-    return D.LEVELS[sum(total >= b if at_bound else total > b for b in D.NOISE_BOUNDS)]
-
-
 MASK = torch.tensor([[1.0, -2, 1], [-2, 4, -2], [1, -2, 1]])
 
 
@@ -63,8 +41,8 @@ def estimate(y, norm=6.0, mad=0.6745, unit=255.0, robust=torch.median, padding=0
 RIGHT = {
     "anisotropic_kernel": kernel,
     "add_gaussian_noise": noise,
-    "remaining_scale": scale,
-    "noise_label": label,
+    "share_left": checks.projection,
+    "level": checks.level_of,
     "estimate_noise": estimate,
 }
 
@@ -110,32 +88,17 @@ WRONG = [
     ("add_gaussian_noise", lambda *a: noise(*a, clamp=False), "clamp"),
     ("add_gaussian_noise", lambda x, *a: noise(x, *a) - x, "add it to the photo"),
     ("add_gaussian_noise", in_place, "new tensor"),
-    ("remaining_scale", lambda o, w: scale(o, w, ratio=lambda lr, x: x / lr), "upside down"),
-    ("remaining_scale", lambda o, w: scale(o, w, update_first=True), "not for itself"),
-    ("remaining_scale", lambda o, w: scale(o, w, ratio=lambda lr, x: lr / w), "HR width"),
-    ("remaining_scale", lambda o, w: scale(o, w, ratio=lambda lr, x: min(1, lr / x)), "cut off"),
-    (
-        "remaining_scale",
-        lambda o, w: scale(o, w, ratio=lambda lr, x: x / w),
-        "from HR to the operation",
-    ),
-    ("remaining_scale", lambda o, w: scale(o, w, axis=0), "size[1]"),
-    (
-        "remaining_scale",
-        lambda o, w: [f for f, op in zip(scale(o, w), o, strict=True) if op["op"] != "resize"],
-        "one factor for each",
-    ),
-    ("remaining_scale", lambda o, w: scale(o, w)[0], "return a list"),
-    ("remaining_scale", lambda o, w: [0.5] * len(o), "256 → 32"),
-    ("noise_label", lambda o, w: label(o, w, scaled=False), "before a ×1/4"),
-    ("noise_label", lambda o, w: label(o, w, top=9.0), "enlarging"),
-    ("noise_label", lambda o, w: label(o, w, power=1), "their squares do"),
-    ("noise_label", lambda o, w: label(o, w, pick=max), "strongest"),
-    ("noise_label", lambda o, w: label(o, w, pick=lambda v: v[-1]), "last"),
-    ("noise_label", lambda o, w: label(o, w, key="sigma"), "measured `std`"),
-    ("noise_label", lambda o, w: label(o, w, at_bound=True), "not >="),
-    ("noise_label", lambda o, w: 2, "return one of"),
-    ("noise_label", lambda o, w: "light", "without noise"),
+    ("share_left", lambda a, x: float(x.norm() / a.norm()), "project"),
+    ("share_left", lambda a, x: float((a * x).sum() / x.square().sum()), "divide by added's"),
+    ("share_left", lambda a, x: float((a * x).sum()), "did not divide"),
+    ("share_left", lambda a, x: float((a * x).sum() / a.norm()), "not by its root"),
+    ("share_left", lambda a, x: float((a * x).sum() / a.square().sum()), "cut the share at 0"),
+    ("share_left", lambda a, x: None, "returned nothing"),
+    ("level", lambda v, b: D.LEVELS[sum(v >= x for x in b)], "not >="),
+    ("level", lambda v, b: D.LEVELS[3 - sum(v > x for x in b)], "reversed"),
+    ("level", lambda v, b: sum(v > x for x in b), "return one of"),
+    ("level", lambda v, b: checks.level_of(v, (0.5, 2.0, 4.0)), "fixed numbers"),
+    ("level", lambda v, b: None, "returned nothing"),
     ("estimate_noise", lambda y: estimate(y, unit=1.0), "multiply by 255"),
     ("estimate_noise", lambda y: estimate(y, mad=1.0), "divide by 0.6745"),
     ("estimate_noise", lambda y: estimate(y, mad=1 / 0.6745), "you multiply"),
@@ -187,4 +150,7 @@ def test_lab_answers_agree_with_the_package():
     hr = torch.rand((4, 3, 64, 64), generator=torch.Generator().manual_seed(0))
     for preset in D.PRESETS:
         done = D.degrade(hr, preset, torch.Generator().manual_seed(1))
-        assert [label(ops, 64) for ops in done.draws] == [x["noise"] for x in done.labels]
+        for x, ops, labels in zip(hr, done.draws, done.labels, strict=True):
+            seen = D.visible(x, ops)
+            assert checks.level_of(seen["noise"], D.NOISE_BOUNDS) == labels["noise"]
+            assert checks.level_of(seen["blur"], D.BLUR_BOUNDS) == labels["blur"]

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy.linalg import sqrtm
 
 from realsr_r1.course import notebooks as course
 from realsr_r1.course.checks import evaluation as checks
@@ -60,62 +59,42 @@ def in_place(photo):
     return photo.mul_(0.9)
 
 
-def frechet(
-    mean=1.0, traces=1.0, cross=2.0, root=lambda m: sqrtm(m).real.trace(), power=1.0, gap=2
-):
-    def of(a, b):
-        s, t = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-        away = np.square(a.mean(0) - b.mean(0)).sum() ** (gap / 2)
-        return float(
-            (mean * away + traces * (s.trace() + t.trace()) - cross * root(s @ t)) ** power
-        )
-
-    return of
-
-
 def interval(
-    pairs=True,
-    level=(2.5, 97.5),
-    replace=True,
-    mean=True,
-    of_what=lambda a, b: a - b,
-    fixed=None,
-    scale=1.0,
-    turned=False,
+    draw="clusters", pool="values", level=(2.5, 97.5), replace=True, fixed=None, turned=False
 ):
-    def of(a, b, resamples=2000, seed=0):
-        rng, n = np.random.default_rng(seed if fixed is None else fixed), len(a)
+    """A loop, as a student would write it."""
 
-        def draw():
-            if replace:
-                return rng.integers(0, n, (resamples, n))
-            return np.stack([rng.permutation(n) for _ in range(resamples)])
-
-        if not mean:
-            values = of_what(a, b)[draw()].ravel()
-        else:
-            values = (
-                of_what(a, b)[draw()].mean(1) if pairs else a[draw()].mean(1) - b[draw()].mean(1)
-            )
-        low, high = np.percentile(values, level) * scale
+    def of(values, clusters, resamples=2000, seed=0):
+        rng = np.random.default_rng(seed if fixed is None else fixed)
+        values, names = np.asarray(values), np.asarray(clusters)
+        groups = [values[names == name] for name in np.unique(names)]
+        means = []
+        for _ in range(resamples):
+            if draw == "values":
+                means.append(rng.choice(values, len(values)).mean())
+                continue
+            number = len(values) if draw == "too many" else 1 if draw == "one" else len(groups)
+            found = rng.choice(len(groups), number, replace=replace)
+            found = np.unique(found) if draw == "once" else found
+            if pool == "means":
+                means.append(np.mean([groups[i].mean() for i in found]))
+            else:
+                drawn = np.concatenate([groups[i] for i in found])
+                means.append(drawn.sum() / len(values) if pool == "fixed" else drawn.mean())
+        low, high = np.percentile(means, level)
         return (high, low) if turned else (low, high)
 
     return of
 
 
-def unseeded(a, b, resamples=2000, seed=0):
-    return right.paired_interval(a, b, resamples, seed=None)
+def unseeded(values, clusters, resamples=2000, seed=0):
+    return right.clustered_interval(
+        values, clusters, seed=np.random.default_rng().integers(1 << 30)
+    )
 
 
-def front(beaten=lambda p, q: p[0] <= q[0] and p[1] <= q[1] and p != q, keep=False):
-    return lambda points: [
-        i for i, q in enumerate(points) if keep == any(beaten(p, q) for p in points)
-    ]
-
-
-def sorting(points):
-    points.sort()
-    return right.front(points)
+def best_of(rewards, quality, k):
+    return torch.stack([q[int(r[:k].argmax())] for r, q in zip(rewards, quality, strict=True)])
 
 
 RIGHT = [
@@ -124,12 +103,13 @@ RIGHT = [
     (checks.psnr_y, package_psnr),
     (checks.fool_piqe, right.fool_piqe),
     (checks.fool_piqe, spoilt(blur=7, noise=0.03, seed=4)),
-    (checks.frechet, right.frechet),
-    (checks.frechet, frechet()),
-    (checks.paired_interval, right.paired_interval),
-    (checks.paired_interval, interval()),
-    (checks.front, right.front),
-    (checks.front, front()),
+    (checks.clustered_interval, right.clustered_interval),
+    (checks.clustered_interval, interval()),
+    (checks.clustered_interval, interval(fixed=None, level=[2.5, 97.5])),
+    (checks.share_of_way, right.share_of_way),
+    (checks.share_of_way, lambda c, m, t: (c - m).sum() / (c - t).sum()),
+    (checks.best_of, right.best_of),
+    (checks.best_of, best_of),
 ]
 
 WRONG = [
@@ -153,44 +133,36 @@ WRONG = [
     (checks.fool_piqe, spoilt(change=lambda x: x[None]), "shape of the photo"),
     (checks.fool_piqe, in_place, "in place"),
     (checks.fool_piqe, lambda photo: photo * float("nan"), "NaN"),
-    (checks.frechet, frechet(mean=0), "means are missing"),
-    (checks.frechet, frechet(traces=0, cross=0), "covariances are missing"),
-    (checks.frechet, frechet(cross=0), "cross term is missing"),
-    (checks.frechet, frechet(cross=1), "the 2 before"),
-    (checks.frechet, frechet(root=lambda m: np.sqrt(np.abs(m)).trace()), "entry by entry"),
-    (checks.frechet, frechet(root=np.trace), "forgot the root"),
-    (checks.frechet, frechet(gap=1), "goes in squared"),
-    (checks.frechet, frechet(power=0.5), "squared distance"),
-    (checks.frechet, lambda a, b: complex(right.frechet(a, b), 1e-9), "take .real"),
-    (checks.paired_interval, interval(pairs=False), "different pictures for a and b"),
-    (checks.paired_interval, interval(mean=False), "single differences"),
-    (checks.paired_interval, interval(of_what=lambda a, b: a), "one method's mean"),
-    (checks.paired_interval, interval(of_what=lambda a, b: b - a), "sign is turned round"),
-    (checks.paired_interval, interval(level=(5, 95)), "90% interval"),
-    (checks.paired_interval, interval(replace=False), "with* replacement"),
-    (checks.paired_interval, interval(of_what=lambda a, b: (a - b).repeat(20)), "expected a width"),
-    (checks.paired_interval, interval(turned=True), "wrong way round"),
-    (checks.paired_interval, unseeded, "two calls give two intervals"),
-    (checks.paired_interval, interval(fixed=3), "the seed has no effect"),
-    (checks.front, front(lambda p, q: p[0] < q[0] and p[1] < q[1]), "compare with <="),
-    (checks.front, front(lambda p, q: p[0] <= q[0] and p[1] <= q[1]), "you keep nothing"),
-    (checks.front, front(keep=True), "dominated ones"),
-    (checks.front, front(lambda p, q: p[0] > q[0] and p[1] > q[1]), "keep the worst"),
-    (
-        checks.front,
-        lambda points: [min(range(len(points)), key=lambda i: sum(points[i]))],
-        "minimise the sum",
-    ),
-    (
-        checks.front,
-        lambda points: sorted(
-            min(range(len(points)), key=lambda i, k=k: points[i][k]) for k in (0, 1)
-        ),
-        "each column",
-    ),
-    (checks.front, lambda points: [points[i] for i in right.front(points)], "not the points"),
-    (checks.front, lambda points: right.front(points)[::-1], "ascending"),
-    (checks.front, sorting, "changed the list"),
+    (checks.clustered_interval, interval(draw="values"), "one by one"),
+    (checks.clustered_interval, interval(pool="means"), "mean of cluster means"),
+    (checks.clustered_interval, interval(draw="once"), "must count twice"),
+    (checks.clustered_interval, interval(pool="fixed"), "number of values that were drawn"),
+    (checks.clustered_interval, interval(draw="too many"), "as many clusters as"),
+    (checks.clustered_interval, interval(draw="one"), "far too wide"),
+    (checks.clustered_interval, interval(level=(5, 95)), "90% interval"),
+    (checks.clustered_interval, interval(replace=False), "with* replacement"),
+    (checks.clustered_interval, interval(turned=True), "wrong way round"),
+    (checks.clustered_interval, unseeded, "two calls give two intervals"),
+    (checks.clustered_interval, interval(fixed=3), "the seed has no effect"),
+    (checks.clustered_interval, lambda v, c, resamples=0, seed=0: v.mean(), "two numbers"),
+    (checks.share_of_way, lambda c, m, t: ((c - m) / (c - t)).mean(), "mean of ratios"),
+    (checks.share_of_way, lambda c, m, t: (m - c).mean() / (c - t).mean(), "sign is turned"),
+    (checks.share_of_way, lambda c, m, t: (m - t).mean() / (c - t).mean(), "left of the way"),
+    (checks.share_of_way, lambda c, m, t: (c - m).mean(), "gain alone"),
+    (checks.share_of_way, lambda c, m, t: (c - m).mean() / c.mean(), "divided by the control"),
+    (checks.share_of_way, lambda c, m, t: (c - t).mean() / (c - m).mean(), "upside down"),
+    (checks.share_of_way, lambda c, m, t: 100 * right.share_of_way(c, m, t), "in percent"),
+    (checks.share_of_way, lambda c, m, t: (c - m) / (c - t), "one number"),
+    (checks.share_of_way, lambda c, m, t: max(0.0, right.share_of_way(c, m, t)), "do not clip"),
+    (checks.best_of, lambda r, q, k: right.best_of(r, q, 4), "all completions"),
+    (checks.best_of, lambda r, q, k: q[:, :k].amax(1), "chose by quality"),
+    (checks.best_of, lambda r, q, k: q[:, :k].amin(1), "lowest quality"),
+    (checks.best_of, lambda r, q, k: r[:, :k].amax(1), "reward of the chosen one"),
+    (checks.best_of, lambda r, q, k: r[:, :k].argmax(1), "positions of the chosen"),
+    (checks.best_of, lambda r, q, k: right.best_of(-r, q, k), "lowest reward"),
+    (checks.best_of, lambda r, q, k: q[:, :k].mean(1), "mean of k"),
+    (checks.best_of, lambda r, q, k: q[:, k - 1], "last of the first k"),
+    (checks.best_of, lambda r, q, k: q[:, r[:, :k].argmax(1)], "one number per photo"),
 ]
 
 
@@ -220,15 +192,6 @@ def test_an_empty_stub_and_a_broken_one(name, capsys):
     check = getattr(checks, name)
     assert not check(stub) and "not written yet" in capsys.readouterr().out
     assert not check(broken) and "ZeroDivisionError" in capsys.readouterr().out
-
-
-def test_the_distance_of_two_gaussians_by_hand():
-    """Two one-dimensional sets as two columns: means 0 and 3, deviations 1 and 2, so 9 + 1 a
-    column."""
-    unit = np.array([[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]]) * np.sqrt(
-        0.75
-    )  # sample variance 1, no correlation
-    assert right.frechet(unit, 2 * unit + 3) == pytest.approx(20)
 
 
 def test_the_notebooks_solutions_pass_their_checks(capsys):

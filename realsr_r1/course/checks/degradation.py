@@ -1,13 +1,13 @@
-"""Checks for notebook 01: kernels, noise, the scale that is left, a label from a draw, and the
-noise level of a photo."""
+"""Checks for notebook 01: kernels, noise, what JPEG leaves of it, a level's name, and the noise of
+a photo."""
 
 import math
 
 import torch
 from torch import Tensor
 
+from realsr_r1 import degradation
 from realsr_r1.course.checks import Mistake, check, expect
-from realsr_r1.first import degradation
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float = 1e-4) -> bool:
@@ -191,184 +191,85 @@ def add_gaussian_noise(student):
 
 # ---------------------------------------------------------------- 1.3
 
-_OPS = [
-    {
-        "op": "blur",
-        "kernel": "iso",
-        "size": 21,
-        "sigma_x": 2.0,
-        "sigma_y": 2.0,
-        "theta": 0.0,
-        "beta": 1.0,
-    },
-    {"op": "resize", "size": [24, 32], "mode": "area"},
-    {"op": "noise", "kind": "gaussian", "sigma": 30.0, "gray": False, "seed": 1, "std": 28.0},
-    {"op": "resize", "size": [96, 128], "mode": "bicubic"},
-    {"op": "noise", "kind": "poisson", "scale": 1.0, "gray": True, "seed": 2, "std": 20.0},
-    {"op": "resize", "size": [48, 64], "mode": "area", "final": True},
-]
-_WIDTH = 256
-_SCALE = [0.25, 0.25, 2.0, 2.0, 0.5, 0.5]
+
+def noisy(x: Tensor, sigma: float, gray: bool, generator: torch.Generator) -> Tensor:
+    """(3, h, w) with noise of `sigma` of 255, clamped."""
+    shape = x.shape[-2:] if gray else x.shape
+    return (x + torch.randn(shape, generator=generator) * sigma / 255).clamp(0, 1)
+
+
+def projection(added: Tensor, left: Tensor) -> float:
+    """Share of the added noise that is left, in 0 to 1."""
+    energy = float(added.square().sum())
+    return max(0.0, min(1.0, float((left * added).sum()) / energy)) if energy else 0.0
+
+
+def level_of(value: float, bounds: tuple[float, float, float]) -> str:
+    """The name of a measured value."""
+    return degradation.LEVELS[sum(value > b for b in bounds)]
+
+
+def noise_of(y: Tensor) -> float:
+    """Standard deviation of the noise, of 255, of a gray image (h, w)."""
+    mask = torch.tensor([[1.0, -2.0, 1.0], [-2.0, 4.0, -2.0], [1.0, -2.0, 1.0]])
+    r = torch.nn.functional.conv2d(y[None, None], mask[None, None]) / 6
+    return float(r.abs().median()) / 0.6745 * 255
 
 
 @check
-def remaining_scale(student):
-    """`remaining_scale(ops, hr_width) -> one factor an operation`."""
-    got = student([dict(op) for op in _OPS], _WIDTH)
+def share_left(student):
+    """`share_left(added, left) -> share` of the added noise that is left."""
+    g = torch.Generator().manual_seed(0)
+    added, other = (torch.randn(3, 16, 16, generator=g) for _ in "ab")
+    other = other - projection_of(other, added)  # what JPEG adds of its own
+    left = 0.4 * added + 0.7 * other
+    got = student(added.clone(), left.clone())
+    expect(got is not None, "you returned nothing: end with `return`")
+    expect(not isinstance(got, Tensor) or got.numel() == 1, "return one number, not a picture")
+    got = float(got)
+    plain = float(left.norm() / added.norm())
     expect(
-        isinstance(got, (list, tuple)),
-        f"return a list with one factor an operation, not {type(got).__name__}",
+        abs(got - plain) > 1e-3,
+        "that is the ratio of the two strengths, which counts what JPEG added of its own: project",
     )
-    expect(
-        len(got) == len(_OPS),
-        f"one factor for each of the {len(_OPS)} operations, resizes too; you return {len(got)}",
-    )
-    got = [float(f) for f in got]
+    upside = float((left * added).sum() / left.square().sum())
+    expect(abs(got - upside) > 1e-3, "you divided by the energy of what is left: divide by added's")
+    raw = float((left * added).sum())
+    expect(abs(got - raw) > 1e-2, "you did not divide by the energy of the added noise")
+    root = raw / float(added.norm())
+    expect(abs(got - root) > 1e-3, "divide by the sum of squares, not by its root")
+    expect(abs(got - 0.4) < 1e-3, f"0.4 of the noise was left, you say {got:.3f}")
+    expect(float(student(added, -added)) == 0, "below 0 nothing is left: cut the share at 0")
+    expect(float(student(added, 3 * added)) == 1, "more than all cannot be left: cut it at 1")
+    none = float(student(torch.zeros(3, 4, 4), torch.zeros(3, 4, 4)))
+    expect(none == 0, "where nothing was added return 0: 0/0 is not a number")
 
-    def same(other):
-        return all(abs(a - b) < 1e-6 for a, b in zip(got, other, strict=True))
 
-    after = [0.25, 2.0, 2.0, 0.5, 0.5, 1.0]
-    known = (
-        (
-            [1 / f for f in _SCALE],
-            "upside down: a blur before a ×1/4 counts a quarter, so divide the LR width by the "
-            "width at the operation",
-        ),
-        (
-            after,
-            "a resize changes the width for the operations after it, not for itself: note the "
-            "width first, then update it",
-        ),
-        (
-            [0.25] * 6,
-            "every factor is measured from the HR width: the width changes with each resize on "
-            "the way",
-        ),
-        (
-            [min(1.0, f) for f in _SCALE],
-            "do not cut off at 1 here: between a small size and a larger LR photo the factor is "
-            "above 1",
-        ),
-        (
-            [1.0, 1.0, 0.125, 0.125, 0.5, 0.5],
-            "that is the way from HR to the operation, not from the operation to LR",
-        ),
-        (
-            [192 / 256 * f for f in _SCALE],
-            "you mix height and width: size is [height, width], so take size[1] throughout",
-        ),
-        (
-            [48 / 256, 48 / 256, 48 / 24, 48 / 24, 48 / 96, 48 / 96],
-            "size is [height, width]: take size[1], since hr_width is a width",
-        ),
-    )
-    if same(_SCALE):
-        expect(
-            [float(f) for f in student([], 128)] == [],
-            "no operations, no factors: return an empty list for an empty draw",
-        )
-        return
-    for wrong, sentence in known:
-        if same(wrong):
-            raise Mistake(sentence)
-    raise Mistake(
-        f"for widths 256 → 32 → 128 → 64 the factors are {_SCALE}; you return "
-        f"{[round(f, 3) for f in got]}"
-    )
+def projection_of(x: Tensor, on: Tensor) -> Tensor:
+    """The part of x along another."""
+    return on * ((x * on).sum() / on.square().sum())
 
 
 # ---------------------------------------------------------------- 1.4
 
 
-def _noise(std: float, sigma: float | None = None) -> dict:
-    return {
-        "op": "noise",
-        "kind": "gaussian",
-        "sigma": std if sigma is None else sigma,
-        "gray": False,
-        "seed": 1,
-        "std": std,
-    }
-
-
-def _to(width: int) -> dict:
-    return {"op": "resize", "size": [width, width], "mode": "area"}
-
-
 @check
-def noise_label(student):
-    """`noise_label(ops, hr_width) -> one of no, light, medium, heavy`."""
-    first = student([_to(64), _noise(20.0)], 256)
-    expect(
-        isinstance(first, str) and first in degradation.LEVELS,
-        f"return one of {', '.join(degradation.LEVELS)}; you return {first!r}",
-    )
-    cases = (
-        ([_to(64)], "no", "a draw without noise must give 'no'"),
-        (
-            [_to(64), _noise(20.0)],
-            "medium",
-            "a standard deviation of 20 at LR size is medium: count how many of NOISE_BOUNDS it "
-            "exceeds",
-        ),
-        (
-            [_to(64), _noise(60.0)],
-            "heavy",
-            "a standard deviation of 60 at LR size is heavy: above the last bound",
-        ),
-        (
-            [_noise(40.0), _to(64)],
-            "light",
-            "noise of 40 before a ×1/4 is light: multiply its standard deviation by the scale "
-            "that is left (here 1/4)",
-        ),
-        (
-            [_to(32), _noise(10.0), _to(64)],
-            "light",
-            "enlarging does not make noise stronger: cut the scale off at 1",
-        ),
-        (
-            [_to(64), _noise(9.0), _noise(9.0)],
-            "medium",
-            "two independent noises: 9 and 9 give √(81 + 81) = 12.7, medium; do not take the "
-            "last or the strongest only",
-        ),
-        (
-            [_to(64), _noise(8.0), _noise(8.0)],
-            "light",
-            "standard deviations do not add up, their squares do: 8 and 8 give 11.3, light",
-        ),
-        (
-            [_to(64), _noise(9.0, sigma=14.0)],
-            "light",
-            "use the measured `std`, not the asked-for `sigma`: clipping at black and white "
-            "takes noise away",
-        ),
-        (
-            [
-                _to(64),
-                {
-                    "op": "noise",
-                    "kind": "poisson",
-                    "scale": 1.0,
-                    "gray": True,
-                    "seed": 3,
-                    "std": 15.0,
-                },
-            ],
-            "medium",
-            "Poisson noise counts, too: use its measured `std`",
-        ),
-        (
-            [_to(64), _noise(degradation.NOISE_BOUNDS[1])],
-            "light",
-            "a value equal to a bound still belongs to the lower level: use >, not >=",
-        ),
-    )
-    for ops, right, sentence in cases:
-        got = student([dict(op) for op in ops], 256)
-        expect(got == right, f"{sentence} (you return {got!r})")
+def level(student):
+    """`level(value, bounds) -> one of no, light, medium, heavy`."""
+    bounds = (0.5, 2.0, 4.0)
+    values = (0.0, 0.5, 0.6, 2.0, 3.0, 4.0, 9.0)
+    got = [student(v, bounds) for v in values]
+    expect(got[0] is not None, "you returned nothing: end with `return`")
+    odd = next((x for x in got if x not in degradation.LEVELS), None)
+    expect(odd is None, f"return one of {', '.join(degradation.LEVELS)}, not {odd!r}")
+    right = [level_of(v, bounds) for v in values]
+    at = [degradation.LEVELS[sum(v >= b for b in bounds)] for v in values]
+    expect(got != at, "a value *at* a bound still belongs below it: >, not >=")
+    expect(got != [degradation.LEVELS[3 - sum(v > b for b in bounds)] for v in values], "reversed")
+    for v, a, b in zip(values, got, right, strict=True):
+        expect(a == b, f"{v} with the bounds {bounds} is {b}, you say {a}")
+    other = student(3.0, (5.0, 6.0, 7.0))
+    expect(other == "no", "you used fixed numbers: use the bounds that are given")
 
 
 # ---------------------------------------------------------------- 1.5

@@ -1,12 +1,55 @@
-"""Checks for the lesson on rewards: degradation share, tag recall, tag F1, ranking hinge, groups
-without spread."""
+"""Checks for notebook 04: form, labels, tags, a metric's scale, agreement within groups, groups
+without spread.
 
-import math
+The functions before the checks are what `use` falls back on.
+"""
 
 import torch
-import torch.nn.functional as F
+from scipy.stats import spearmanr
+from torch import Tensor
 
+from realsr_r1 import rewards, vlcot
 from realsr_r1.course.checks import Mistake, check, expect
+
+
+def form(completion: str) -> float:
+    """The package's format reward of one completion."""
+    return rewards.format_reward([completion])[0]
+
+
+def labels_right(said: str, true: str) -> float:
+    """The package's degradation reward of one sentence."""
+    return rewards.degradation_reward([_part("degradation", said)], degradation=[true])[0]
+
+
+def tags_named(text: str, tags: list[str]) -> float:
+    """The package's understanding reward of one text."""
+    return rewards.understanding_reward([_part("rough_understand", text)], tags=[tags])[0]
+
+
+def to_unit(values: Tensor, zero: float, one: float) -> Tensor:
+    """Values (b,) of a metric on a scale from 0 to 1, as `experts.PyiqaExpert` puts them."""
+    return ((values - zero) / (one - zero)).nan_to_num(0.0).clamp(0, 1)
+
+
+def agreement(scores: Tensor, away: Tensor) -> Tensor:
+    """Spearman's rank correlation of scores (groups, k) and -LPIPS (groups, k) → (groups,); 0 for a
+    group whose scores are all equal."""
+    flat = (scores == scores[:, :1]).all(1)
+    found = [
+        0.0 if f else spearmanr(s.numpy(), -d.numpy()).statistic
+        for s, d, f in zip(scores.cpu(), away.cpu(), flat.tolist(), strict=True)
+    ]
+    return torch.tensor(found, dtype=torch.float32)
+
+
+def dead(groups: Tensor) -> float:
+    """Share of the groups (groups, k) without spread."""
+    return float((groups.amax(1) - groups.amin(1) < 1e-6).float().mean())
+
+
+def _part(tag: str, text: str) -> str:
+    return f"<{tag}> {text} </{tag}>"
 
 
 def _number(out, what: str) -> float:
@@ -20,6 +63,42 @@ def _number(out, what: str) -> float:
 
 def _near(a: float, b: float) -> bool:
     return abs(a - b) < 1e-5
+
+
+def _toy(*tags: str) -> str:
+    """Parts in the order of `tags`, images of one code."""
+    content = {
+        t: "<image> <c7> </image>" if t in vlcot.IMAGE_TAGS else "a bird" for t in vlcot.TAGS
+    }
+    return " ".join(_part(t, content[t]) for t in tags)
+
+
+@check
+def in_form(student) -> None:
+    """(completion) → 1.0 if it is the seven parts in order, each once, with nothing around them."""
+    tags, whole = vlcot.TAGS, _toy(*vlcot.TAGS)
+
+    def one(text: str) -> float:
+        return _number(student(text), "1.0 or 0.0")
+
+    expect(one(whole) == 1, f"the seven parts in order are 1, you give {one(whole):g}")
+    lines = whole.replace("> <", ">\n<")
+    expect(one(lines) == 1, "a line break is a space, too: a dot needs re.DOTALL to match it")
+    expect(one("so , " + whole) == 0, "words before the first part must give 0: use re.fullmatch")
+    expect(one(whole + " done") == 0, "words after the last part must give 0: use re.fullmatch")
+    between = whole.replace("</rough_image>", "</rough_image> and")
+    expect(one(between) == 0, "words between two parts must give 0: only space may stand there")
+    expect(one(_toy(*tags[:-1])) == 0, "the last part is missing and you give 1")
+    swapped = _toy(tags[0], tags[3], tags[2], tags[1], *tags[4:])
+    expect(one(swapped) == 0, "all parts are there, but in another order: that is 0")
+    twice = _toy(*tags, tags[-1])
+    expect(
+        one(twice) == 0,
+        "the last part is said twice and you give 1: `.+?` runs across the second copy, so count "
+        "each tag",
+    )
+    empty = whole.replace("<rough_understand> a bird", "<rough_understand> ")
+    expect(one(empty) == 0, "a part that holds nothing but space is empty: that is 0")
 
 
 @check
@@ -68,7 +147,7 @@ def degradation_share(student) -> None:
 
 @check
 def tag_recall(student) -> None:
-    """(text, tags) → share of the tags that the text names as whole words."""
+    """(text, tags) → share of the tags that the text names as whole words, synonyms replaced."""
 
     def recall(text: str, tags: list[str]) -> float:
         return _number(student(text, tags), "the share of tags that are named")
@@ -97,13 +176,14 @@ def tag_recall(student) -> None:
     )
     expect(
         _near(recall("a bird, on grass.", ["bird", "grass"]), 1),
-        "a comma or a full stop sticks to a word when you split at spaces: use a word boundary "
-        "(\\b) or strip it",
+        "a comma or a full stop sticks to a word when you split at spaces: find the words with "
+        r'the pattern "\w+"',
     )
     expect(
         _near(recall("a polar bear on sand", ["polar bear", "sand"]), 1),
         "a tag may have several words: look for it as a whole in the text",
     )
+    _plurals(recall)
     try:
         none = recall("a bird", [])
     except ZeroDivisionError as e:
@@ -115,128 +195,122 @@ def tag_recall(student) -> None:
     expect(
         _near(twice, 0.5), "a tag that is listed twice counts once: make a set of the tags first"
     )
+    alike = recall("a leaf", ["leaves", "leaf", "sky"])
+    expect(
+        _near(alike, 0.5),
+        '"leaves" and "leaf" are one tag: replace the words before you make a set of the tags',
+    )
+
+
+def _plurals(recall) -> None:
+    tulips = recall("tulips in a field", ["tulip", "field"])
+    expect(
+        not _near(tulips, 0.5),
+        '"tulips" names the tag "tulip", but you want the same word: look words up in SYNONYMS',
+    )
+    expect(_near(tulips, 1), f"tulips in a field name both tags: 1, you give {tulips:g}")
+    expect(
+        _near(recall("leaves", ["leaf"]), 1),
+        '"leaves" is the plural of "leaf": cutting off an s is not enough, use the table SYNONYMS',
+    )
+    expect(
+        _near(recall("a bird under a cloud", ["bird", "clouds"]), 1),
+        'the tag "clouds" is named by "a cloud": replace the words of the tags as well',
+    )
+    expect(
+        _near(recall("a ship", ["boat"]), 1),
+        'SYNONYMS reads "ship" as "boat": use the table for all words, not for plurals alone',
+    )
 
 
 @check
-def tag_f1(student) -> None:
-    """(things named, tags), two sets of words → F1."""
+def unit_scale(student) -> None:
+    """(values (b,), the value that scores 0, the value that scores 1) → scores (b,) in [0, 1]."""
+    values = torch.tensor([40.0, 21.0, 2.0])
+    kept = values.clone()
+    out = student(values, 40.0, 2.0)
+    expect(out is not None, "your function returns nothing: end it with return")
+    expect(
+        isinstance(out, Tensor) and out.shape == (3,), "return a tensor with a score for each value"
+    )
+    expect(torch.equal(values, kept), "you changed the values in place: others still need them")
+    got = [round(float(x), 4) for x in out]
+    expect(got != [1.0, 0.5, 0.0], "upside down: `zero` is the value that scores 0, `one` scores 1")
+    expect(
+        not _near(got[1], 1 - 21 / 40),
+        "you forgot where the scale ends: at `one` the score is 1, so divide by one - zero",
+    )
+    expect(got == [0.0, 0.5, 1.0], f"40, 21 and 2 from 40 to 2 are 0, 0.5 and 1, you give {got}")
+    up = student(torch.tensor([0.0, 30.0, 100.0]), 0.0, 100.0)
+    expect(
+        torch.allclose(up, torch.tensor([0.0, 0.3, 1.0])),
+        "where higher is better (zero=0, one=100) 30 scores 0.3: do not turn every scale around",
+    )
+    beyond = student(torch.tensor([55.0, -3.0]), 40.0, 2.0)
+    expect(
+        torch.allclose(beyond, torch.tensor([0.0, 1.0])),
+        "a value beyond the ends must stay in [0, 1]: clamp it, or the trainer refuses it",
+    )
+    lost = student(torch.tensor([torch.nan, 2.0]), 40.0, 2.0)
+    expect(
+        not bool(lost.isnan().any()),
+        "a metric without a number for a picture gives NaN, and NaN passes through clamp: "
+        "nan_to_num",
+    )
+    expect(
+        torch.allclose(lost, torch.tensor([0.0, 1.0])),
+        "NaN must score 0, the worst: replace it after the scaling, not before",
+    )
 
-    def f1(said: set[str], tags: set[str]) -> float:
-        return _number(student(said, tags), "F1")
 
-    said, tags = {"bird", "grass", "car", "wall", "coin"}, {"bird", "grass", "tree"}
+@check
+def group_agreement(student) -> None:
+    """(scores (groups, k), LPIPS (groups, k)) → rank correlation of score and -LPIPS, (groups,)."""
+    g = torch.Generator().manual_seed(0)
+    scores, away = torch.rand(4, 6, generator=g) ** 3, torch.rand(4, 6, generator=g)
+    right, out = agreement(scores, away), student(scores.clone(), away.clone())
+    expect(out is not None, "your function returns nothing: end it with return")
+    expect(isinstance(out, Tensor), f"return a tensor, not {type(out).__name__}")
     expect(
-        _near(f1({"bird"}, {"bird"}), 1) or _near(f1({"bird"}, {"bird"}), 0.5),
-        "one thing named, and right, is a perfect 1",
-    )
-    value = f1(said, tags)
-    precision, recall = 2 / 5, 2 / 3
-    expect(not _near(value, recall), "this is recall alone: naming everything still scores 1")
-    expect(
-        not _near(value, precision),
-        "this is precision alone: naming a single safe thing would score 1",
-    )
-    expect(
-        not _near(value, (precision + recall) / 2),
-        "this is the arithmetic mean of precision and recall: F1 is their harmonic mean, which "
-        "the smaller one rules",
+        out.numel() != 1,
+        "you return one number for all: correlate within each group (a row), one number a group",
     )
     expect(
-        not _near(value, 2 / 6),
-        "this is intersection over union: F1 divides twice the hits by the two sizes added",
+        out.shape != (6,),
+        "you correlate along the wrong axis: a group is a row, its chains columns",
     )
+    expect(out.shape == (4,), f"four groups make the shape (4,), you give {tuple(out.shape)}")
+
+    def same(wrong: Tensor) -> bool:
+        return bool(torch.allclose(out.float(), wrong.float(), atol=1e-4))
+
     expect(
-        not _near(value, 2 / 8),
-        "you forgot the 2: hits count once in each of the two sets below the line",
+        not same(-right),
+        "the sign is turned: LPIPS is small where a picture is good, so correlate with -LPIPS",
     )
-    expect(
-        _near(value, 0.5), f"2 hits, 5 named, 3 tags: F1 = 2·2/(5 + 3) = 0.5, you give {value:g}"
-    )
-    for a, b, why in (
-        (set(), {"bird"}, "nothing is named"),
-        ({"car"}, {"bird"}, "nothing is hit"),
-        (set(), set(), "both sets are empty"),
+    for wrong, sentence in (
+        (_pearson(scores, -away), "these are the values' correlations: take ranks first"),
+        (
+            _pearson(*(x.argsort(1).float() for x in (scores, -away))),
+            "argsort gives the order, not the ranks: the rank of each value is argsort of argsort",
+        ),
     ):
-        try:
-            zero = f1(a, b)
-        except ZeroDivisionError as e:
-            raise Mistake(f"where {why} you divide by zero: return 0 there") from e
-        expect(_near(zero, 0), f"where {why} the score is 0, you give {zero:g}")
+        expect(not same(wrong) and not same(-wrong), sentence)
+    expect(same(right), f"expected {right.tolist()}, you give {out.tolist()}")
+    flat = student(torch.tensor([[0.5] * 4, [0.1, 0.2, 0.3, 0.4]]), torch.rand(2, 4, generator=g))
+    expect(
+        not bool(flat.isnan().any()),
+        "where all scores of a group are equal you divide by zero: such a group agrees by 0",
+    )
+    expect(
+        _near(float(flat[0]), 0),
+        "where all scores of a group are equal the ranks mean nothing: give 0 there",
+    )
 
 
-@check
-def ranking_hinge(student) -> None:
-    """(logits (n,), LPIPS (n,), known, slope, margin) → mean hinge over the pairs whose order is
-    known."""
-    logits = torch.tensor([1.0, 2.0, -1.0, 0.5], requires_grad=True)
-    away = torch.tensor([0.0, 0.3, 0.5, 0.31])
-    kept = logits.detach().clone()
-    out = student(logits, away, 0.02, 6.0, 0.2)
-    expect(
-        torch.equal(logits.detach(), kept),
-        "you changed the logits in place: the network still needs them",
-    )
-    expect(
-        isinstance(out, torch.Tensor),
-        f"return a tensor, not {type(out).__name__}: the gradient has to flow through it",
-    )
-    expect(
-        out.dim() == 0,
-        f"return one number (a tensor without axes), got the shape {tuple(out.shape)}: take the "
-        f"mean over the pairs",
-    )
-    expect(
-        out.requires_grad,
-        "the result carries no gradient: do not use item(), detach() or a comparison as the loss",
-    )
-    value = float(out.detach())
-    worse, lead = (
-        away[None] - away[:, None],
-        kept[:, None] - kept[None],
-    )  # [i, j]: by how much j is worse, and i leads
-    pairs = worse > 0.02
-    demand = 6 * worse + 0.2
-    hinge = F.relu(demand - lead)
-    right = float(hinge[pairs].mean())
-    if not math.isclose(value, right, abs_tol=1e-4):
-        wrong = {
-            "the lead has the wrong sign: the better picture (the smaller LPIPS) must have the "
-            "larger logit": F.relu(demand + lead)[pairs],
-            "you kept the pairs whose LPIPS hardly differ: nobody knows their order, so leave "
-            "out what differs by no more than `known`": hinge[worse > 0],
-            "you averaged over all n·n places: divide by the number of known pairs": hinge * pairs,
-            "you summed: take the mean, or the loss grows with the square of the batch": hinge[
-                pairs
-            ].sum(),
-            "there is no hinge: without relu a pair that is far enough in order pulls the "
-            "others' loss down": (demand - lead)[pairs],
-            "the slope has no effect: the lead grows by slope × the difference in LPIPS": F.relu(
-                worse + 0.2 - lead
-            )[pairs],
-            "you left out the margin: even a small difference demands that lead": F.relu(
-                6 * worse - lead
-            )[pairs],
-            "every pair demands the same lead: it should grow with the difference in LPIPS": F.relu(
-                0.2 - lead
-            )[pairs],
-            "you demand no lead at all: being ahead by a hair then costs nothing": F.relu(-lead)[
-                pairs
-            ],
-        }
-        for sentence, terms in wrong.items():
-            expect(not math.isclose(value, float(terms.mean()), abs_tol=1e-4), sentence)
-        raise Mistake(
-            f"expected {right:.4f} for four pictures of which five pairs have a known order, "
-            f"got {value:.4f}"
-        )
-    empty = student(
-        torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor([0.2, 0.2]), 0.02, 6.0, 0.2
-    )
-    expect(
-        bool(torch.isfinite(empty)),
-        "where no pair is known you take the mean of nothing, which is NaN: return 0 there",
-    )
-    expect(float(empty.detach()) == 0, "where no pair is known the loss is 0")
+def _pearson(x: Tensor, y: Tensor) -> Tensor:
+    x, y = (z - z.mean(1, keepdim=True) for z in (x, y))
+    return (x * y).sum(1) / (x.square().sum(1) * y.square().sum(1)).sqrt()
 
 
 @check
@@ -253,7 +327,7 @@ def zero_spread_share(student) -> None:
     )
     out = student(table)
     expect(out is not None, "your function returns nothing: end it with return")
-    out = out.item() if isinstance(out, torch.Tensor) and out.numel() == 1 else out
+    out = out.item() if isinstance(out, Tensor) and out.numel() == 1 else out
     value = _number(out, "the share of dead groups")
     expect(
         not _near(value, 2), "you return the number of dead groups: divide by the number of groups"
