@@ -4,7 +4,7 @@ VENV ?= .venv
 # Waiting threads must sleep: two that spin on a busy core slow each other down a hundredfold.
 RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python
 
-.PHONY: install course lab student solutions address demo test lint evaluate bench clean
+.PHONY: install course lab student solutions address demo test lint bench clean
 
 install: $(VENV)/.installed
 
@@ -36,6 +36,7 @@ address: install
 
 demo: install
 	$(RUN) -m realsr_r1 demo -o figures/nano_demo.webp
+	$(RUN) -m realsr_r1 demo -o figures/chain.gif
 
 test: install
 	$(RUN) -m ruff check .
@@ -43,9 +44,6 @@ test: install
 
 lint: install
 	$(RUN) -m ruff check --fix . && $(RUN) -m ruff format .
-
-evaluate: install
-	$(RUN) -m realsr_r1.first evaluate
 
 bench: install
 	$(RUN) tests/benchmarks/bench.py

@@ -150,7 +150,9 @@ def register(sub) -> None:
     p.add_argument("archives", nargs="*", metavar="ARCHIVE", help=text)
     p = leaf(leaves, "chains", chains, "whether chains are well formed and their texts matter")
     p.add_argument("-n", type=int, default=96, help="photographs, spread over the split")
-    p.add_argument("--severity", default="medium", choices=("light", "medium", "heavy"))
+    p.add_argument(
+        "--severity", default="medium", choices=("light", "medium", "heavy"), help="of the damage"
+    )
     add_photographs(p, "val")
     add_model(p)
     p = leaf(leaves, "words", words, "whether policies' first words are right, greedy and sampled")

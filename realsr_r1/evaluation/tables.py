@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from realsr_r1.evaluation import metrics
-from realsr_r1.evaluation import results as evaluate
+from realsr_r1.stats import clustered
 
 FEWEST = 5  # photos below which a bootstrap interval says too little for a mark
 
@@ -53,8 +53,23 @@ def mark(differences: np.ndarray, higher: bool) -> str:
     given FEWEST photos; else nothing."""
     if len(differences) < FEWEST:
         return ""
-    _, low, high = evaluate.bootstrap(differences)
+    _, low, high = bootstrap(differences)
     return "" if low <= 0 <= high else " ▲" if (low > 0) == higher else " ▼"
+
+
+def bootstrap(values: np.ndarray) -> tuple[float, float, float]:
+    """Mean of one value per photo (n,) and its 95% interval; of a single photo the value itself."""
+    if len(values) == 1:
+        return (float(values[0]),) * 3
+    found = clustered(values, range(len(values)))
+    return found.mean, found.low, found.high
+
+
+def cell(values: np.ndarray, digits: int = 3, percent: bool = False) -> str:
+    """Mean and interval for a table, as in 0.123 [0.100, 0.150]."""
+    mean, low, high = bootstrap(values)
+    form = ".1%" if percent else f".{digits}f"
+    return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def row(*cells: str, head: bool = False) -> list[str]:
@@ -84,8 +99,7 @@ def tables(record: dict) -> list[str]:
     )
     for name, m in methods.items():
         cells = [
-            evaluate.cell(v, digits[k]) if len(v := grouped(m["scores"][k], groups)) else "–"
-            for k in names
+            cell(v, digits[k]) if len(v := grouped(m["scores"][k], groups)) else "–" for k in names
         ]
         cells += [f"{m['fid']:.1f}" for _ in fid] + [
             f"{m['seconds'] / m['megapixels']:.2f}",
@@ -103,11 +117,7 @@ def tables(record: dict) -> list[str]:
             }
             marks = {k: mark(d, metrics.METRICS[k].higher) for k, d in diffs.items()}
             lines += row(
-                name,
-                *(
-                    evaluate.cell(d, digits[k]) + marks[k] if len(d) else "–"
-                    for k, d in diffs.items()
-                ),
+                name, *(cell(d, digits[k]) + marks[k] if len(d) else "–" for k, d in diffs.items())
             )
         lines += [
             "",
@@ -119,9 +129,7 @@ def tables(record: dict) -> list[str]:
         facts = list(next(iter(chains.values())))
         lines += ["", *row("the chain says rightly", *facts, head=True)]
         for name, s in chains.items():
-            lines += row(
-                name, *(evaluate.cell(grouped(v, groups), percent=True) for v in s.values())
-            )
+            lines += row(name, *(cell(grouped(v, groups), percent=True) for v in s.values()))
     return [
         *lines,
         "",
@@ -167,11 +175,7 @@ def save(record: dict, out: Path, name: str) -> None:
                     [
                         method,
                         k,
-                        *(
-                            c
-                            for x in both
-                            for c in (evaluate.bootstrap(x) if len(x) else ["", "", ""])
-                        ),
+                        *(c for x in both for c in (bootstrap(x) if len(x) else ["", "", ""])),
                     ]
                 )
             cost = {

@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from realsr_r1.first.arguments import METHODS, check, parser
+from realsr_r1.first.arguments import check, parser
 
 os.environ.setdefault(
     "HF_HUB_OFFLINE", "1"
@@ -202,64 +202,6 @@ def train_grpo(a: argparse.Namespace) -> None:
     grpo.train_grpo(start, dataset, functions, a.out / a.name, settings, [sheet], a.device, scale)
 
 
-def ablate(a: argparse.Namespace) -> None:
-    import torch
-
-    from realsr_r1.ablations import figure as ablate_figure
-    from realsr_r1.ablations import grpo as ablate
-    from realsr_r1.ablations import sft as ablate_sft
-    from realsr_r1.first import weights
-
-    if a.question == "figure":
-        return ablate_figure.draw(a.out, a.figures)
-    given = {
-        k: getattr(a, k)
-        for k in ("steps", "prompts", "group", "batch", "lr", "beta", "words")
-        if getattr(a, k) is not None
-    }
-    budget = {**ablate.BUDGETS, "sft": ablate_sft.SftBudget()}.get(a.question)
-    if unknown := [k for k in given if not hasattr(budget, k)]:
-        raise ValueError(f"ablate {a.question} has no --{unknown[0]}: leave it out")
-    torch.set_num_threads(a.threads)
-    bench = ablate.Bench.load(a.n, a.split, a.weights or weights.WEIGHTS, a.data, a.device)
-    options = {"what": a.what, "seeds": a.seeds} | (
-        {"budget": replace(budget, **given)} if budget else {}
-    )
-    if a.question in ablate.BUDGETS:
-        ablate.run_grpo(a.question, bench, a.out, **options)
-    elif a.question == "sft":
-        ablate_sft.run_sft(bench, a.out, **options)
-    else:
-        ablate_sft.run_inference(a.question, bench, a.out, **options)
-
-
-def bench(a: argparse.Namespace) -> None:
-    from realsr_r1.evaluation import benchmark, metrics
-    from realsr_r1.first import weights
-
-    options = {
-        "n": a.n,
-        "cache": a.cache / "benchmark",
-        "seed": a.seed,
-        "device": a.device,
-        "pairs": a.cache,
-    }
-    try:
-        benchmark.run(
-            a.data,
-            a.methods or METHODS,
-            a.metrics or list(metrics.METRICS),
-            a.out,
-            a.baseline or "bicubic",
-            folder=a.weights or weights.WEIGHTS,
-            **options,
-        )
-    except KeyboardInterrupt:
-        raise RuntimeError(
-            "stopped; what is done is kept, and the same command goes on from there"
-        ) from None
-
-
 def annotate(a: argparse.Namespace) -> None:
     if a.download:
         os.environ["HF_HUB_OFFLINE"] = "0"  # read once, when the hub's client is imported
@@ -311,54 +253,23 @@ def run(a: argparse.Namespace) -> None:
         from realsr_r1.planning import budget
 
         return budget.command(a)
-    if a.command == "ablate":
-        return ablate(a)
-    if a.command == "restore" and a.reference:
+    if a.reference:
         return restore_reference(a)
     from realsr_r1.first.restore import MAX_PIXELS, load_models, restore_file
 
-    if a.command == "restore":
-        models = load_models(
-            a.device, **({"weights": a.weights} if a.weights else {}), policy_name=a.policy
-        )
-        restore_file(
-            a.photo,
-            a.out,
-            a.trace,
-            models=models,
-            seed=a.seed,
-            decoder=a.decoder,
-            batch=a.batch or 48,
-            max_pixels=a.max_pixels or MAX_PIXELS,
-        )
-    else:
-        from realsr_r1.evaluation import results as evaluate
-
-        if a.command == "demo":
-            evaluate.demo(a.out, load_models(a.device))
-        elif a.data:
-            bench(a)
-        elif a.compare or a.experts:
-            from realsr_r1.evaluation import calibration
-            from realsr_r1.evaluation import policies as compare
-            from realsr_r1.first import experts, weights
-
-            folder = a.weights or weights.WEIGHTS
-            home = with_file(folder, "expert.safetensors") / "expert.safetensors"
-            models = {
-                name: load_models(a.device, folder, name)
-                for name in a.compare or ("policy-sft", "policy-grpo")
-            }
-            if a.experts:
-                calibration.calibrate(a.experts, models, a.out, a.n or 64, cache=a.cache, nano=home)
-            else:
-                expert = experts.load_expert(device=next(iter(models.values())).device, path=home)
-                compare.compare(models, a.out, expert, a.n or 512, a.cache, a.seed, first=a.first)
-        else:
-            models = load_models(a.device, **({"weights": a.weights} if a.weights else {}))
-            evaluate.first_results(
-                models, a.out, a.n or 512, cnn_steps=a.cnn_steps, cache=a.cache, seed=a.seed
-            )
+    models = load_models(
+        a.device, **({"weights": a.weights} if a.weights else {}), policy_name=a.policy
+    )
+    restore_file(
+        a.photo,
+        a.out,
+        a.trace,
+        models=models,
+        seed=a.seed,
+        decoder=a.decoder,
+        batch=a.batch or 48,
+        max_pixels=a.max_pixels or MAX_PIXELS,
+    )
 
 
 def said(e: Exception) -> str:

@@ -4,21 +4,8 @@ of them go together."""
 import argparse
 from pathlib import Path
 
-ABOUT = (
-    "Command line: python -m realsr_r1.first {restore,demo,train,evaluate,ablate,annotate,cost} …"
-)
-METHODS = (
-    "bicubic",
-    "lanczos",
-    "regression",
-    "chain-sft",
-    "chain-grpo",
-)  # of a benchmark, where none are named
-FOLDERS = {
-    "train": ("out", "data"),
-    "evaluate": ("out", "cache"),
-    "ablate": ("out", "figures", "data"),
-}
+ABOUT = "Command line: python -m realsr_r1.first {restore,train,annotate,cost} …"
+FOLDERS = {"train": ("out", "data")}
 
 
 def check(a: argparse.Namespace) -> None:
@@ -29,20 +16,6 @@ def check(a: argparse.Namespace) -> None:
     for name in FOLDERS.get(a.command, ()):
         if (place := getattr(a, name)).is_file():
             raise ValueError(f"{place} is a file and --{name} takes a folder: choose another place")
-    if a.command != "evaluate":
-        return
-    if a.data and (a.compare or a.experts):
-        raise ValueError(
-            "--compare and --experts have scenes of their own: leave out --data, or give "
-            "--methods chain-sft chain-grpo instead"
-        )
-    if not a.data and (given := [k for k in ("methods", "metrics", "baseline") if getattr(a, k)]):
-        instead = "leave it out" if a.compare or a.experts else "say on what, e.g. --data eval"
-        raise ValueError(f"--{given[0]} goes with --data alone: {instead}")
-    if a.first and (a.experts or not a.compare):
-        raise ValueError("--first goes with --compare alone: leave it out")
-    if a.first < 0:
-        raise ValueError(f"--first must be 0 or more, got {a.first}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -101,10 +74,6 @@ def parser() -> argparse.ArgumentParser:
         default=0,
         help="speculative Jacobi decoding: words guessed a pass (needs --sizes; 0: off)",
     )
-
-    d = sub.add_parser("demo", help="restore the shipped real photos and draw figures/demo.png")
-    d.add_argument("-o", "--out", type=Path, default=Path("figures/demo.png"))
-    d.add_argument("--device")
 
     t = sub.add_parser(
         "train", help="train from scratch; the same command resumes a run that was killed"
@@ -210,106 +179,6 @@ def parser() -> argparse.ArgumentParser:
         "drowns another",
     )
     g.add_argument("--name", default="policy-grpo", help="folder of the trained policy")
-
-    e = sub.add_parser(
-        "evaluate",
-        help="the first results table on held-out scenes; with --data, methods side by side on "
-        "any set",
-    )
-    e.add_argument(
-        "-n",
-        type=int,
-        help="test scenes (default 512); with --data, the first items of the set (default: all; "
-        "collages: 128)",
-    )
-    e.add_argument(
-        "--compare",
-        nargs="+",
-        help="policies side by side, the first is the baseline: e.g. policy-sft policy-grpo",
-    )
-    e.add_argument(
-        "--experts",
-        nargs="+",
-        help="visual experts side by side: nano niqe piqe brisque paper (-n: scenes, default 64)",
-    )
-    e.add_argument(
-        "--first",
-        type=int,
-        default=0,
-        help="--compare: leave out so many test scenes, those that helped to choose a policy",
-    )
-    e.add_argument("--weights", type=Path, help="a folder laid out like realsr_r1/assets/weights")
-    e.add_argument(
-        "--cnn-steps", type=int, default=1200, help="training steps of the yardstick networks"
-    )
-    e.add_argument("-o", "--out", type=Path, default=Path("figures"))
-    e.add_argument(
-        "--cache",
-        type=Path,
-        default=Path("runs/data"),
-        help="folder that keeps the synthesised pairs, and a benchmark's pictures and scores",
-    )
-    s = e.add_argument_group("with --data")
-    s.add_argument(
-        "--data",
-        help="eval, eval:mild, real_lr, collages, a FOLDER of hr/ and lr/ or of LR photos, "
-        "hf:NAME, "
-        "realsr:FOLDER, reallq250:FOLDER, div2k-val:FOLDER, ost-val:FOLDER",
-    )
-    s.add_argument(
-        "--methods",
-        nargs="+",
-        help=f"default: {' '.join(METHODS)}; also realesrgan-x4plus, realsr-df2k-jpeg, span-x4, "
-        f"direct",
-    )
-    s.add_argument(
-        "--metrics",
-        nargs="+",
-        help="default: all; those that cannot be had here are named with the reason",
-    )
-    s.add_argument("--baseline", help="the method that differences are taken to (default bicubic)")
-    e.add_argument("--seed", type=int, default=0)
-    e.add_argument("--device")
-
-    b = sub.add_parser(
-        "ablate",
-        help="what each part is worth: runs of equal budget and several seeds; resumes, and may "
-        "run twice side by side",
-    )
-    b.add_argument(
-        "question",
-        choices=("grpo", "hack", "sft", "text", "sampling", "figure"),
-        help="figure: draw what all questions have so far",
-    )
-    b.add_argument("--what", nargs="+", help="variants; default: all of the question's")
-    b.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    b.add_argument(
-        "--out", type=Path, default=Path("runs/ablations"), help="folder of runs, logs and tables"
-    )
-    b.add_argument("--figures", type=Path, default=Path("figures"), help="where figure writes")
-    b.add_argument("-n", type=int, default=96, help="held-out scenes on which every run is scored")
-    b.add_argument("--split", choices=("val", "test"), default="test")
-    b.add_argument(
-        "--steps",
-        type=int,
-        help="grpo, hack, sft: optimisation steps; default: the question's budget",
-    )
-    b.add_argument("--prompts", type=int, help="grpo, hack: groups a step")
-    b.add_argument(
-        "--group", type=int, help="grpo, hack: chains a group, where the variant does not say"
-    )
-    b.add_argument("--batch", type=int, help="sft: chains a step")
-    b.add_argument("--lr", type=float)
-    b.add_argument("--beta", type=float, help="grpo, hack: weight of the KL where it is on")
-    b.add_argument(
-        "--words", type=int, help="hack: words sampled of each chain in text-only rollouts"
-    )
-    b.add_argument("--weights", type=Path, help="a folder laid out like realsr_r1/assets/weights")
-    b.add_argument("--data", type=Path, default=Path("runs/data"))
-    b.add_argument(
-        "--threads", type=int, default=1, help="CPU threads; 1, so that two can run side by side"
-    )
-    b.add_argument("--device")
 
     n = sub.add_parser(
         "annotate", help="captions and tags for your own photos, by pretrained models; resumes"
