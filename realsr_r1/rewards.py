@@ -167,11 +167,11 @@ def understanding_reward(
     """Share of the sample's tags that the rough understanding text names, as whole words, upper and
     lower case alike.
 
-    Paper: the same, with tags from Grounded-SAM; its example is 3/4 = 0.75. Released code:
-    `substring_understanding_reward`. Words pass through SYNONYMS; a tag of several words must stand
-    as a whole; repeated tags count once; a sample without tags scores 0. It is recall alone, so
-    naming everything scores 1: `understanding_f1_reward` mends that. Raises ValueError if the
-    column is missing or an entry is not a list of words.
+    Paper: the same, with tags from Grounded-SAM; its example is 3/4 = 0.75. Released code: as
+    `ablations.rewards.substring_understanding_reward`. Words pass through SYNONYMS; a tag of
+    several words must stand as a whole; repeated tags count once; a sample without tags scores 0.
+    It is recall alone, so naming everything scores 1 (`ablations.rewards.understanding_f1_reward`
+    mends that). Raises ValueError if the column is missing or an entry is not a list of words.
     """
     pairs = [
         (_words(text), {_words(t) for t in names}) for text, names in _rough(completions, tags)
