@@ -416,3 +416,17 @@ def test_parts_of_different_trainings_are_refused(model):
     other = VQModel(TokenizerConfig(codes=32, encoder=(16, 16), decoder=(16, 16, 16, 16)))
     with pytest.raises(ValueError, match="do not belong together"):
         RealSR(other, model.policy)
+
+
+def test_redrawn_codes_replace_image_cells_only(model, lr):
+    ids = with_prompt(model.policy, true_ids(model.policy))
+    torch.manual_seed(0)
+    new = sft.redraw(model.policy, ids, lr)
+    cells = torch.zeros_like(ids, dtype=torch.bool)
+    cells[:, 1:] = model.policy.cells(ids)[:, :-1] >= 0
+    assert torch.equal(new[~cells], ids[~cells])
+    assert (new[cells] != ids[cells]).float().mean() > 0.9  # random weights hardly hit the truth
+    assert torch.equal(sft.redraw(model.policy, ids, lr, share=0.0), ids)
+    assert torch.equal(sft.final_codes(model.policy, ids)[0], true_chain(0).final_image)
+    one = sft.redraw(model.policy, ids, lr, share=torch.tensor([[1.0], [0.0]]))
+    assert torch.equal(one[1], ids[1]) and not torch.equal(one[0], ids[0])

@@ -1,0 +1,90 @@
+"""The trainings on a tiny scale: they run, resume, and learn from what they say they do."""
+
+import pytest
+import torch
+
+from realsr_r1 import photographs
+from realsr_r1.policy import ChainPolicy, PolicyConfig
+from realsr_r1.pretraining import recipes
+from realsr_r1.pretraining.loop import FitConfig
+from realsr_r1.pretraining.muon import MuonAdamW, orthogonalize
+from realsr_r1.pretraining.recipes import Machine, PolicyLoss, Replay, TokenizerLoss
+from realsr_r1.tokenizer import TokenizerConfig, VQModel
+
+
+@pytest.fixture(scope="module")
+def data() -> photographs.Pairs:
+    return photographs.Pairs(photographs.load("train")[:8])
+
+
+def tiny() -> tuple[VQModel, ChainPolicy]:
+    torch.manual_seed(0)
+    shape = {"codes": 64, "hidden_size": 32, "layers": 1, "heads": 2, "mlp": 32, "eye_width": 16}
+    narrow = {"encoder": (16, 16), "decoder": (16, 16, 16, 16), "lr_width": 16, "blocks": 1}
+    vq = VQModel(TokenizerConfig(codes=64, **narrow))
+    return vq, ChainPolicy(PolicyConfig(eye_blocks=1, **shape))
+
+
+def test_replay_uses_each_sample_about_as_often_as_it_should():
+    made = []
+
+    def fresh():
+        while True:
+            made.append(len(made))
+            yield {"x": torch.full((4,), made[-1])}
+
+    source = Replay(fresh(), size=8, reuse=4, capacity=100)
+    seen = torch.cat([next(source)["x"] for _ in range(50)])
+    assert len(made) == pytest.approx(400 / (4 * 4), abs=1)
+    assert seen.unique().numel() > 0.8 * len(made)
+
+
+def test_replay_keeps_the_newest_of_a_full_store():
+    source = Replay(iter([{"x": torch.full((4,), i)} for i in range(9)]), 4, 1, capacity=8)
+    for _ in range(9):
+        last = next(source)["x"]
+    assert last.min() >= 7
+
+
+def test_matrices_of_one_shape_are_made_orthogonal_together():
+    g = torch.Generator().manual_seed(0)
+    m = torch.randn(3, 6, 10, generator=g)
+    together = orthogonalize(m)
+    for one, alone in zip(together, m, strict=True):
+        torch.testing.assert_close(one, orthogonalize(alone))
+        assert torch.linalg.svdvals(one).min() > 0.3
+
+
+def test_muon_moves_matrices_and_embeddings_of_a_policy():
+    _, policy = tiny()
+    before = {k: v.clone() for k, v in policy.named_parameters()}
+    optimizer = MuonAdamW(policy, lr=1e-2)
+    ids = torch.tensor([policy.vocabulary.prompt])
+    policy(ids, torch.rand(1, 3, 32, 32)).logits.square().mean().backward()
+    optimizer.step()
+    moved = {k for k, v in policy.named_parameters() if not torch.equal(v, before[k])}
+    assert {"model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight"} <= moved
+
+
+def test_the_policy_trains_on_codes_of_its_own_and_goes_on_after_a_kill(data, tmp_path):
+    vq, policy = tiny()
+    loss = PolicyLoss(own_from=0.0, own=1.0, reuse=2)
+    fit = FitConfig(minutes=60, steps=4, lr=1e-2, warmup=1, log_every=2, checkpoint_minutes=0)
+    recipes.train_policy(policy, vq, data, tmp_path, Machine(batch=2), fit, loss)
+    assert (tmp_path / "log.csv").read_text().count("\n") == 3
+    more = FitConfig(minutes=60, steps=6, lr=1e-2, warmup=1, log_every=2, checkpoint_minutes=0)
+    recipes.train_policy(tiny()[1], vq, data, tmp_path, Machine(batch=2), more, loss)
+    assert (tmp_path / "log.csv").read_text().splitlines()[-1].startswith("6,")
+
+
+def test_the_decoder_learns_and_the_codes_keep_their_meaning(data, tmp_path):
+    vq, policy = tiny()
+    book = vq.codebook.weight.clone()
+    first = next(vq.encoder.parameters()).clone()
+    last = vq.decoder.out[1].weight.clone()
+    fit = FitConfig(minutes=60, steps=2, lr=1e-3, warmup=1)
+    machine = Machine(batch=2, draws=2)
+    made = recipes.train_decoder(vq, policy, data, tmp_path, machine, fit, TokenizerLoss())
+    assert torch.equal(made.codebook.weight, book)
+    assert torch.equal(next(made.encoder.parameters()), first)
+    assert not torch.equal(vq.decoder.out[1].weight, last)
