@@ -4,7 +4,7 @@ VENV ?= .venv
 # Waiting threads must sleep: two that spin on a busy core slow each other down a hundredfold.
 RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python
 
-.PHONY: install course lab student solutions address demo test lint bench clean
+.PHONY: install course lab student solutions address demo test test-fast lint bench clean
 
 install: $(VENV)/.installed
 
@@ -30,7 +30,7 @@ student: install
 solutions: install
 	$(RUN) -m realsr_r1.course.notebooks solutions
 
-# make address REPO=name/repo: badges and install lines of a fork
+# make address [REPO=name/repo]: badges and install lines of a fork, by default of `git remote`
 address: install
 	$(RUN) -m realsr_r1.course.notebooks address $(REPO)
 
@@ -41,6 +41,11 @@ demo: install
 test: install
 	$(RUN) -m ruff check .
 	$(RUN) -m pytest
+
+# The core alone, without the runs that take long: for every edit.
+test-fast: install
+	$(RUN) -m ruff check .
+	$(RUN) -m pytest -m "not slow" tests/test_*.py
 
 lint: install
 	$(RUN) -m ruff check --fix . && $(RUN) -m ruff format .

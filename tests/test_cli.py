@@ -78,6 +78,7 @@ def test_errors_are_one_sentence(command, message, tmp_path, capsys):
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_training_leaves_weights_that_restore(tmp_path, capsys):
     """The three stages in their order, a step each, on the photographs that ship."""
     out = tmp_path / "nano"

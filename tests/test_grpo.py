@@ -116,6 +116,7 @@ def test_the_words_alone_are_learnt_without_images(rows, tmp_path):
     assert log["completions/mean_length"].dropna().max() < 60
 
 
+@pytest.mark.slow
 def test_a_simple_reward_is_learnt(rows, tmp_path):
     """Naming tulips early: from chance to often, in a few steps on a random policy."""
 
@@ -132,6 +133,7 @@ def test_a_simple_reward_is_learnt(rows, tmp_path):
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_its_checkpoint(rows, tmp_path):
     short = GrpoSettings(steps=1, prompts=1, group=4, micro_batch=4, save_steps=1)
     long = GrpoSettings(steps=2, prompts=1, group=4, micro_batch=4, save_steps=1)

@@ -9,8 +9,8 @@ re-address the notebooks.
       editions/student
     python -m realsr_r1.course.notebooks solutions           the edition with every exercise solved
       → editions/solutions
-    python -m realsr_r1.course.notebooks address OWNER/REPO  point badges and install lines to a
-      fork
+    python -m realsr_r1.course.notebooks address [OWNER/REPO]   point badges and install lines to a
+      fork; without a name to this checkout's remote
 
 A saved notebook carries a fingerprint of the code that made its outputs, so that a test sees when
 the two drift apart.
@@ -25,6 +25,7 @@ import io
 import os
 import random
 import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -352,6 +353,18 @@ def repository(root: Path = ROOT) -> str:
     return match[1]
 
 
+def remote_address(root: Path = ROOT) -> str:
+    """OWNER/REPO of the checkout's `git remote`. Raises ValueError where it has none on GitHub."""
+    command = ["git", "-C", str(root), "remote", "get-url", "origin"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    match = re.search(r"github\.com[:/]([\w.-]+/[\w.-]+?)(\.git)?/?$", found.stdout.strip())
+    if not match:
+        raise ValueError(
+            "this checkout has no remote on GitHub: say where, make address REPO=OWNER/REPO"
+        )
+    return match[1]
+
+
 def set_address(new: str, root: Path = ROOT) -> list[Path]:
     """Rewrite the repository's address in pyproject.toml, README.md and everything in notebooks/;
     returns the files changed."""
@@ -391,9 +404,10 @@ def main(argv: list[str] | None = None) -> int:
     ]
     try:
         if a.command == "address":
-            if len(a.names) != 1:
-                raise ValueError("say where the notebooks live: make address REPO=OWNER/REPO")
-            print(f"{len(set_address(a.names[0]))} files now point to github.com/{a.names[0]}")
+            if len(a.names) > 1:
+                raise ValueError("one address at a time: make address REPO=OWNER/REPO")
+            new = a.names[0] if a.names else remote_address()
+            print(f"{len(set_address(new))} files now point to github.com/{new}")
         elif not chosen:
             raise ValueError(
                 f"no notebook is called {' or '.join(a.names) or 'anything'}: see notebooks/"

@@ -3,6 +3,7 @@ failures."""
 
 import ast
 import math
+import subprocess
 from collections.abc import Iterator
 
 import nbformat
@@ -247,7 +248,7 @@ def test_a_failing_notebook_stops_the_course_with_one_sentence(tmp_path, capsys,
 
 def test_unknown_names_get_one_sentence(capsys):
     assert course.main(["execute", "99_nothing"]) == 1
-    assert course.main(["address"]) == 1
+    assert course.main(["address", "a/b", "c/d"]) == 1
     assert capsys.readouterr().err.count("error: ") == 2
 
 
@@ -262,3 +263,16 @@ def test_start_is_seeded_and_reads_quick(monkeypatch, capsys, value, quick):
     assert device.type == "cpu" and got is quick and "seed 3" in capsys.readouterr().out
     course.start(3)
     assert torch.equal(torch.rand(1), first)
+
+
+def test_without_a_name_the_address_is_the_remotes(tmp_path):
+    def git(*words: str) -> None:
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True, capture_output=True)
+
+    git("init", "-q")
+    with pytest.raises(ValueError, match="no remote on GitHub"):
+        course.remote_address(tmp_path)
+    git("remote", "add", "origin", "git@github.com:me/my-fork.git")
+    assert course.remote_address(tmp_path) == "me/my-fork"
+    git("remote", "set-url", "origin", "https://github.com/you/course")
+    assert course.remote_address(tmp_path) == "you/course"
