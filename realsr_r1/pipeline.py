@@ -10,10 +10,11 @@ import contextlib
 import io
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -204,10 +205,12 @@ class RealSR:
         lr = pad(images.to_tensor(image))
         reading = self.read(lr, sampling, torch.Generator().manual_seed(seed))
         texts = {t: getattr(reading, t) for t in TEXT_TAGS[1:]}
-        tiles, places = [], origins(lr)
+        tiles, places = [], origins(lr.shape[-2:])
         grid = torch.full([n // CODE for n in lr.shape[-2:]], -1)
+
+        draw = self._drawer(lr, places, texts, (sampling, seed))
         try:
-            for place, chain in self._draw(lr, places, texts, (sampling, seed, batch), progress):
+            for place, chain in in_batches(places, draw, batch, progress):
                 tiles.append(Tile(*place, chain))
                 put(grid, chain.final_image, place)
         except KeyboardInterrupt:
@@ -218,33 +221,44 @@ class RealSR:
         complete = len(tiles) == len(places)
         return Restoration(images.to_image(out), reading, tiles, settings, complete)
 
-    def _draw(
+    def _drawer(
         self,
         lr: Tensor,
         places: list[tuple[int, int]],
         texts: dict[str, str],
-        how: tuple[Sampling, int, int],
-        progress: bool,
-    ) -> Iterator[tuple[tuple[int, int], Chain]]:
-        """Place and chain of each tile, in batches that are halved where memory runs out. Each
-        batch has its own seed, so that it does not depend on what came before it."""
-        sampling, seed, batch = how
-        first = 0
-        with tqdm(total=len(places), desc="tiles", disable=not progress) as bar:
-            while first < len(places):
+        how: tuple[Sampling, int],
+    ) -> Callable[[int, int], list[Chain]]:
+        """What `in_batches` calls: the chains of some tiles, under the texts of the reading."""
+        sampling, seed = how
 
-                @find_executable_batch_size(starting_batch_size=batch)
-                def chains(size: int, first: int = first) -> list[Chain]:
-                    some = places[first : first + size]
-                    tiles = torch.stack([lr[:, y : y + TILE, x : x + TILE] for x, y in some])
-                    g = torch.Generator().manual_seed(seed * 1_000_003 + first)
-                    return self.sample(tiles, sampling, g, texts).chains
+        def draw(first: int, size: int) -> list[Chain]:
+            some = [lr[:, y : y + TILE, x : x + TILE] for x, y in places[first : first + size]]
+            g = torch.Generator().manual_seed(seed * 1_000_003 + first)
+            return self.sample(torch.stack(some), sampling, g, texts).chains
 
-                done = chains()
-                batch = min(batch, max(1, len(done)))
-                yield from zip(places[first : first + len(done)], done, strict=True)
-                first += len(done)
-                bar.update(len(done))
+        return draw
+
+
+def in_batches(
+    places: list[tuple[int, int]], draw: Callable[[int, int], list], batch: int, progress: bool
+) -> Iterator[tuple[tuple[int, int], Any]]:
+    """Each place with what `draw(first, size)` gives for it, `batch` places at a time.
+
+    A batch is halved where memory runs out. `draw` may give fewer than `size` (at the end), and
+    seeds by `first`, so that a batch does not depend on what came before it."""
+    first = 0
+    with tqdm(total=len(places), desc="tiles", disable=not progress) as bar:
+        while first < len(places):
+
+            @find_executable_batch_size(starting_batch_size=batch)
+            def attempt(size: int, first: int = first) -> list:
+                return draw(first, size)
+
+            done = attempt()
+            batch = min(batch, len(done))
+            yield from zip(places[first : first + len(done)], done, strict=True)
+            first += len(done)
+            bar.update(len(done))
 
 
 def find_weights(name: str | Path) -> Path:
@@ -270,14 +284,16 @@ def pad(lr: Tensor) -> Tensor:
     return F.pad(lr[None], (0, w - lr.shape[-1], 0, h - lr.shape[-2]), mode="replicate")[0]
 
 
-def origins(lr: Tensor) -> list[tuple[int, int]]:
-    """(x, y) of the tiles that cover a padded LR photo, multiples of a code."""
+def origins(
+    size: tuple[int, int], tile: int = TILE, stride: int = STRIDE, step: int = CODE
+) -> list[tuple[int, int]]:
+    """(x, y) of the tiles that cover an LR photo of (h, w) ≥ one tile, multiples of `step`."""
 
     def along(length: int) -> list[int]:
-        n = 1 + math.ceil((length - TILE) / STRIDE)
-        return [round(i * (length - TILE) / max(1, n - 1) / CODE) * CODE for i in range(n)]
+        n = 1 + math.ceil((length - tile) / stride)
+        return [round(i * (length - tile) / max(1, n - 1) / step) * step for i in range(n)]
 
-    return [(x, y) for y in along(lr.shape[-2]) for x in along(lr.shape[-1])]
+    return [(x, y) for y in along(size[0]) for x in along(size[1])]
 
 
 def put(grid: Tensor, codes: Tensor, place: tuple[int, int], inner: int = 2) -> None:

@@ -47,7 +47,10 @@ class PolicyConfig(PreTrainedConfig):
     hidden_size: int = 224
     layers: int = 6
     heads: int = 4
+    kv_heads: int | None = None  # None: as many as heads
+    head_dim: int | None = None  # None: hidden_size / heads
     mlp: int = 576
+    rope_theta: float = 10_000.0
     eye_width: int = 96
     eye_blocks: int = 4
     dropout: float = 0.0
@@ -61,12 +64,12 @@ class PolicyConfig(PreTrainedConfig):
             intermediate_size=self.mlp,
             num_hidden_layers=self.layers,
             num_attention_heads=self.heads,
-            num_key_value_heads=self.heads,
-            head_dim=self.hidden_size // self.heads,
+            num_key_value_heads=self.kv_heads or self.heads,
+            head_dim=self.head_dim or self.hidden_size // self.heads,
             max_position_embeddings=1024,
             tie_word_embeddings=True,
             attention_dropout=self.dropout,
-            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+            rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
         )
 
     @property

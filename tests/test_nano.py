@@ -304,7 +304,7 @@ def test_tiles_cover_every_code(size):
     h, w = lr.shape[-2:]
     assert h >= max(TILE, size[0]) and h % CODE == 0 and w % CODE == 0
     grid = torch.full((h // CODE, w // CODE), -1)
-    places = origins(lr)
+    places = origins(lr.shape[-2:])
     for i, (x, y) in enumerate(places):
         assert x % CODE == y % CODE == 0 and x + TILE <= w and y + TILE <= h
         put(grid, torch.full((16, 16), i), (x, y))

@@ -21,6 +21,20 @@ def chain(a: argparse.Namespace) -> None:
     print(ablation.table(ablation.seeds(model, photos, settings, machine, a.seeds)))
 
 
+def optimizer(a: argparse.Namespace) -> None:
+    from realsr_r1 import photographs
+    from realsr_r1.ablations import optimizer as ablation
+    from realsr_r1.cli import model_of
+    from realsr_r1.evaluation.commands import spread
+    from realsr_r1.pretraining.recipes import Machine
+
+    model = model_of(a)
+    names = ("photographs", "out", "muon", "lr", "minutes", "steps", "seed")
+    settings = ablation.Settings(**{k: getattr(a, k) for k in names})
+    photos = spread(photographs.load("val", a.photographs), a.n)
+    print(ablation.run(model, photos, settings, Machine(model.device.type, a.batch)))
+
+
 def register(sub) -> None:
     from realsr_r1.cli import add_model, leaf
 
@@ -39,4 +53,15 @@ def register(sub) -> None:
     p.add_argument("--workers", type=int, default=0, help="processes that prepare data")
     p.add_argument("--split", default="test", choices=("val", "test"), help="what is measured")
     p.add_argument("-n", type=int, default=200, help="photographs, spread over the split")
+    add_model(p)
+
+    p = leaf(leaves, "optimizer", optimizer, "Muon or AdamW, the same minutes of fine-tuning")
+    p.add_argument("--photographs", type=Path, help="a folder of annotated photographs")
+    p.add_argument("--out", type=Path, default=Path("runs/optimizer"), help="logs, optimizer.csv")
+    p.add_argument("--muon", action=argparse.BooleanOptionalAction, default=True, help="or AdamW")
+    p.add_argument("--lr", type=float, default=4e-3, help="peak learning rate")
+    p.add_argument("--minutes", type=float, default=20.0, help="of training")
+    p.add_argument("--steps", type=int, default=10**9, help="at most so many steps")
+    p.add_argument("--batch", type=int, default=12, help="chains per step")
+    p.add_argument("-n", type=int, default=120, help="validation photographs")
     add_model(p)

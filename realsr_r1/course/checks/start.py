@@ -35,8 +35,7 @@ def find_part(trace: dict, x: int, y: int, tag: str):
 
 def count_tiles(width: int, height: int) -> int:
     """The package's tiles for a photo of width x height LR pixels, padded as it pads them."""
-    side = (max(TILE, n + n % 2) for n in (height, width))
-    return len(origins(torch.empty(3, *side)))
+    return len(origins((max(TILE, height + height % 2), max(TILE, width + width % 2))))
 
 
 def count_tokens(text_words: list[int], image_sides: list[int]) -> int:

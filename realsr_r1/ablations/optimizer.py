@@ -1,0 +1,80 @@
+"""Which optimizer for supervised fine-tuning from scratch: Muon on matrices, or AdamW alone?
+
+The same minutes, photographs, seed and schedule; what differs is the optimizer and its learning
+rate. Measured by the loss of true chains on validation photographs.
+"""
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from realsr_r1 import photographs, sft
+from realsr_r1.pipeline import RealSR
+from realsr_r1.policy import ChainPolicy, PolicyConfig
+from realsr_r1.pretraining import recipes
+from realsr_r1.pretraining.loop import FitConfig
+from realsr_r1.pretraining.recipes import Machine, PolicyLoss
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run of one optimizer at one peak learning rate."""
+
+    photographs: Path | None
+    out: Path
+    muon: bool = True
+    lr: float = 4e-3
+    minutes: float = 20.0
+    steps: int = 10**9
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{'muon' if self.muon else 'adamw'}-{self.lr:g}-{self.seed}"
+
+
+def train(model: RealSR, s: Settings, machine: Machine) -> ChainPolicy:
+    """One policy from scratch."""
+    torch.manual_seed(s.seed)
+    policy = ChainPolicy(PolicyConfig(codes=model.tokenizer.config.codes, dropout=0.1))
+    policy.start_from(model.tokenizer, s.seed)
+    data = photographs.Pairs(photographs.load("train", s.photographs), seed=200 + s.seed)
+    fit = FitConfig(
+        minutes=s.minutes, steps=s.steps, lr=s.lr, ema=0.98, seed=s.seed, warmup=30, log_every=20
+    )
+    loss = PolicyLoss(muon=s.muon)
+    return recipes.train_policy(policy, model.tokenizer, data, s.out / s.name, machine, fit, loss)
+
+
+@torch.no_grad()
+def measure(model: RealSR, policy: ChainPolicy, photos: list) -> dict[str, float]:
+    """Loss per code of each image and share of words guessed right, given true chains."""
+    data = photographs.Pairs(photos, training=False)
+    found: dict[str, list[float]] = {}
+    for i in range(len(data)):
+        item = data[i]
+        batch = sft.collate(policy.vocabulary)([item])
+        lr = item["lr"][None].float().to(model.device) / 255
+        hr = item["hr"][None].float().to(model.device) / 255
+        ids = sft.fill(policy, batch["ids"].to(model.device), model.tokenizer.encode_steps(hr))
+        for name, value in sft.chain_metrics(policy, ids, lr).items():
+            found.setdefault(name, []).append(float(value.mean()))
+    return {name: round(sum(x) / len(x), 4) for name, x in found.items()}
+
+
+def run(model: RealSR, photos: list, s: Settings, machine: Machine) -> dict:
+    """Train, measure, and add a row to `out`/optimizer.csv."""
+    policy = train(model, s, machine).eval()
+    log = list(csv.DictReader((s.out / s.name / "log.csv").open(newline="")))
+    row = {"optimizer": s.name, "seed": s.seed, "steps": int(log[-1]["step"])}
+    row |= measure(model, policy, photos)
+    path = s.out / "optimizer.csv"
+    new = not path.exists()
+    with path.open("a", newline="") as f:
+        w = csv.DictWriter(f, list(row))
+        if new:
+            w.writeheader()
+        w.writerow(row)
+    return row
