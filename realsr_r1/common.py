@@ -1,4 +1,4 @@
-"""What every module may need: the device."""
+"""What every module may need: the device, and the table of all seeds."""
 
 import math
 import time
@@ -7,24 +7,31 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+# Whoever draws photographs has seeds of its own, so that no two of them meet the same crops.
+SEEDS_EACH = 10_000
+SEEDS = {
+    use: i * SEEDS_EACH
+    for i, use in enumerate("measure tokenizer policy decoder grpo chain optimizer expert".split())
+}
+
+
+def seed_of(use: str, seed: int = 0) -> int:
+    """The seed number `seed` of a use in SEEDS; ValueError if it would be another use's."""
+    if not 0 <= seed < SEEDS_EACH:
+        raise ValueError(f"seed {seed} is out of range: take one from 0 to {SEEDS_EACH - 1}")
+    return SEEDS[use] + seed
+
 
 def device_of(name: str | None) -> torch.device:
     """`name`, or the best device there is; raises ValueError with one sentence if a device that is
     absent is asked for."""
+    best = torch.accelerator.current_accelerator(check_available=True)
     if name is None:
-        return torch.device(
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
+        return best or torch.device("cpu")
     kind = name.split(":")[0]
     if kind not in ("cpu", "cuda", "mps"):
         raise ValueError(f"no device {name!r}: choose cpu, cuda or mps")
-    if (kind == "cuda" and not torch.cuda.is_available()) or (
-        kind == "mps" and not torch.backends.mps.is_available()
-    ):
+    if kind != "cpu" and (best is None or best.type != kind):
         raise ValueError(
             f"device {name!r} was asked for but torch finds none here: use --device cpu, or "
             f"install a torch built for it"

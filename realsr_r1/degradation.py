@@ -36,12 +36,9 @@ JPEG_BOUNDS = (1.0, 8.8, 12.5)  # root mean square of what compression changed, 
 
 @dataclass(frozen=True)
 class Levels:
-    """Ranges by level (no, light, medium, heavy) instead of one range: what a network can learn
-    apart.
-
-    Values are those seen at LR scale; `None` leaves the operation out. `shares` holds one row of
-    probabilities of the four levels for each severity of a photo, all severities equally frequent.
-    """
+    """Ranges by level (no, light, medium, heavy; None: left out), as seen at LR scale: what a
+    network can learn apart. `shares`: for each severity of a photo, all severities equally
+    frequent, the probabilities of the four levels."""
 
     blur: tuple[tuple[float, float] | None, ...]  # standard deviation, LR pixels
     noise: tuple[tuple[float, float] | None, ...]  # standard deviation, of 255
@@ -147,9 +144,6 @@ class Degraded:
     labels: list[dict[str, str]] = field(default_factory=list)
 
 
-# ---------------------------------------------------------------- kernels
-
-
 def gaussian_kernel(
     size: int, sigma_x: float, sigma_y: float, theta: float, kind: str = "aniso", beta: float = 1.0
 ) -> Tensor:
@@ -178,24 +172,17 @@ def sinc_kernel(size: int, omega: float) -> Tensor:
     axis = torch.arange(size, dtype=torch.float64) - size // 2
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     r = torch.sqrt(x**2 + y**2)
-    k = torch.where(
-        r > 0,
-        omega * torch.special.bessel_j1(omega * r) / (2 * math.pi * r.clamp_min(1e-9)),
-        torch.tensor(omega**2 / (4 * math.pi), dtype=torch.float64),
-    )
+    k = omega * torch.special.bessel_j1(omega * r) / (2 * math.pi * r.clamp_min(1e-9))
+    k[size // 2, size // 2] = omega**2 / (4 * math.pi)
     return (k / k.sum()).float()
 
 
 def kernel_of(op: dict) -> Tensor:
     """The kernel of a recorded blur or sinc operation, (size, size)."""
-    if op["op"] == "sinc" or op.get("kernel") == "sinc":
+    if "omega" in op:
         return sinc_kernel(op["size"], op["omega"])
-    return gaussian_kernel(
-        op["size"], op["sigma_x"], op["sigma_y"], op["theta"], op["kernel"], op["beta"]
-    )
-
-
-# ---------------------------------------------------------------- drawing
+    names = ("size", "sigma_x", "sigma_y", "theta", "kernel", "beta")
+    return gaussian_kernel(*(op[k] for k in names))
 
 
 class _Dice:
@@ -221,10 +208,8 @@ class _Dice:
 def _draw_blur(d: _Dice, stage: Stage, at_lr: tuple[float, float] | None, scale: int) -> dict:
     size = d.pick(stage.kernel_sizes)
     if d.chance(stage.sinc_prob):
-        return _draw_sinc(d, size, math.pi / 3 if size < 13 else math.pi / 5) | {
-            "op": "blur",
-            "kernel": "sinc",
-        }
+        sinc = _draw_sinc(d, size, math.pi / 3 if size < 13 else math.pi / 5)
+        return sinc | {"op": "blur", "kernel": "sinc"}
     kind = d.pick(KERNELS, stage.kernel_probs)
     low, high = (at_lr[0] * scale, at_lr[1] * scale) if at_lr else stage.sigma
     sx = sy = d.uniform(low, high)
@@ -257,10 +242,9 @@ def _draw_resize(d: _Dice, stage: Stage, base: tuple[int, int], lr: tuple[int, i
     if stage.resize_steps:
         factor, base = d.uniform(*d.pick(stage.resize_steps)), lr
     else:
-        low, high = {"up": (1, stage.resize_range[1]), "down": (stage.resize_range[0], 1)}.get(
-            d.pick(("up", "down", "keep"), stage.resize_prob), (1, 1)
-        )
-        factor = d.uniform(low, high)
+        low, high = stage.resize_range
+        kinds = {"up": (1, high), "down": (low, 1), "keep": (1, 1)}
+        factor = d.uniform(*kinds[d.pick(tuple(kinds), stage.resize_prob)])
     size = [max(4, round(n * factor)) for n in base]
     return {"op": "resize", "size": size, "mode": d.pick(MODES)}
 
@@ -309,9 +293,6 @@ def draw(
     return ops
 
 
-# ---------------------------------------------------------------- applying
-
-
 def blur(x: Tensor, kernels: Tensor) -> Tensor:
     """Convolve each image of (b, c, h, w) with its own (b, k, k) kernel, edges
     replicated, by FFT."""
@@ -319,10 +300,8 @@ def blur(x: Tensor, kernels: Tensor) -> Tensor:
     r = k // 2
     x = F.pad(x, (r, r, r, r), mode="replicate")
     shape = (x.shape[-2] + k - 1, x.shape[-1] + k - 1)
-    y = torch.fft.irfft2(
-        torch.fft.rfft2(x, s=shape) * torch.fft.rfft2(kernels.flip(-1, -2), s=shape)[:, None],
-        s=shape,
-    )
+    k_hat = torch.fft.rfft2(kernels.flip(-1, -2), s=shape)[:, None]
+    y = torch.fft.irfft2(torch.fft.rfft2(x, s=shape) * k_hat, s=shape)
     return y[..., 2 * r : 2 * r + h, 2 * r : 2 * r + w]
 
 
@@ -332,9 +311,7 @@ def jpeg(x: Tensor, quality: int) -> Tensor:
     array = (x.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, "JPEG", quality=int(quality))
-    return (
-        torch.from_numpy(np.array(Image.open(buffer))).to(x.device).permute(2, 0, 1).float() / 255
-    )
+    return torch.from_numpy(np.array(Image.open(buffer))).to(x.device).permute(2, 0, 1) / 255
 
 
 def noise_for(x: Tensor, op: dict) -> Tensor:
@@ -369,40 +346,31 @@ def _resize(x: Tensor, op: dict) -> Tensor:
 
 def _run(x: Tensor, op: dict) -> Tensor:
     """One recorded operation on one (3, h, w) image."""
-    if op["op"] in ("blur", "sinc"):
+    kind = op["op"]
+    if kind in ("blur", "sinc"):
         return blur(x[None], kernel_of(op)[None].to(x.device))[0].clamp(0, 1)
-    if op["op"] == "resize":
+    if kind == "resize":
         return _resize(x, op)
-    if op["op"] == "noise":
+    if kind == "noise":
         return (x + noise_for(x, op)).clamp(0, 1)
-    if op["op"] == "jpeg":
+    if kind == "jpeg":
         return jpeg(x, op["quality"])
-    raise ValueError(
-        f"unknown operation {op['op']!r} in a recorded draw; known: blur, sinc, resize, noise, jpeg"
-    )
+    raise ValueError(f"unknown operation {kind!r} in a draw: blur, sinc, resize, noise or jpeg")
 
 
 def apply(hr: Tensor, draws: list[list[dict]]) -> Tensor:
     """Run recorded draws: (b, 3, h, w) in [0, 1] → LR (b, 3, h', w') in [0, 1], in 255ths."""
     if hr.ndim != 4 or hr.shape[1] != 3 or len(draws) != hr.shape[0]:
-        raise ValueError(
-            f"expected (b, 3, h, w) images and b draws, got {tuple(hr.shape)} and {len(draws)} "
-            f"draws"
-        )
+        shape = tuple(hr.shape)
+        raise ValueError(f"expected (b, 3, h, w) and b draws, got {shape} and {len(draws)} draws")
     images = [functools.reduce(_run, ops, x) for x, ops in zip(hr.float(), draws, strict=True)]
     return (torch.stack(images) * 255).round() / 255
 
 
-# ---------------------------------------------------------------- labels
-
-
 def _detail(x: Tensor) -> float:
     """Energy of the finest detail of a (3, h, w) image: mean square of its Laplacian on gray."""
-    gray = x.mean(0)
-    inner = (
-        4 * gray[1:-1, 1:-1] - gray[:-2, 1:-1] - gray[2:, 1:-1] - gray[1:-1, :-2] - gray[1:-1, 2:]
-    )
-    return float(inner.square().mean())
+    laplacian = x.new_tensor([[0.0, -1, 0], [-1, 4, -1], [0, -1, 0]])
+    return float(F.conv2d(x.mean(0)[None, None], laplacian[None, None]).square().mean())
 
 
 def visible(hr: Tensor, ops: list[dict]) -> dict[str, float]:
@@ -465,38 +433,27 @@ def degrade(
         config = PRESETS[config]
     h, w = hr.shape[-2:]
     if h % config.scale or w % config.scale:
-        raise ValueError(
-            f"image of {w}x{h} pixels does not divide by the scale {config.scale}: crop it first"
-        )
+        raise ValueError(f"image of {w}x{h} pixels does not divide by {config.scale}: crop it")
     generator = generator if generator is not None else torch.Generator().manual_seed(0)
     draws = [draw((h, w), config, generator) for _ in range(hr.shape[0])]
     lr = apply(hr, draws)
     return Degraded(lr, draws, [label(x, d) for x, d in zip(hr, draws, strict=True)])
 
 
-# ---------------------------------------------------------------- words
-
-
 def to_words(labels: dict[str, str]) -> str:
     """The paper's sentence, e.g. "medium blur, downsample, heavy noise, light compression,
     upsample"."""
-    return (
-        f"{labels['blur']} blur, {labels['resize']}, {labels['noise']} noise, "
-        f"{labels['compression']} compression, {labels['final_resize']}"
-    )
+    parts = [labels[k] + ("" if k.endswith("resize") else f" {k}") for k in LABELS]
+    return ", ".join(parts)
 
 
 def from_words(text: str) -> dict[str, str]:
     """Read the sentence back. Parts that are missing or malformed are left out, so a reward can
     count what is right."""
-    parts = [" ".join(p.split()) for p in text.lower().split(",")]
     out = {}
-    for name, part in zip(LABELS, parts, strict=False):
-        if name in ("resize", "final_resize"):
-            if part in RESIZES:
-                out[name] = part
-        else:
-            level, _, word = part.partition(" ")
-            if level in LEVELS and word == name:
-                out[name] = level
+    for name, part in zip(LABELS, text.lower().split(","), strict=False):
+        word, *rest = part.split() or [""]
+        known, more = (RESIZES, []) if name.endswith("resize") else (LEVELS, [name])
+        if word in known and rest == more:
+            out[name] = word
     return out

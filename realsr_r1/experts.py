@@ -1,22 +1,17 @@
 """Visual experts: how good a picture looks, without its original. `(b, 3, h, w) in [0, 1] → (b,) in
 [0, 1]`, higher is better.
 
-nano     a small network of ours, trained by ranking (the idea of RankIQA, Liu et al. 2017, arXiv
-         1707.08347): of two pictures
-         it must prefer the one that LPIPS calls closer to its original, over degradations and over
-           what a tokenizer and a
-         policy do wrong. Simplification: LPIPS stands in for people.
-niqe, brisque, piqe   classic statistics of natural pictures, through pyiqa. NIQE's parameters ship
-                      with the package.
-paper    the mean of TOPIQ-NR, MUSIQ/100, MANIQA-pipal and CLIPIQA through pyiqa, the reward of the
-         released code.
+nano: a small network of ours, trained by ranking (the idea of RankIQA, Liu et al. 2017, arXiv
+1707.08347): of two pictures it must prefer the one that LPIPS calls closer to its original.
+Simplification: LPIPS stands in for people. niqe, brisque, piqe: classic statistics of natural
+pictures, through pyiqa; NIQE's parameters ship with the package. paper: the mean of TOPIQ-NR,
+MUSIQ/100, MANIQA-pipal and CLIPIQA, the reward of the released code.
 
 pyiqa is under the PolyForm-Noncommercial licence; it is imported only when one of its metrics is
 asked for.
 """
 
 import json
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from scipy.io import savemat
 from torch import Tensor, nn
 
 WEIGHTS = Path(__file__).parent / "assets" / "weights"
@@ -34,22 +28,17 @@ Expert = Callable[[Tensor], Tensor]
 # and what pyiqa would fetch: files in torch's hub folder, and whole repositories (timm/…) in the
 # Hugging Face cache. The only place for scales and files. NIQE is about 3 on large good
 # photographs, 5 to 15 on good ones of 128 px, 30 and more on noise; the others state their range.
+VIT = "vit_base_patch8_224.augreg2_in21k_ft_in1k"
 METRICS = {
-    "niqe": (40.0, 2.0, ("pyiqa/niqe_modelparameters.mat",)),
+    "niqe": (40.0, 2.0, ()),
     "brisque": (120.0, 0.0, ("pyiqa/brisque_svm_weights.pth",)),
     "piqe": (100.0, 0.0, ()),
     "topiq_nr": (0.0, 1.0, ("pyiqa/cfanet_nr_koniq_res50-9a73138b.pth", "timm/resnet50.a1_in1k")),
     "musiq": (0.0, 100.0, ("pyiqa/musiq_koniq_ckpt-e95806b9.pth",)),
-    "maniqa-pipal": (
-        0.0,
-        1.0,
-        ("pyiqa/MANIQA_PIPAL-ae6d356b.pth", "timm/vit_base_patch8_224.augreg2_in21k_ft_in1k"),
-    ),
+    "maniqa-pipal": (0.0, 1.0, ("pyiqa/MANIQA_PIPAL-ae6d356b.pth", f"timm/{VIT}")),
     "clipiqa": (0.0, 1.0, ("clip/RN50.pt",)),
 }
-NIQE = (
-    WEIGHTS / "niqe.safetensors"
-)  # mean (1, 36) and covariance (36, 36) of natural pictures, double precision
+NIQE = WEIGHTS / "niqe.mat"  # mean and covariance of natural pictures (BasicSR's, Apache-2.0)
 PAPER = ("topiq_nr", "musiq", "maniqa-pipal", "clipiqa")
 NAMES = ("nano", "niqe", "brisque", "piqe", "paper")
 
@@ -100,30 +89,19 @@ class NanoExpert(nn.Module):
         4×4 pixels folded."""
         x = F.pad(x, (0, -x.shape[-1] % 8, 0, -x.shape[-2] % 8), mode="replicate").float()
         high = x - F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
-        contrast = F.avg_pool2d(
-            F.pad(high.square().mean(1, keepdim=True), (2, 2, 2, 2), mode="replicate"), 5, 1
-        )
-        return F.pixel_unshuffle(
-            torch.cat([x - 0.5, 8 * high, 0.3 * (contrast + 1e-6).log() + 2], 1), 4
-        )
+        energy = F.pad(high.square().mean(1, keepdim=True), (2, 2, 2, 2), mode="replicate")
+        contrast = 0.3 * (F.avg_pool2d(energy, 5, 1) + 1e-6).log() + 2
+        return F.pixel_unshuffle(torch.cat([x - 0.5, 8 * high, contrast], 1), 4)
 
     def logits(self, x: Tensor) -> Tensor:
         """Quality before the sigmoid, (b,): what the ranking loss compares."""
         fine = self.fine(self.inputs(x))
-        coarse = self.coarse(fine)
+        coarse, pooled = self.coarse(fine), []
+        for m in (fine.float(), coarse.float()):
+            pooled += [m.mean((2, 3)), (m.var((2, 3), correction=0) + 1e-6).sqrt()]
         local = self.local(coarse).flatten(2).sort(-1).values
-        pooled = [
-            p
-            for m in (fine.float(), coarse.float())
-            for p in (m.mean((2, 3)), (m.var((2, 3), correction=0) + 1e-6).sqrt())
-        ]
-        return (
-            self.head(
-                torch.cat([*pooled, local[..., : max(1, local.shape[-1] // 4)].float().mean(-1)], 1)
-            )
-            .flatten()
-            .float()
-        )
+        pooled.append(local[..., : max(1, local.shape[-1] // 4)].float().mean(-1))
+        return self.head(torch.cat(pooled, 1)).flatten().float()
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.sigmoid(self.logits(x))
@@ -134,60 +112,23 @@ def absent(files: tuple[str, ...]) -> list[str]:
     where it goes."""
     hub, cache, out = Path(torch.hub.get_dir()), huggingface_hub.constants.HF_HUB_CACHE, []
     for name in files:
-        timm = name.startswith("timm/")
-        if not (
-            huggingface_hub.try_to_load_from_cache(name, "model.safetensors")
-            if timm
-            else (hub / name).exists()
-        ):
-            out.append(
-                f"{name} (a Hugging Face repository) in {cache}"
-                if timm
-                else f"{Path(name).name} in {(hub / name).parent}"
-            )
+        if not name.startswith("timm/"):
+            path = hub / name
+            out += [] if path.exists() else [f"{path.name} in {path.parent}"]
+        elif not huggingface_hub.try_to_load_from_cache(name, "model.safetensors"):
+            out.append(f"{name} (a Hugging Face repository) in {cache}")
     return out
 
 
-def plain(reason: object) -> str:
-    """An error's sentence without this machine's folders and without its full stop, for a table
-    that is shared."""
-    places = {
-        "HUB": torch.hub.get_dir(),
-        "HF_HUB_CACHE": huggingface_hub.constants.HF_HUB_CACHE,
-        "~": Path.home(),
-    }
-    text = str(reason)
-    for name, path in places.items():
-        text = text.replace(str(path), name)
-    return text.rstrip(".")
-
-
-def missing_files(metric: str) -> list[str]:
-    """The files a metric of METRICS needs and does not find, each with the folder where it goes."""
-    return [] if metric == "niqe" and NIQE.exists() else absent(METRICS[metric][2])
-
-
 def create(metric: str, device: str | torch.device = "cpu", **options) -> Callable[..., Tensor]:
-    """One metric of pyiqa, by pyiqa's name, without any download; check for its files first. NIQE
-    reads pyiqa's own file where that is, and otherwise the parameters that ship here (BasicSR's,
-    Apache-2.0), which give the published values."""
+    """One metric of pyiqa, by pyiqa's name, without any download: check for its files first."""
     import pyiqa
 
-    hub, constants = Path(torch.hub.get_dir()), huggingface_hub.constants
+    if metric == "niqe":
+        options["pretrained_model_path"] = str(NIQE)
+    constants = huggingface_hub.constants
     offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
     try:
-        if metric in ("niqe", "brisque") and (hub / METRICS[metric][2][0]).exists():
-            options["pretrained_model_path"] = str(hub / METRICS[metric][2][0])
-        elif metric == "niqe":
-            with (
-                tempfile.TemporaryDirectory() as folder
-            ):  # pyiqa takes a path of a MATLAB file and reads it at once
-                options["pretrained_model_path"] = str(Path(folder) / "niqe.mat")
-                savemat(
-                    options["pretrained_model_path"],
-                    {k: v.numpy() for k, v in load_file(NIQE).items()},
-                )
-                return pyiqa.create_metric(metric, device=device, **options)
         return pyiqa.create_metric(metric, device=device, **options)
     except ModuleNotFoundError as e:
         raise ModuleNotFoundError(
@@ -217,7 +158,7 @@ class PyiqaExpert:
     where files are absent: nothing is downloaded."""
 
     def __init__(self, metrics: tuple[str, ...], device: str | torch.device = "cpu"):
-        missing = [f for m in metrics for f in missing_files(m)]
+        missing = absent(tuple(f for m in metrics for f in METRICS[m][2]))
         if missing:
             raise FileNotFoundError(
                 f"{', '.join(metrics)}: files are missing and nothing is downloaded, so put "

@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 
 
@@ -73,39 +73,3 @@ def to_image(x: Tensor) -> Image.Image:
 
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
-
-
-def fit_side(image: Image.Image, side: int) -> Image.Image:
-    """Scale so that the longer side is `side`: pixels stay visible when enlarging, Lanczos when
-    reducing."""
-    f = side / max(image.size)
-    size = (max(1, round(image.width * f)), max(1, round(image.height * f)))
-    return image.resize(size, Image.Resampling.NEAREST if f > 1 else Image.Resampling.LANCZOS)
-
-
-def grid(
-    rows: list[list[Tensor]], headings: list[str], side: int = 128, gap: int = 6
-) -> Image.Image:
-    """Rows of images (3, h, w) in [0, 1] under headings, each fitted into a square of `side`
-    pixels."""
-    head = 26
-    out = Image.new(
-        "RGB", (len(headings) * (side + gap) + gap, head + len(rows) * (side + gap) + gap), "white"
-    )
-    pen, font = ImageDraw.Draw(out), ImageFont.load_default(size=11)
-    for c, text in enumerate(headings):
-        words, line, lines = text.split(), "", []
-        for word in words:
-            if line and pen.textlength(f"{line} {word}", font=font) > side:
-                lines.append(line)
-                line = word
-            else:
-                line = f"{line} {word}".strip()
-        for i, part in enumerate([*lines, line][:2]):
-            pen.text((gap + c * (side + gap), 1 + 12 * i), part, fill="black", font=font)
-    for r, row in enumerate(rows):
-        for c, x in enumerate(row):
-            image = fit_side(to_image(x), side)
-            left, top = gap + c * (side + gap), head + gap + r * (side + gap)
-            out.paste(image, (left + (side - image.width) // 2, top + (side - image.height) // 2))
-    return out

@@ -9,6 +9,7 @@ table: flowers by photographer, the rest by photograph.
 
 import csv
 import io
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -29,66 +30,14 @@ SHORT_SIDE = 160  # pixels: at this size the sources' own JPEG traces are gone
 COUNTS = {"one": "", "two": "two", "few": "a few", "many": "many"}
 
 
-def _words(text: str) -> tuple[str, ...]:
-    """Nouns separated by spaces; an underscore stands for a space inside one."""
-    return tuple(w.replace("_", " ") for w in text.split())
-
-
-def _table(text: str) -> dict[str, str]:
-    """Entries "name: words" separated by semicolons."""
-    return dict(entry.strip().split(": ") for entry in text.split(";"))
-
-
-# How a background is put into words. One without an entry is a color or a light.
-BACKGROUNDS = _table(
-    "grass: on grass; leaves: among leaves; sky: under the sky; field: in a field; water: by the "
-    "water; garden: in a garden; flowers: among flowers; room: in a room; cloth: on cloth; wall: "
-    "at a wall; soil: on soil; tree: at a tree; rock: on rock; sea: by the sea; wood: on wood; "
-    "sand: on sand; house: at a house; clouds: under clouds; forest: in a forest; street: in a "
-    "street; fence: at a fence; brick: on brick; snow: in the snow"
-)
-PLACES = _table(
-    "whole: all over; center: in the center; left: on the left; right: on the right; top: at the "
-    "top; bottom: at the bottom; top-left: at the top left; top-right: at the top right; "
-    "bottom-left: at the bottom left; bottom-right: at the bottom right"
-)
-# Subjects with an own word; every other one is folded into the wider word of WIDER, or "thing".
-SUBJECTS = _words(
-    "dandelion tulip sunflower daisy rose cat dog sailboat bonsai crocodile cougar turtle "
-    "flamingo ibis llama kangaroo starfish ferry water_lily joshua_tree emu rhino elephant lotus "
-    "seahorse beaver hedgehog antelope crab pigeon okapi dolphin wild_cat bouquet panda butterfly "
-    "dragonfly nautilus strawberry rooster flower bird boat fish coral animal insect plant tree "
-    "building tower windmill view thing"
-)
-WIDER = {
-    "flower": "hyacinth gerbera black-eyed-susan salsify aster flower-bed bluebell pansy chamomile "
-    "poppy coneflower cherry-blossom chrysanthemum wildflower gazania thistle mimosa carnation "
-    "rudbeckia lily iris anemone freesia calla-lily hibiscus marigold dahlia anthurium columbine "
-    "forget-me-not",
-    "bird": "egret ostrich stork goose parrot osprey",
-    "boat": "steamboat warship yacht ship",
-    "fish": "eel lionfish stingray goldfish shark",
-    "animal": "octopus horse otter whale camel lizard koala moose polar-bear sheep lemur",
-    "wild cat": "lynx snow-leopard",
-    "turtle": "tortoise",
-    "insect": "fly bee ladybug",
-    "nautilus": "nautilus-shell ammonite",
-    "plant": "cactus branch leaf horsetail mushroom wreath fig seed",
-    "building": "house cathedral bridge monument city temple colosseum palace stadium hall pyramid "
-    "igloo mosque church opera-house mausoleum capitol skyscraper arch dam shack garage silo",
-    "tower": "lighthouse pagoda wind-turbine",
-    "view": "mountain field hill grass stream forest garden railway dune hot-spring cliff beach "
-    "sea canyon desert road wave cloud",
-    "coral": "feather-star",
-}
-FOLDED = {name.replace("-", " "): w for w, names in WIDER.items() for name in names.split()}
+# The words of the annotations, as data: backgrounds and places with how each is put into words (a
+# background without an entry is a color or a light); subjects with an own word, and the wider word
+# that stands for every other one; what else may be seen.
+_WORDS = json.loads((ASSETS / "words.json").read_text())
+BACKGROUNDS, PLACES = _WORDS["backgrounds"], _WORDS["places"]
+SUBJECTS, EXTRAS = tuple(_WORDS["subjects"]), tuple(_WORDS["extras"])
+FOLDED = {name.replace("-", " "): w for w, names in _WORDS["wider"].items() for name in names}
 FOLDED |= {"black-eyed susan": "flower", "forget-me-not": "flower"}
-EXTRAS = _words(
-    "leaf stem seed petal tree bud grass flower cloud person pot drop branch sail stone window "
-    "house bee fence collar table hand vase hill reflection coral sun bouquet shadow mountain fly "
-    "path rose stamen tower rock chair box butterfly car door sofa cushion daisy basket ribbon "
-    "daffodil sky splash tusk flag pansy post bench pole beetle building wall roof fish bush lamp"
-)
 SINGULAR = {"seeds": "seed", "drops": "drop", "tusks": "tusk"}
 
 
@@ -234,14 +183,6 @@ def load(split: str, where: str | Path | None = None) -> list[Photograph]:
     return found
 
 
-def pictures(where: str | Path, name: str) -> list["Picture"]:
-    """Pictures without annotation, from `name`-*.parquet of a folder; [] where there are none."""
-    if not sorted(Path(where).glob(f"{name}-*.parquet")):
-        return []
-    rows = read_parquet(where, "train", f"{name}-*.parquet")
-    return [Picture(Stored(r["image"])) for r in rows]
-
-
 def crop(
     image: Image.Image, size: int, rng: np.random.Generator, native: bool = False
 ) -> tuple[Image.Image, bool]:
@@ -279,17 +220,6 @@ def center(image: Image.Image, size: int) -> Image.Image:
 def to_bytes(image: Image.Image) -> Tensor:
     """PIL RGB → (3, h, w) uint8."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture without annotation, for the tokenizer; at its own size, for crops
-    of fine texture."""
-
-    read: Callable[[], bytes]
-
-    def image(self) -> Image.Image:
-        return Image.open(io.BytesIO(self.read())).convert("RGB")
 
 
 class Pairs(Dataset):

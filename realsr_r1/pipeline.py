@@ -204,11 +204,9 @@ class RealSR:
             raise ValueError(f"{w}x{h} pixels rarely need ×4: scale it down, or raise max_pixels")
         lr = pad(images.to_tensor(image))
         reading = self.read(lr, sampling, torch.Generator().manual_seed(seed))
-        texts = {t: getattr(reading, t) for t in TEXT_TAGS[1:]}
         tiles, places = [], origins(lr.shape[-2:])
         grid = torch.full([n // CODE for n in lr.shape[-2:]], -1)
-
-        draw = self._drawer(lr, places, texts, (sampling, seed))
+        draw = self._drawer(lr, places, reading, (sampling, seed))
         try:
             for place, chain in in_batches(places, draw, batch, progress):
                 tiles.append(Tile(*place, chain))
@@ -222,14 +220,10 @@ class RealSR:
         return Restoration(images.to_image(out), reading, tiles, settings, complete)
 
     def _drawer(
-        self,
-        lr: Tensor,
-        places: list[tuple[int, int]],
-        texts: dict[str, str],
-        how: tuple[Sampling, int],
+        self, lr: Tensor, places: list, reading: Chain, how: tuple[Sampling, int]
     ) -> Callable[[int, int], list[Chain]]:
         """What `in_batches` calls: the chains of some tiles, under the texts of the reading."""
-        sampling, seed = how
+        texts, (sampling, seed) = {t: getattr(reading, t) for t in TEXT_TAGS[1:]}, how
 
         def draw(first: int, size: int) -> list[Chain]:
             some = [lr[:, y : y + TILE, x : x + TILE] for x, y in places[first : first + size]]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from realsr_r1 import degradation as labels_of
-from realsr_r1 import perceptual, photographs, vlcot
+from realsr_r1 import photographs, vlcot
 from realsr_r1.tokenizer import FACTOR, VQModel
 
 Reward = Callable[..., list[float]]
@@ -50,21 +50,17 @@ SYNONYMS |= {
 def text_of(completion: str | Mapping | Sequence) -> str:
     """The text of a completion: a string, a message, or a conversation (contents joined by spaces).
     ValueError for anything else."""
-    if isinstance(
-        completion, str
-    ):  # a number of nine digits is no code or size, and might not fit an int64
+    if isinstance(completion, str):  # nine digits are no code, and might not fit an int64
         return re.sub(r"<[a-z]\d{9,}>", "<?>", completion)
     if isinstance(completion, Mapping):  # a message, or one part of a content that is a list
         return text_of(completion.get("content", completion.get("text")) or "")
     if isinstance(completion, Sequence):
         return " ".join(map(text_of, completion))
-    raise ValueError(
-        f"a completion must be a string or a list of messages with a 'content', got "
-        f"{type(completion).__name__}"
-    )
+    kind = type(completion).__name__
+    raise ValueError(f"a completion must be a string or messages with a 'content', got {kind}")
 
 
-def _column(name: str, values: Any, n: int) -> list:
+def column(name: str, values: Any, n: int) -> list:
     """A dataset column as a list of n entries; ValueError naming the column if it is absent or of
     another length."""
     if values is None:
@@ -74,41 +70,41 @@ def _column(name: str, values: Any, n: int) -> list:
     return list(values)
 
 
-def _labels(completions: Sequence, degradation: Any) -> list[tuple[dict, dict]]:
+def labels(completions: Sequence, degradation: Any) -> list[tuple[dict, dict]]:
     """For each completion the labels that its chain names and the true ones, from the column
     `degradation`."""
-    true = []
-    for i, value in enumerate(_column("degradation", degradation, len(completions))):
+    out = []
+    for i, value in enumerate(column("degradation", degradation, len(completions))):
         try:
-            true.append(
-                labels_of.from_words(value if isinstance(value, str) else labels_of.to_words(value))
-            )
+            text = value if isinstance(value, str) else labels_of.to_words(value)
+            true = labels_of.from_words(text)
         except (KeyError, TypeError, IndexError):
-            true.append({})
-        if len(true[-1]) != 5:
+            true = {}
+        if len(true) != 5:
             raise ValueError(
                 f"column 'degradation', sample {i}: expected five labels ('medium blur, "
-                f"downsample, …'), got {_short(value)}"
+                f"downsample, …'), got {short(value)}"
             )
-    return [(vlcot.parse(text_of(c)).labels, t) for c, t in zip(completions, true, strict=True)]
+        out.append((vlcot.parse(text_of(completions[i])).labels, true))
+    return out
 
 
-def _words(text: str) -> str:
+def words(text: str) -> str:
     """Lower-case words of letters and digits, synonyms replaced, with a space on each side, so that
     `in` finds whole words."""
     return " " + "".join(SYNONYMS.get(w, w) + " " for w in re.findall(r"[^\W_]+", text.lower()))
 
 
-def _rough(completions: Sequence, tags: Any) -> list[tuple[str, list[str]]]:
+def rough(completions: Sequence, tags: Any) -> list[tuple[str, list[str]]]:
     """The rough understanding text of each completion ("" where there is none), with its entry of
     the column `tags`."""
-    columns = _column("tags", tags, len(completions))
+    columns = column("tags", tags, len(completions))
     for i, names in enumerate(columns):
         listed = hasattr(names, "__iter__") and not isinstance(names, str | Mapping)
-        if not listed or not all(isinstance(t, str) and _words(t).strip() for t in names):
+        if not listed or not all(isinstance(t, str) and words(t).strip() for t in names):
             raise ValueError(
                 f"column 'tags', sample {i}: expected a list of words, such as ['bird', "
-                f"'grass'], got {_short(names)}"
+                f"'grass'], got {short(names)}"
             )
     return [
         (vlcot.parse(text_of(c)).rough_understand or "", list(names))
@@ -127,7 +123,7 @@ def needs(*columns: str) -> Callable[[Reward], Reward]:
     return mark
 
 
-def _short(value: Any, length: int = 160) -> str:
+def short(value: Any, length: int = 160) -> str:
     text = value if isinstance(value, str) else repr(value)
     return repr(text if len(text) <= length else f"{text[: length - 43]} … {text[-40:]}")
 
@@ -156,7 +152,7 @@ def degradation_reward(
     """
     return [
         sum(said.get(k) == true[k] for k in labels_of.LABELS) / 5
-        for said, true in _labels(completions, degradation)
+        for said, true in labels(completions, degradation)
     ]
 
 
@@ -173,13 +169,11 @@ def understanding_reward(
     It is recall alone, so naming everything scores 1 (`ablations.rewards.understanding_f1_reward`
     mends that). Raises ValueError if the column is missing or an entry is not a list of words.
     """
-    pairs = [
-        (_words(text), {_words(t) for t in names}) for text, names in _rough(completions, tags)
-    ]
+    pairs = [(words(text), {words(t) for t in names}) for text, names in rough(completions, tags)]
     return [sum(t in text for t in wanted) / max(1, len(wanted)) for text, wanted in pairs]
 
 
-def _final_images(
+def final_images(
     completions: Sequence, tokenizer: VQModel, batch: int
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Decoded final images (b, 3, h, w) in [0, 1] of equal size, with the indices of their
@@ -223,57 +217,18 @@ class GenerationReward:
     @torch.no_grad()
     def __call__(self, completions: Sequence, **_) -> list[float]:
         out = [0.0] * len(completions)
-        for index, images in _final_images(completions, self.tokenizer, self.batch):
+        for index, images in final_images(completions, self.tokenizer, self.batch):
             if self.size is not None and images.shape[-2:] != (self.size * FACTOR,) * 2:
                 continue
             scores = self.expert(images)
             if not isinstance(scores, Tensor) or scores.shape != (len(index),):
                 raise ValueError(
                     f"the expert must return a tensor of one score for each of {len(index)} "
-                    f"images, got {_short(scores)}"
+                    f"images, got {short(scores)}"
                 )
             for i, score in zip(index, scores.tolist(), strict=True):
                 out[i] = score
         return out
-
-
-class ReferenceReward:
-    """Likeness of the decoded final image to the true HR photo, 1 - LPIPS clipped to [0, 1]; 0
-    without a readable final image of its size.
-
-    The column `hr` holds pixels (3, h, w): integers 0-255 or floats 0-1. A no-reference expert can
-    be pleased by a pretty picture of something else; this reward cannot, but it needs the truth."""
-
-    columns = ("hr",)
-
-    def __init__(self, tokenizer: VQModel, batch: int = 32):
-        self.tokenizer, self.batch, self.__name__ = tokenizer, batch, "reference_reward"
-
-    @torch.no_grad()
-    def __call__(self, completions: Sequence, hr: Sequence | None = None, **_) -> list[float]:
-        true = [pixels(v, i) for i, v in enumerate(_column("hr", hr, len(completions)))]
-        out = [0.0] * len(completions)
-        for index, made in _final_images(completions, self.tokenizer, self.batch):
-            for i, x in zip(index, made, strict=True):
-                if x.shape == true[i].shape:
-                    d = perceptual.distance(x[None].clamp(0, 1), true[i][None].to(x.device))
-                    out[i] = float((1 - d).clamp(0, 1))
-        return out
-
-
-def pixels(value: Any, sample: int = 0) -> Tensor:
-    """An entry of the column `hr` → (3, h, w) in [0, 1]; ValueError naming the
-    sample if malformed."""
-    try:
-        x = torch.as_tensor(np.asarray(value))
-        top = 1 if x.is_floating_point() else 255
-        if x.ndim == 3 and len(x) == 3 and 0 <= x.min() <= x.max() <= top:
-            return x.float() / top
-    except (ValueError, TypeError, RuntimeError):
-        pass  # ragged lists, words, None
-    raise ValueError(
-        f"column 'hr', sample {sample}: expected pixels (3, h, w), got {_short(value, 80)}"
-    )
 
 
 def guarded(reward: Reward) -> Reward:
@@ -287,10 +242,8 @@ def guarded(reward: Reward) -> Reward:
     name = getattr(reward, "__name__", type(reward).__name__)
 
     def error(what: str, completions: Sequence, i: int = 0) -> ValueError:
-        return ValueError(
-            f"reward {name} {what}, on sample {i}: "
-            f"{_short(completions[i] if len(completions) else '')}"
-        )
+        sample = short(completions[i] if len(completions) else "")
+        return ValueError(f"reward {name} {what}, on sample {i}: {sample}")
 
     def checked(completions: Sequence, **columns) -> list[float]:
         try:
@@ -302,14 +255,10 @@ def guarded(reward: Reward) -> Reward:
             raise error(f"stopped with {type(e).__name__} ({why})", completions, i) from e
         scores = scores.tolist() if hasattr(scores, "tolist") else scores
         if not isinstance(scores, Sequence) or len(scores) != len(completions):
-            raise error(
-                f"returned {_short(repr(scores), 80)} instead of {len(completions)} values",
-                completions,
-            )
-        for i, s in enumerate(scores):
-            if (
-                not isinstance(s, int | float | np.number) or not 0 <= s <= 1
-            ):  # NaN fails the comparison
+            what = f"returned {short(repr(scores), 80)} instead of {len(completions)} values"
+            raise error(what, completions)
+        for i, s in enumerate(scores):  # NaN fails the comparison
+            if not isinstance(s, int | float | np.number) or not 0 <= s <= 1:
                 raise error(f"returned {s!r}, which is not a number in [0, 1]", completions, i)
         return [float(s) for s in scores]
 
@@ -319,17 +268,12 @@ def guarded(reward: Reward) -> Reward:
 
 def _culprit(reward: Reward, completions: Sequence, columns: dict) -> int:
     """The first sample on which the reward raises alone; 0 if there is none."""
-    rows = {
-        k
-        for k, v in columns.items()
-        if hasattr(v, "__len__") and not isinstance(v, str | Mapping) and len(v) == len(completions)
-    }
-    for i in range(len(completions)):
+    n = len(completions)
+    rows = {k for k, v in columns.items() if isinstance(v, list | tuple) and len(v) == n}
+    for i in range(n):
+        one = {k: v[i : i + 1] if k in rows else v for k, v in columns.items()}
         try:
-            reward(
-                completions=completions[i : i + 1],
-                **{k: v[i : i + 1] if k in rows else v for k, v in columns.items()},
-            )
+            reward(completions=completions[i : i + 1], **one)
         except Exception:
             return i
     return 0

@@ -141,7 +141,7 @@ def test_words_and_back():
     ("call", "message"),
     [
         (lambda x: D.degrade(x, "worst"), "no preset 'worst'; choose one of paper"),
-        (lambda x: D.degrade(x[..., :126]), "does not divide by the scale 4"),
+        (lambda x: D.degrade(x[..., :126]), "does not divide by 4"),
         (lambda x: D.apply(x, []), "expected"),
         (lambda x: D.apply(x, [[{"op": "melt"}]]), "unknown operation 'melt'"),
     ],

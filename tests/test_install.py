@@ -45,7 +45,8 @@ def test_every_asset_is_credited_and_every_credit_is_shipped():
     shipped = {
         p.relative_to(ASSETS).as_posix()
         for p in ASSETS.rglob("*")
-        if p.suffix in (".webp", ".safetensors") or p.name == "annotations.csv"
+        if p.suffix in (".webp", ".safetensors", ".mat")
+        or p.name in ("annotations.csv", "words.json")
     }
     assert len(listed) == len(set(listed))
     assert set(listed) == shipped

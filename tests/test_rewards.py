@@ -3,6 +3,7 @@ import torch
 
 from realsr_r1 import rewards, vlcot
 from realsr_r1.ablations.rewards import (
+    ReferenceReward,
     degradation_distance_reward,
     gated,
     partial_format_reward,
@@ -13,7 +14,6 @@ from realsr_r1.ablations.rewards import (
 from realsr_r1.photographs import ASSETS, load, vocabulary
 from realsr_r1.rewards import (
     GenerationReward,
-    ReferenceReward,
     degradation_reward,
     format_reward,
     guarded,

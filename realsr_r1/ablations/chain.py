@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from realsr_r1 import perceptual, photographs, sft
+from realsr_r1.common import seed_of
 from realsr_r1.evaluation.nano import cluster_of
 from realsr_r1.pipeline import RealSR
 from realsr_r1.policy import ChainPolicy, PolicyConfig
@@ -57,7 +58,9 @@ def train(model: RealSR, variant: str, s: Settings, machine: Machine) -> ChainPo
     policy = ChainPolicy(config)
     policy.start_from(model.tokenizer, s.seed)
     steps = round(s.steps * (length_ratio() if variant.endswith("compute") else 1))
-    data = photographs.Pairs(photographs.load("train", s.photographs), seed=100 + s.seed)
+    data = photographs.Pairs(
+        photographs.load("train", s.photographs), seed=seed_of("chain", s.seed)
+    )
     out = s.out / f"{variant.replace(', ', '-').replace(' ', '-')}-{s.seed}"
     fit = FitConfig(minutes=10**6, steps=steps, lr=s.lr, ema=0.99, seed=s.seed)
     loss = PolicyLoss(tags=tags, reuse=s.reuse)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from realsr_r1 import photographs, sft
+from realsr_r1.common import seed_of
 from realsr_r1.pipeline import RealSR
 from realsr_r1.policy import ChainPolicy, PolicyConfig
 from realsr_r1.pretraining import recipes
@@ -40,7 +41,9 @@ def train(model: RealSR, s: Settings, machine: Machine) -> ChainPolicy:
     torch.manual_seed(s.seed)
     policy = ChainPolicy(PolicyConfig(codes=model.tokenizer.config.codes, dropout=0.1))
     policy.start_from(model.tokenizer, s.seed)
-    data = photographs.Pairs(photographs.load("train", s.photographs), seed=200 + s.seed)
+    data = photographs.Pairs(
+        photographs.load("train", s.photographs), seed=seed_of("optimizer", s.seed)
+    )
     fit = FitConfig(
         minutes=s.minutes, steps=s.steps, lr=s.lr, ema=0.98, seed=s.seed, warmup=30, log_every=20
     )

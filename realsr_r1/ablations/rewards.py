@@ -2,19 +2,28 @@
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from realsr_r1 import degradation as labels_of
-from realsr_r1 import photographs, vlcot
+from realsr_r1 import perceptual, photographs, vlcot
 from realsr_r1.rewards import (
     SYNONYMS,
     Reward,
-    _labels,
-    _rough,
-    _words,
+    column,
+    final_images,
     format_reward,
+    labels,
     needs,
+    rough,
+    short,
     text_of,
+    words,
 )
+from realsr_r1.tokenizer import VQModel
 
 
 def _columns(*rewards: Reward) -> tuple[str, ...]:
@@ -50,7 +59,7 @@ def degradation_distance_reward(
 
     scales = {k: labels_of.RESIZES if "resize" in k else labels_of.LEVELS for k in labels_of.LABELS}
     out = []
-    for said, true in _labels(completions, degradation):
+    for said, true in labels(completions, degradation):
         steps = {
             k: abs(scale.index(said[k]) - scale.index(true[k]))
             for k, scale in scales.items()
@@ -87,8 +96,8 @@ def understanding_f1_reward(
     nothing is hit, or there are no tags, 0. Column and errors as in `understanding_reward`.
     """
     out, free = [], FUNCTION_WORDS | (frozenset(photographs.vocabulary()) - tag_nouns())
-    for text, names in _rough(completions, tags):
-        said, wanted = _words(text), {_words(t) for t in names}
+    for text, names in rough(completions, tags):
+        said, wanted = words(text), {words(t) for t in names}
         hits = {t for t in wanted if t in said}
         others = set(said.split()) - free - set("".join(hits).split())
         out.append(2 * len(hits) / (len(hits) + len(others) + len(wanted)) if hits else 0.0)
@@ -105,9 +114,7 @@ def substring_understanding_reward(
     For the lesson only; no synonyms; 0 where the list of tags is empty (the released code divides
     by zero there). Column and errors as in `understanding_reward`.
     """
-    pairs = [
-        (text.lower(), {t.lower() for t in names}) for text, names in _rough(completions, tags)
-    ]
+    pairs = [(text.lower(), {t.lower() for t in names}) for text, names in rough(completions, tags)]
     return [sum(t in text for t in wanted) / max(1, len(wanted)) for text, wanted in pairs]
 
 
@@ -156,3 +163,42 @@ def gated(reward: Reward, gate: Reward = format_reward) -> Reward:
         _columns(reward, gate),
     )
     return closed_unless_open
+
+
+class ReferenceReward:
+    """Likeness of the decoded final image to the true HR photo, 1 - LPIPS clipped to [0, 1]; 0
+    without a readable final image of its size.
+
+    The column `hr` holds pixels (3, h, w): integers 0-255 or floats 0-1. A no-reference expert can
+    be pleased by a pretty picture of something else; this reward cannot, but it needs the truth."""
+
+    columns = ("hr",)
+
+    def __init__(self, tokenizer: VQModel, batch: int = 32):
+        self.tokenizer, self.batch, self.__name__ = tokenizer, batch, "reference_reward"
+
+    @torch.no_grad()
+    def __call__(self, completions: Sequence, hr: Sequence | None = None, **_) -> list[float]:
+        true = [pixels(v, i) for i, v in enumerate(column("hr", hr, len(completions)))]
+        out = [0.0] * len(completions)
+        for index, made in final_images(completions, self.tokenizer, self.batch):
+            for i, x in zip(index, made, strict=True):
+                if x.shape == true[i].shape:
+                    d = perceptual.distance(x[None].clamp(0, 1), true[i][None].to(x.device))
+                    out[i] = float((1 - d).clamp(0, 1))
+        return out
+
+
+def pixels(value: Any, sample: int = 0) -> Tensor:
+    """An entry of the column `hr` → (3, h, w) in [0, 1]; ValueError naming the
+    sample if malformed."""
+    try:
+        x = torch.as_tensor(np.asarray(value))
+        top = 1 if x.is_floating_point() else 255
+        if x.ndim == 3 and len(x) == 3 and 0 <= x.min() <= x.max() <= top:
+            return x.float() / top
+    except (ValueError, TypeError, RuntimeError):
+        pass  # ragged lists, words, None
+    raise ValueError(
+        f"column 'hr', sample {sample}: expected pixels (3, h, w), got {short(value, 80)}"
+    )

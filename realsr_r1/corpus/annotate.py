@@ -1,27 +1,24 @@
-"""Captions and tags for photos that have none: what `scenes` knows exactly, pretrained models must
-guess here.
+"""Captions and tags for a user's own photos, by pretrained models (`captioners`).
 
-One JSON line a photo goes to captions.jsonl beside the photos, which `folders.PhotoFolder` and
-`sources` read: {"file", "captions": [rough, middle, final], "tags", "objects": [{"tag", "box"
-(fractions), "score"}]}. What is noted there is not done again, so the same command continues after
-a kill; several processes share the photos by `--shard`, each with a file of its own. The paper
-takes its tags from Grounded-SAM: `--tagger grounding-dino`, with `--masks` SAM's outlines.
-Simplification: Grounded-SAM looks for the words of a tagging network (RAM), here for those of the
-captions.
+One JSON line a photo goes to captions.jsonl beside the photos, which `folders.read_captions` reads:
+{"file", "captions": [rough, middle, final], "tags", "objects": [{"tag", "box" (fractions),
+"score"}]}. What is noted there is not done again, so the same command continues after a kill;
+several processes share the photos, each with a file of its own. The paper takes its tags from
+Grounded-SAM: Grounding DINO as the tagger, and `outline` for SAM's masks. Simplification:
+Grounded-SAM looks for the words of a tagging network (RAM), here for those of the captions.
 """
 
 import json
 import logging
 import os
-from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from realsr_r1.corpus import captioners, folders, sources
+from realsr_r1.corpus import captioners, folders
+from realsr_r1.images import open_photo
 
 log = logging.getLogger(__name__)
 LONGEST = 1024  # pixels: no model here looks at more, and a photo's tokens grow with its area
@@ -51,120 +48,112 @@ def note_of(file: str, captions: list[str], objects: list[dict]) -> dict:
     captions = sorted((captioners.clean_caption(c) for c in captions), key=lambda c: len(c.split()))
     if not all(captions):
         raise ValueError("the model gave an empty caption")
-    objects = [
-        o | ({"box": [round(x, 4) for x in o["box"]]} if "box" in o else {}) for o in objects
-    ]
-    return {
-        "file": file,
-        "captions": captions,
-        "tags": captioners.unique(o["tag"] for o in objects),
-        "objects": objects,
-    }
+    rounded = [{"box": [round(x, 4) for x in o["box"]]} if "box" in o else {} for o in objects]
+    objects = [o | box for o, box in zip(objects, rounded, strict=True)]
+    tags = captioners.unique(o["tag"] for o in objects)
+    return {"file": file, "captions": captions, "tags": tags, "objects": objects}
 
 
-def look(
-    images: list[Image.Image], captioner, tagger=None
-) -> tuple[list[list[str]], list[list[dict]]]:
-    """Captions and objects of some images, in one batch, or in halves where memory runs out."""
+def look(images: list[Image.Image], captioner) -> list[tuple[list[str], list[dict]]]:
+    """Captions and objects of each image, in one batch, or in halves where memory runs out."""
     try:
         captions = captioner.captions(images)
-        return captions, (tagger or captioner).objects(images, captions)
+        return list(zip(captions, captioner.objects(images, captions), strict=True))
     except torch.OutOfMemoryError:
         if len(images) == 1:
             raise
     half = len(images) // 2
-    first, second = look(images[:half], captioner, tagger), look(images[half:], captioner, tagger)
-    return first[0] + second[0], first[1] + second[1]
+    return look(images[:half], captioner) + look(images[half:], captioner)
 
 
-def _batches(
-    rows: Iterator[dict], size: int, left_out: dict[str, str]
-) -> Iterator[tuple[list[str], list[Image.Image]]]:
-    """Readable photos, shrunk to LONGEST, with their names; broken ones go to `left_out`."""
-    while some := list(islice(rows, size)):
-        names, images = [], []
-        for row in some:
-            try:
-                image = sources.open_row(row)
-            except ValueError as e:
-                left_out[row["file"]] = str(e)
-                continue
-            image.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
-            names.append(row["file"])
-            images.append(image)
-        if images:
-            yield names, images
+def open_small(path: Path) -> Image.Image:
+    """A photo, upright, with at most LONGEST pixels a side."""
+    image = open_photo(path)
+    image.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
+    return image
+
+
+def _notes(where: Path, files: list[str], captioner) -> tuple[list[dict], dict[str, str]]:
+    """The lines of some photos, and why others are left out."""
+    images, notes, left_out = {}, [], {}
+    for file in files:
+        try:
+            images[file] = open_small(where / file)
+        except ValueError as e:
+            left_out[file] = str(e)
+    answers = look(list(images.values()), captioner) if images else []
+    for file, (captions, objects) in zip(images, answers, strict=True):
+        try:
+            notes.append(note_of(file, captions, objects))
+        except ValueError as e:
+            left_out[file] = str(e)
+    return notes, left_out
 
 
 def annotate(
     where: str | Path,
     captioner,
-    tagger=None,
     out: str | Path | None = None,
     shard: tuple[int, int] = (0, 1),
     batch: int = 8,
-    split: str = "train",
     limit: int | None = None,
-    sam: captioners.Sam | None = None,
-    masks: Path | None = None,
 ) -> dict[str, int]:
-    """Note captions and tags of the photos of a source (see `sources.open_source`) that have none
-    yet.
+    """Note captions and tags of the photos of a folder that have none yet, `limit` at most.
 
-    `captioner` gives `captions(images)` and `objects(images, captions)`; `tagger` the latter (None:
-    the captioner's). Lines go to captions.jsonl in the folder `out` (None: the photos' own), or, of
-    several processes, to captions.I-of-N.jsonl. `limit`: photos at most. With `sam`, its masks go
-    to the folder `masks` as 8-bit PNG: 1 + index in "objects". Returns {"new", "known", "left
-    out"}; photos that cannot be read or get no caption are left out, with a line in the log, and
-    tried again the next time. Raises ValueError if there is nowhere to write or nothing to read.
-    """
-    index, number = shard
-    rows = iter(sources.open_source(where, split, shard))
-    folder = Path(out or where)
-    if out is None and not folder.is_dir():
-        raise ValueError(f"{where} is not a folder here: give one for the captions with --out")
-    if sam and masks.resolve().is_relative_to(Path(where).resolve()):
-        raise ValueError(
-            f"masks in {masks} would be taken for photos of {where}: give another folder"
-        )
+    `captioner` gives `captions(images)` and `objects(images, captions)`; see `captioners.Pair`.
+    Lines go to captions.jsonl in the folder `out` (None: the photos' own), or, of several
+    processes, to captions.I-of-N.jsonl. Returns {"new", "known", "left out"}: photos that cannot be
+    read or get no caption are left out, with a line in the log, and tried again the next time."""
+    if batch < 1:
+        raise ValueError(f"a batch has 1 photo or more, got {batch}")
+    where, folder, (index, number) = Path(where), Path(out or where), shard
+    files = folders.photo_files(where)[index::number]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ("captions.jsonl" if number == 1 else f"captions.{index}-of-{number}.jsonl")
     mend(path)
-    known, left_out, count = (
-        folders.read_captions(folder),
-        {},
-        {"new": 0, "known": 0, "left out": 0},
-    )
+    known = folders.read_captions(folder)
+    unknown = [f for f in files if f not in known]
+    count = {"new": 0, "known": len(files) - len(unknown), "left out": 0}
+    wanted = unknown[:limit]
+    with tqdm(total=len(wanted), desc=path.name, unit="photo", mininterval=5) as progress:
+        for at in range(0, len(wanted), batch):
+            notes, left_out = _notes(where, wanted[at : at + batch], captioner)
+            append(path, notes)
+            for name, why in left_out.items():
+                log.warning("left out %s: %s", name, why)
+            count["new"] += len(notes)
+            count["left out"] += len(left_out)
+            progress.update(len(notes) + len(left_out))
+    return count
 
-    def unknown() -> Iterator[dict]:
-        for row in rows:
-            if row["file"] not in known:
-                yield row
-            else:
-                count["known"] += 1
 
-    progress = tqdm(desc=path.name, unit="photo", mininterval=5)
-    for names, images in _batches(islice(unknown(), limit), batch, left_out):
-        notes = []
-        for name, image, captions, objects in zip(
-            names, images, *look(images, captioner, tagger), strict=True
-        ):
-            try:
-                notes.append(note_of(name, captions, objects))
-            except ValueError as e:
-                left_out[name] = str(e)
-                continue
-            if sam:
-                place = masks / f"{name}.png"
-                place.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(sam.masks(image, objects).numpy()).save(place)
-        append(path, notes)
-        count["new"] += len(notes)
-        progress.update(len(images))
-    progress.close()
-    for name, why in left_out.items():
-        log.warning("left out %s: %s", name, why)
-    return count | {"left out": len(left_out)}
+def check_masks(where: str | Path, masks: Path) -> None:
+    """ValueError for a folder of masks among the photos: they would be captioned, too."""
+    if masks.resolve().is_relative_to(Path(where).resolve()):
+        raise ValueError(
+            f"masks in {masks} would be taken for photos of {where}: give another folder"
+        )
+
+
+def outline(
+    where: str | Path, sam, masks: Path, out: str | Path | None = None, shard=(0, 1)
+) -> int:
+    """Draw SAM's masks of the boxes that `annotate` noted, those that are not there yet.
+
+    They are 8-bit PNGs: 1 + the index in "objects", 0 elsewhere. Returns how many are new."""
+    check_masks(where, masks)
+    notes, count = folders.read_captions(out or where), 0
+    for file in folders.photo_files(where)[shard[0] :: shard[1]]:
+        place = masks / f"{file}.png"
+        if file not in notes or place.exists():
+            continue
+        place.parent.mkdir(parents=True, exist_ok=True)
+        part = place.with_suffix(".part")
+        mask = sam.masks(open_small(Path(where) / file), notes[file]["objects"])
+        Image.fromarray(mask.numpy()).save(part, "PNG")
+        part.replace(place)
+        count += 1
+    return count
 
 
 def shard_of(text: str) -> tuple[int, int]:

@@ -9,6 +9,7 @@ folder they make `annotate`. Weights have licences of their own.
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,25 +17,6 @@ import transformers
 from PIL import Image
 from torch import Tensor
 
-# Name on the command line → hub repository, class and model type in transformers.
-MODELS = {
-    "florence-2": (
-        "florence-community/Florence-2-base",
-        "Florence2ForConditionalGeneration",
-        "florence2",
-    ),
-    "qwen2.5-vl": (
-        "Qwen/Qwen2.5-VL-3B-Instruct",
-        "Qwen2_5_VLForConditionalGeneration",
-        "qwen2_5_vl",
-    ),
-    "grounding-dino": (
-        "IDEA-Research/grounding-dino-tiny",
-        "GroundingDinoForObjectDetection",
-        "grounding-dino",
-    ),
-    "sam": ("facebook/sam-vit-base", "SamModel", "sam"),
-}
 MOST_TAGS = 12
 
 # ---------------------------------------------------------------- words
@@ -118,69 +100,68 @@ def parse_od(text: str) -> list[dict]:
 # ---------------------------------------------------------------- models
 
 
-class Florence:
+class Model:
+    """A network of transformers with its processor, and the options of its calls."""
+
+    OPTIONS = {}
+
+    def __init__(self, model, processor):
+        self.model, self.processor, self.options = model, processor, dict(self.OPTIONS)
+
+    def inputs(self, batch):
+        """A processed batch on the network's device and in its precision."""
+        return batch.to(self.model.device, self.model.dtype)
+
+
+class Florence(Model):
     """Captions and objects by Florence-2 (Xiao et al. 2023, arXiv 2311.06242), one task token a
     question."""
 
     TASKS = ("<CAPTION>", "<DETAILED_CAPTION>", "<MORE_DETAILED_CAPTION>")
-
-    def __init__(self, model, processor, max_new_tokens: int = 256, beams: int = 3):
-        self.model, self.processor, self.options = (
-            model,
-            processor,
-            {"max_new_tokens": max_new_tokens, "num_beams": beams, "do_sample": False},
-        )
+    OPTIONS = {"max_new_tokens": 256, "num_beams": 3, "do_sample": False}
 
     @torch.no_grad()
     def ask(self, images: list[Image.Image], task: str) -> list[str]:
-        inputs = self.processor(
+        batch = self.processor(
             text=[task] * len(images), images=images, return_tensors="pt", padding=True
         )
-        out = self.model.generate(**inputs.to(self.model.device, self.model.dtype), **self.options)
+        out = self.model.generate(**self.inputs(batch), **self.options)
         return self.processor.batch_decode(out, skip_special_tokens=False)
 
     def captions(self, images: list[Image.Image]) -> list[list[str]]:
-        return [list(c) for c in zip(*(self.ask(images, task) for task in self.TASKS), strict=True)]
+        return [list(c) for c in zip(*(self.ask(images, t) for t in self.TASKS), strict=True)]
 
     def objects(self, images: list[Image.Image], captions: list[list[str]]) -> list[list[dict]]:
         return [parse_od(text) for text in self.ask(images, "<OD>")]
 
 
-class Qwen:
+class Qwen(Model):
     """Captions and things by Qwen2.5-VL (Bai et al. 2025, arXiv 2502.13923), one prompt a level; it
     gives no boxes here."""
 
     PROMPTS = (
         "Say in at most eight words what this photo shows.",
-        "Describe this photo in one sentence: the main things, their kind and colour.",
-        "Describe this photo in two or three sentences: things, kinds, colours, sizes, where "
-        "each is, and the background.",
+        "Describe this photo in one sentence: the main things, their kind and color.",
+        "Describe this photo in two or three sentences: things, kinds, colors, sizes, where each "
+        "is, and the background.",
     )
     THINGS = (
         "List the things that are visible in this photo, most important first, one or two words "
         "each, separated by commas. Only the list."
     )
+    OPTIONS = {"max_new_tokens": 160, "do_sample": False}
 
-    def __init__(self, model, processor, max_new_tokens: int = 160):
+    def __init__(self, model, processor):
+        super().__init__(model, processor)
         processor.tokenizer.padding_side = "left"  # answers begin where the prompts end
-        self.model, self.processor, self.options = (
-            model,
-            processor,
-            {"max_new_tokens": max_new_tokens, "do_sample": False},
-        )
 
     @torch.no_grad()
     def ask(self, images: list[Image.Image], prompt: str) -> list[str]:
+        text = {"type": "text", "text": prompt}
         turns = [
-            [
-                {
-                    "role": "user",
-                    "content": [{"type": "image", "image": i}, {"type": "text", "text": prompt}],
-                }
-            ]
-            for i in images
+            [{"role": "user", "content": [{"type": "image", "image": i}, text]}] for i in images
         ]
-        inputs = self.processor.apply_chat_template(
+        batch = self.processor.apply_chat_template(
             turns,
             tokenize=True,
             add_generation_prompt=True,
@@ -188,44 +169,33 @@ class Qwen:
             return_tensors="pt",
             processor_kwargs={"padding": True},
         )
-        out = self.model.generate(**inputs.to(self.model.device, self.model.dtype), **self.options)
-        return self.processor.batch_decode(
-            out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
+        out = self.model.generate(**self.inputs(batch), **self.options)
+        answers = out[:, batch["input_ids"].shape[1] :]
+        return self.processor.batch_decode(answers, skip_special_tokens=True)
 
     def captions(self, images: list[Image.Image]) -> list[list[str]]:
-        return [
-            list(c)
-            for c in zip(*(self.ask(images, prompt) for prompt in self.PROMPTS), strict=True)
-        ]
+        return [list(c) for c in zip(*(self.ask(images, p) for p in self.PROMPTS), strict=True)]
 
     def objects(self, images: list[Image.Image], captions: list[list[str]]) -> list[list[dict]]:
-        return [
-            [{"tag": t} for t in unique(re.split(r"[,;\n]", text))]
-            for text in self.ask(images, self.THINGS)
-        ]
+        lists = [re.split(r"[,;\n]", text) for text in self.ask(images, self.THINGS)]
+        return [[{"tag": t} for t in unique(things)] for things in lists]
 
 
-class GroundingDino:
+class GroundingDino(Model):
     """Objects by Grounding DINO (Liu et al. 2023, arXiv 2303.05499): which of the captions' things
     it finds, and where."""
 
-    def __init__(self, model, processor, threshold: float = 0.3, text_threshold: float = 0.25):
-        self.model, self.processor, self.thresholds = (
-            model,
-            processor,
-            {"threshold": threshold, "text_threshold": text_threshold},
-        )
+    OPTIONS = {"threshold": 0.3, "text_threshold": 0.25}
 
     @torch.no_grad()
     def objects(self, images: list[Image.Image], captions: list[list[str]]) -> list[list[dict]]:
         wanted = [phrases_of(c) or ["object"] for c in captions]
-        inputs = self.processor(
+        batch = self.processor(
             images=images, text=wanted, return_tensors="pt", padding=True, truncation=True
         )
-        inputs = inputs.to(self.model.device, self.model.dtype)
+        batch = self.inputs(batch)
         found = self.processor.post_process_grounded_object_detection(
-            self.model(**inputs), inputs["input_ids"], **self.thresholds
+            self.model(**batch), batch["input_ids"], **self.options
         )
         return [self._objects(f) for f in found]
 
@@ -239,18 +209,13 @@ class GroundingDino:
             found["scores"].tolist(), found["boxes"].tolist(), found["text_labels"], strict=False
         )
         for score, box, label in sorted(rows, key=lambda row: -row[0]):
-            box = [min(1.0, max(0.0, x)) for x in box]
-            out += [
-                {"tag": t, "box": box, "score": round(score, 3)} for t in unique(label.split("."))
-            ]
+            at = {"box": [min(1.0, max(0.0, x)) for x in box], "score": round(score, 3)}
+            out += [{"tag": t} | at for t in unique(label.split("."))]
         return out
 
 
-class Sam:
+class Sam(Model):
     """Masks of boxes by SAM (Kirillov et al. 2023, arXiv 2304.02643)."""
-
-    def __init__(self, model, processor):
-        self.model, self.processor = model, processor
 
     @torch.no_grad()
     def masks(self, image: Image.Image, objects: list[dict]) -> Tensor:
@@ -261,66 +226,88 @@ class Sam:
         if not boxed:
             return out
         scale = (image.width, image.height) * 2
-        inputs = self.processor(
-            image,
-            input_boxes=[[[x * s for x, s in zip(b, scale, strict=True)] for _, b in boxed]],
-            return_tensors="pt",
-        )
-        sizes = inputs.pop("original_sizes"), inputs.pop("reshaped_input_sizes")
-        masks = self.model(
-            **inputs.to(self.model.device, self.model.dtype), multimask_output=False
-        ).pred_masks
+        boxes = [[x * s for x, s in zip(box, scale, strict=True)] for _, box in boxed]
+        batch = self.processor(image, input_boxes=[boxes], return_tensors="pt")
+        sizes = batch.pop("original_sizes"), batch.pop("reshaped_input_sizes")
+        masks = self.model(**self.inputs(batch), multimask_output=False).pred_masks
         masks = self.processor.post_process_masks(masks.float().cpu(), *sizes)[0][:, 0]
         for i in masks.flatten(1).sum(1).argsort(descending=True).tolist():
             out[masks[i]] = boxed[i][0] + 1
         return out
 
 
-def load(
-    kind: str, name: str | Path | None = None, device: str | torch.device = "cpu"
-) -> Florence | Qwen | GroundingDino | Sam:
-    """A model of MODELS from a local folder or from the hub (`name`; None: the usual one), bfloat16
-    on CUDA.
+@dataclass
+class Pair:
+    """Captions by one model, objects by another: what `annotate` takes as one captioner."""
 
-    Raises FileNotFoundError if the weights are neither there nor to be had, ValueError if they are
-    of another class or incomplete; each says what to download and where to.
-    """
-    default, class_name, model_type = MODELS[kind]
-    name = str(name or default)
-    hint = (
-        f"where there is network run `hf download {default} --local-dir DIR` and give DIR, or "
-        f"add --download"
-    )
-    absent = (
-        f"the weights of {kind} are not complete in {name} (no such folder, not in the hub's "
-        f"cache, or a file is missing): {hint}"
-    )
+    captioner: Florence | Qwen
+    tagger: GroundingDino
+
+    def captions(self, images: list[Image.Image]) -> list[list[str]]:
+        return self.captioner.captions(images)
+
+    def objects(self, images: list[Image.Image], captions: list[list[str]]) -> list[list[dict]]:
+        return self.tagger.objects(images, captions)
+
+
+# Name on the command line → hub repository, model type and class in transformers, class here.
+MODELS = {
+    "florence-2": (
+        "florence-community/Florence-2-base",
+        "florence2",
+        "Florence2ForConditionalGeneration",
+        Florence,
+    ),
+    "qwen2.5-vl": (
+        "Qwen/Qwen2.5-VL-3B-Instruct",
+        "qwen2_5_vl",
+        "Qwen2_5_VLForConditionalGeneration",
+        Qwen,
+    ),
+    "grounding-dino": (
+        "IDEA-Research/grounding-dino-tiny",
+        "grounding-dino",
+        "GroundingDinoForObjectDetection",
+        GroundingDino,
+    ),
+    "sam": ("facebook/sam-vit-base", "sam", "SamModel", Sam),
+}
+
+
+def load(
+    kind: str,
+    name: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    download: bool = False,
+) -> Model:
+    """A model of MODELS from a local folder or the hub's cache (`name`; None: the usual one), in
+    bfloat16 on CUDA; nothing is fetched without `download`.
+
+    Raises FileNotFoundError if the weights are not there or not to be had, ValueError if they are
+    of another class or incomplete; each says what to download and where to."""
+    hub, model_type, class_name, make = MODELS[kind]
+    name, more = str(name or hub), {"local_files_only": not download}
+    hint = f"run `hf download {hub} --local-dir DIR` and give DIR, or add --download"
+    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
+        config = transformers.AutoConfig.from_pretrained(name, **more)
+        if config.model_type == model_type:
+            model, info = getattr(transformers, class_name).from_pretrained(
+                name, dtype=dtype, output_loading_info=True, **more
+            )
+            processor = transformers.AutoProcessor.from_pretrained(name, **more)
     except (OSError, ValueError) as e:
-        raise FileNotFoundError(absent) from e
+        raise FileNotFoundError(
+            f"the weights of {kind} are not complete in {name} (no such folder, not in the hub's "
+            f"cache, or a file is missing): where there is network {hint}"
+        ) from e
     if config.model_type != model_type:
         raise ValueError(
             f"{name} holds a model of type {config.model_type}, {kind} needs {model_type}: {hint}"
         )
-    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    try:
-        model, info = getattr(transformers, class_name).from_pretrained(
-            name, dtype=dtype, output_loading_info=True
-        )
-        processor = transformers.AutoProcessor.from_pretrained(name)
-    except (OSError, ValueError) as e:
-        raise FileNotFoundError(absent) from e
-    if info["missing_keys"]:
-        keys = sorted(info["missing_keys"])
+    if missing := sorted(info["missing_keys"]):
         raise ValueError(
-            f"{name} lacks {len(keys)} tensors of {class_name} ({', '.join(keys[:3])}): it was "
-            f"saved for another program; {hint}"
+            f"{name} lacks {len(missing)} tensors of {class_name} ({', '.join(missing[:3])}): it "
+            f"was saved for another program; {hint}"
         )
-    make = {
-        "florence-2": Florence,
-        "qwen2.5-vl": Qwen,
-        "grounding-dino": GroundingDino,
-        "sam": Sam,
-    }[kind]
     return make(model.to(device).eval(), processor)

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from realsr_r1 import images, photographs
+from realsr_r1.evaluation import sheets
 from realsr_r1.pipeline import RealSR
 from realsr_r1.sampling import Sampling
 from realsr_r1.vlcot import GRIDS, IMAGE_TAGS, TAGS, Chain
@@ -39,7 +40,7 @@ def shown(model: RealSR, lr: Tensor, seed: int = 0) -> list[Shown]:
     restored, out = model.decode(samples.codes, lr).cpu(), []
     for x, y, chain in zip(lr, restored, samples.chains, strict=True):
         steps = [model.decode(getattr(chain, t)[None])[0].cpu() for t in IMAGE_TAGS]
-        pictures = [images.fit_side(images.to_image(p), SIDE) for p in (x, *steps, y)]
+        pictures = [sheets.fit_side(images.to_image(p), SIDE) for p in (x, *steps, y)]
         out.append(Shown(chain, pictures))
     return out
 

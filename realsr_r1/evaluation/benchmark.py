@@ -23,12 +23,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from realsr_r1 import degradation, experts, vlcot
+from realsr_r1 import degradation, vlcot
 from realsr_r1 import images as photos
 from realsr_r1.common import device_of
 from realsr_r1.evaluation import metrics, nano, peers
@@ -52,6 +53,20 @@ BATCH, SMALL = (
     TILE * TILE,
 )  # photos of up to SMALL pixels go through a method together, larger ones one by one
 Restorer = Callable[[Tensor], Tensor]  # (b, 3, h, w) → (b, 3, 4h, 4w), in [0, 1]
+
+
+def plain(reason: object) -> str:
+    """An error's sentence without this machine's folders and without its full stop, for a table
+    that is shared."""
+    places = {
+        "HUB": torch.hub.get_dir(),
+        "HF_HUB_CACHE": huggingface_hub.constants.HF_HUB_CACHE,
+        "~": Path.home(),
+    }
+    text = str(reason)
+    for name, path in places.items():
+        text = text.replace(str(path), name)
+    return text.rstrip(".")
 
 
 @dataclass
@@ -369,7 +384,7 @@ def restore_methods(
         except (torch.OutOfMemoryError, BadItem):
             raise
         except (ValueError, FileNotFoundError, RuntimeError) as e:
-            left_out[name] = f"left out, {experts.plain(e)}"
+            left_out[name] = f"left out, {plain(e)}"
     if not folders:
         raise ValueError(
             f"none of the methods can be had here: "
@@ -403,7 +418,7 @@ def score_measures(
                     f"the spread between blocks: compare it within this table only."
                 )
         except (ValueError, FileNotFoundError, ModuleNotFoundError) as e:
-            skipped[name] = f"skipped, {experts.plain(e).removeprefix(f'{name}: ')}"
+            skipped[name] = f"skipped, {plain(e).removeprefix(f'{name}: ')}"
     return scored, fids, skipped, remarks
 
 

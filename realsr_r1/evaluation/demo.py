@@ -5,6 +5,7 @@ from pathlib import Path
 import torch.nn.functional as F
 
 from realsr_r1 import images
+from realsr_r1.evaluation import sheets
 from realsr_r1.photographs import ASSETS
 from realsr_r1.pipeline import RealSR
 from realsr_r1.vlcot import IMAGE_TAGS
@@ -25,4 +26,4 @@ def draw(model: RealSR, out: str | Path, seed: int = 0) -> None:
         rows.append([large[0].clamp(0, 1), *steps, images.to_tensor(result.image)])
         print(f"{path.name}: {result.reading.final_understand}", flush=True)
     heads = ["LR, bicubic", "rough image", "middle image", "final image", "restored"]
-    images.grid(rows, heads, side=4 * CUT).save(out)
+    sheets.grid(rows, heads, side=4 * CUT).save(out)

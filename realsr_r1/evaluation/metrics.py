@@ -95,11 +95,8 @@ def missing_files(name: str) -> list[str]:
     """The files that a metric of the table needs and does not find, each with the folder where it
     goes."""
     metric = named(name)
-    return (
-        experts.missing_files(metric.pyiqa)
-        if metric.pyiqa in experts.METRICS
-        else experts.absent(metric.files)
-    )
+    files = experts.METRICS[metric.pyiqa][2] if metric.pyiqa in experts.METRICS else metric.files
+    return experts.absent(files)
 
 
 def named(name: str) -> Metric:

@@ -87,6 +87,6 @@ def register(sub) -> None:
             p.add_argument(
                 "--vgg",
                 default="",
-                help="VGG16 weights for the tokenizer's loss, see perceptual.vgg_features",
+                help="VGG16 weights for the tokenizer's loss, see losses.vgg_features",
             )
     add_grpo(leaves)

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from realsr_r1 import perceptual, photographs, sft
 from realsr_r1.policy import ChainPolicy
+from realsr_r1.pretraining import losses
 from realsr_r1.pretraining.loop import Fit, FitConfig
 from realsr_r1.pretraining.muon import MuonAdamW
 from realsr_r1.sampling import Sampling, sample
@@ -115,9 +116,9 @@ class TokenizerTraining:
     def distance(self, y: Tensor, x: Tensor) -> Tensor:
         c = self.config
         out = c.l1 * (y - x).abs().mean()
-        out = out + c.lpips * perceptual.robust_distance(y, x, self.generator).mean()
+        out = out + c.lpips * losses.robust_distance(y, x, self.generator).mean()
         if c.vgg_file and c.vgg:
-            net = perceptual.vgg_features(c.vgg_file, str(y.device))
+            net = losses.vgg_features(c.vgg_file, str(y.device))
             out = out + c.vgg * net(y, x, normalize=True).mean()
         return out
 
@@ -187,13 +188,10 @@ class Mixture(Dataset):
 
 
 class Counting(torch.utils.data.Sampler):
-    """Item numbers from `first` on, without end."""
-
-    def __init__(self, first: int = 0):
-        self.first = first
+    """Item numbers without end."""
 
     def __iter__(self) -> Iterator[int]:
-        return itertools.count(self.first)
+        return itertools.count()
 
 
 def train_tokenizer(
@@ -211,7 +209,7 @@ def train_tokenizer(
         model.parameters(), lr=fit.lr, betas=(0.9, 0.95), weight_decay=0.01
     )
     run = Fit(model, optimizer, out, fit)
-    batches = forever(data, machine, Counting(fit.seed * 10**8), _stack)
+    batches = forever(data, machine, Counting(), _stack)
     training = TokenizerTraining(model, batches, machine, loss)
     run.extra = {"critic": training.critic, "critic_step": training.critic_step}
     return run.run(training, preview)
@@ -295,7 +293,7 @@ def train_policy(
         )
     weights = sft.token_weights(policy.vocabulary, loss.text_weight).to(machine.device)
     collate = sft.collate(policy.vocabulary, loss.tags)
-    batches = forever(data, machine, Counting(fit.seed * 10**8), collate)
+    batches = forever(data, machine, Counting(), collate)
     source = Replay(_chains(policy, tokenizer, batches), machine.batch, loss.reuse)
 
     def loss_of(step: int, done: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -347,7 +345,7 @@ def train_decoder(
         model.decoder.parameters(), lr=fit.lr, betas=(0.9, 0.95), weight_decay=0.01
     )
     drawing = replace(machine, batch=machine.draws)
-    batches = forever(data, drawing, Counting(fit.seed * 10**8), _stack)
+    batches = forever(data, drawing, Counting(), _stack)
     source = Replay(_drawn(policy, batches, model), machine.batch, loss.reuse, 30_000)
     training = TokenizerTraining(model, batches, machine, loss)
 

@@ -1,6 +1,7 @@
 """The three trainings from one set of settings, each with a preview while it runs."""
 
 import argparse
+import io
 import json
 import os
 from collections.abc import Callable
@@ -8,10 +9,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from realsr_r1 import images, perceptual, photographs, sft
-from realsr_r1.common import device_of
+from realsr_r1 import perceptual, photographs, sft
+from realsr_r1.common import device_of, seed_of
+from realsr_r1.evaluation import sheets
 from realsr_r1.photographs import Pairs
 from realsr_r1.pipeline import RealSR
 from realsr_r1.policy import ChainPolicy, PolicyConfig
@@ -24,7 +27,6 @@ from realsr_r1.tokenizer import TokenizerConfig, VQModel
 SHARES = {"tokenizer": 0.4, "policy": 0.5, "decoder": 0.1}  # of the minutes of "all"
 RATES = {"tokenizer": 1.5e-3, "policy": 4e-3, "decoder": 4e-4}
 BATCHES = {"tokenizer": (8, 64), "policy": (12, 128), "decoder": (8, 64)}  # CPU, GPU
-SEEDS = {"tokenizer": 0, "policy": 1, "decoder": 2}  # hundreds of millions of items apart
 PREVIEW = 24  # validation photographs
 
 
@@ -58,9 +60,8 @@ class Settings:
         return Machine(device, batch, workers, draws=48 if device == "cpu" else 1024)
 
     def fit(self, stage: str) -> FitConfig:
-        return FitConfig(
-            self.minutes, self.steps, self.lr or RATES[stage], seed=10 * self.seed + SEEDS[stage]
-        )
+        lr = self.lr or RATES[stage]
+        return FitConfig(self.minutes, self.steps, lr, seed=seed_of(stage, self.seed))
 
 
 class Preview:
@@ -93,7 +94,7 @@ class Preview:
 
     def sheet(self, columns: dict[str, Tensor]) -> None:
         rows = [[c[i].cpu() for c in columns.values()] for i in range(min(6, len(self.hr)))]
-        images.grid(rows, list(columns)).save(self.path)
+        sheets.grid(rows, list(columns)).save(self.path)
 
     @torch.no_grad()
     def tokenizer(self, model: VQModel) -> dict[str, float]:
@@ -122,15 +123,31 @@ class Preview:
         return preview
 
 
+@dataclass(frozen=True)
+class Picture:
+    """A picture without annotation, for the tokenizer; at its own size, for crops
+    of fine texture."""
+
+    read: Callable[[], bytes]
+
+    def image(self) -> Image.Image:
+        return Image.open(io.BytesIO(self.read())).convert("RGB")
+
+
+def pictures(where: str | Path, name: str) -> list[Picture]:
+    """Pictures without annotation, from `name`-*.parquet of a folder; [] where there are none."""
+    if not sorted(Path(where).glob(f"{name}-*.parquet")):
+        return []
+    rows = photographs.read_parquet(where, "train", f"{name}-*.parquet")
+    return [Picture(photographs.Stored(r["image"])) for r in rows]
+
+
 def _tokenizer(s: Settings, start: RealSR | None) -> VQModel:
     torch.manual_seed(s.seed)
     model = start.tokenizer if start else VQModel(TokenizerConfig())
     photos = photographs.load("train", s.photographs)
-    others = [
-        photographs.pictures(s.photographs, n) if s.photographs else []
-        for n in ("general", "large")
-    ]
-    data = recipes.crops(photos, *others, seed=s.seed)
+    others = [pictures(s.photographs, n) if s.photographs else [] for n in ("general", "large")]
+    data = recipes.crops(photos, *others, seed=seed_of("tokenizer", s.seed))
     loss = TokenizerLoss(vgg_file=s.vgg)
     preview = Preview(s, "tokenizer").tokenizer
     machine, fit = s.machine("tokenizer"), s.fit("tokenizer")
@@ -143,7 +160,7 @@ def _policy(s: Settings, tokenizer: VQModel, start: ChainPolicy | None) -> Chain
     if start is None:
         policy.start_from(tokenizer, s.seed)
     machine, fit = s.machine("policy"), s.fit("policy")
-    data = Pairs(photographs.load("train", s.photographs), seed=s.seed)
+    data = Pairs(photographs.load("train", s.photographs), seed=seed_of("policy", s.seed))
     tokenizer = tokenizer.to(machine.device).eval()
     preview = Preview(s, "policy").policy(tokenizer)
     loss = PolicyLoss(reuse=s.reuse)
@@ -153,7 +170,7 @@ def _policy(s: Settings, tokenizer: VQModel, start: ChainPolicy | None) -> Chain
 
 
 def _decoder(s: Settings, model: RealSR) -> VQModel:
-    data = Pairs(photographs.load("train", s.photographs), seed=s.seed)
+    data = Pairs(photographs.load("train", s.photographs), seed=seed_of("decoder", s.seed))
     loss = TokenizerLoss(l1=3.0, adversary=0.02, see_lr=0.75, vgg_file=s.vgg)
     preview, machine = Preview(s, "decoder").decoder(model.policy), s.machine("decoder")
     return recipes.train_decoder(
@@ -219,6 +236,7 @@ def reinforce(
     """GRPO from `model` on photographs of the train split, rewards by name (see `realsr train grpo
     --help`); the policy goes to `out`/policy-grpo beside a copy of the tokenizer."""
     from realsr_r1 import grpo, rewards
+    from realsr_r1.ablations import rewards as variants
     from realsr_r1.experts import load_expert
 
     start = RealSR.from_pretrained(model, device)
@@ -227,10 +245,12 @@ def reinforce(
         "degradation": lambda: rewards.degradation_reward,
         "understanding": lambda: rewards.understanding_reward,
         "generation": lambda: rewards.GenerationReward(load_expert("nano"), start.tokenizer),
-        "reference": lambda: rewards.ReferenceReward(start.tokenizer),
+        "reference": lambda: variants.ReferenceReward(start.tokenizer),
     }
     photos = photographs.load("train", folder)
-    data = grpo.prompts(photos, settings.steps * settings.prompts, seed=5 * 10**8 + settings.seed)
+    data = grpo.prompts(
+        photos, settings.steps * settings.prompts, seed=seed_of("grpo", settings.seed)
+    )
     chosen = [known[n]() for n in names]
     place = out / "policy-grpo"
     start.policy = grpo.train_grpo(start.policy, data, chosen, place, settings, device)

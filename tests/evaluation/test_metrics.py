@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from scipy.io import loadmat
 from scipy.ndimage import correlate1d
 
+from realsr_r1 import experts, perceptual
 from realsr_r1 import images as photos
-from realsr_r1 import perceptual
 from realsr_r1.evaluation import metrics
-from realsr_r1.first import experts, scenes
+from realsr_r1.photographs import ASSETS
 
 READY = (
     "psnr_y",
@@ -25,7 +25,7 @@ READY = (
     "niqe",
     "piqe",
 )  # what a fresh clone can compute
-EVAL = scenes.ASSETS / "eval"
+EVAL = ASSETS / "eval"
 
 
 def photo(name: str, side: int = 128) -> torch.Tensor:
@@ -143,8 +143,8 @@ def test_heavy_noise_is_worse_without_the_original_too(name):
 
 
 def test_niqe_ships_in_double_precision_and_gives_what_the_calibrated_one_gave(hub):
-    found = load_file(experts.NIQE)
-    mean, cov = found["mu_prisparam"], found["cov_prisparam"]
+    found = loadmat(experts.NIQE)
+    mean, cov = (torch.from_numpy(found[k]) for k in ("mu_prisparam", "cov_prisparam"))
     assert (
         mean.shape == (1, 36) and cov.shape == (36, 36) and mean.dtype == cov.dtype == torch.float64
     )
