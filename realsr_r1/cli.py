@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from realsr_r1.version import __version__
 
-GROUPS = ("pretraining", "evaluation", "ablations", "corpus")
+GROUPS = ("pretraining", "evaluation", "ablations", "corpus", "course")
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -58,14 +58,6 @@ def restore(a: argparse.Namespace) -> None:
     print(f"{result.reading.final_understand}: {a.out}")
 
 
-def demo(a: argparse.Namespace) -> None:
-    from realsr_r1.evaluation import animation, demo
-    from realsr_r1.pipeline import check_writable
-
-    check_writable(a.out)
-    (animation if a.out.endswith(".gif") else demo).draw(model_of(a), a.out, a.seed)
-
-
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="realsr", description="RealSR-R1, the course.")
     p.add_argument("--version", action="version", version=f"realsr {__version__}")
@@ -79,10 +71,6 @@ def parser() -> argparse.ArgumentParser:
     r.add_argument("--batch", type=int, default=48, help="tiles at a time")
     r.add_argument("--max-megapixels", type=float, default=1.0, help="refuse larger photos")
     add_model(r)
-    d = leaf(sub, "demo", demo, "restore the shipped real photos, side by side with bicubic")
-    text = "where the sheet goes; as .gif four chains of thought, moving"
-    d.add_argument("-o", "--out", default="demo.png", help=text)
-    add_model(d)
     for group in GROUPS:
         importlib.import_module(f"realsr_r1.{group}.commands").register(sub)
     return p

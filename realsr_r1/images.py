@@ -35,14 +35,9 @@ def decode_photo(source: str | Path | BinaryIO, name: str) -> Image.Image:
     except Image.DecompressionBombError as e:
         raise ValueError(f"{name} has too many pixels to open safely: scale it down first") from e
     except (OSError, SyntaxError, ValueError) as e:
-        why = (
-            str(e).lower().replace(str(source).lower(), "")
-        )  # the path itself may hold these words
-        broken = (
-            "is damaged or cut short"
-            if "truncated" in why or "broken" in why
-            else "is not an image that Pillow can read"
-        )
+        why = str(e).lower().replace(str(source).lower(), "")  # the path may hold these words
+        cut = "truncated" in why or "broken" in why
+        broken = "is damaged or cut short" if cut else "is not an image that Pillow can read"
         raise ValueError(f"{name} {broken}: try to open and save it again as PNG or JPEG") from e
     return to_rgb(image)
 
@@ -67,9 +62,8 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 def to_image(x: Tensor) -> Image.Image:
     """(3, h, w) in [0, 1] → PIL RGB."""
-    return Image.fromarray(
-        (x.detach().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-    )
+    x = (x.detach().clamp(0, 1) * 255).round().byte()
+    return Image.fromarray(x.permute(1, 2, 0).cpu().numpy())
 
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})

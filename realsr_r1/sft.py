@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from realsr_r1 import vlcot
-from realsr_r1.policy import CELLS, ChainPolicy
+from realsr_r1.policy import ChainPolicy
 from realsr_r1.vlcot import EOS, IMAGE_TAGS, PAD, TAGS, TEXT_TAGS, Vocabulary
 
 Collate = Callable[[list[dict]], dict]
@@ -73,7 +73,7 @@ def token_losses(
     """Cross-entropy of the completion's tokens (b, m), the logits (b, m, v), the tokens (b, m).
 
     `ids` (b, n) with the prompt, `lr` (b, 3, 32, 32) in [0, 1]; `seen` (b, n): what the policy has
-    before it where that is not the truth (see `redraw`)."""
+    before it where that is not the truth (see `pretraining.redraw`)."""
     prompt = len(policy.vocabulary.prompt)
     seen = ids if seen is None else seen
     logits = policy(seen, lr, logits_to_keep=ids.shape[1] - prompt + 1).logits[:, :-1]
@@ -89,52 +89,3 @@ def chain_loss(
     loss, _, target = token_losses(policy, ids, lr, seen)
     w = weights[target]
     return (loss * w).sum() / w.sum()
-
-
-@torch.no_grad()
-def chain_metrics(policy: ChainPolicy, ids: Tensor, lr: Tensor) -> dict[str, Tensor]:
-    """Per chain (b,): cross-entropy of each image's codes, in nats a code, and the share of words
-    of each text guessed right given the true chain before them."""
-    loss, logits, target = token_losses(policy, ids, lr)
-    right = logits.argmax(-1) == target
-    vocabulary = policy.vocabulary
-    words = torch.zeros(len(vocabulary), dtype=torch.bool, device=ids.device)
-    words[[vocabulary.ids[w] for w in vocabulary.text]] = True
-    out = {}
-    for tag in TAGS:
-        opened = (target == vocabulary.ids[f"<{tag}>"]).cumsum(1)
-        inside = (opened - (target == vocabulary.ids[f"</{tag}>"]).cumsum(1)) > 0
-        if tag in IMAGE_TAGS:
-            mask = inside & (target >= vocabulary.first_code)
-            out[tag] = (loss * mask).sum(1) / mask.sum(1).clamp(min=1)
-        else:
-            mask = inside & words[target]
-            out[tag] = (right & mask).sum(1) / mask.sum(1).clamp(min=1)
-    return out
-
-
-@torch.no_grad()
-def redraw(
-    policy: ChainPolicy,
-    ids: Tensor,
-    lr: Tensor,
-    temperature: float = 1.0,
-    share: float | Tensor = 1.0,
-) -> Tensor:
-    """Chains (b, n) whose image codes the policy has drawn anew, each given the true tokens before
-    it, in one forward pass; `share` of them, one number or (b, 1), the others stay."""
-    first = policy.vocabulary.first_code
-    here = policy.cells(ids)[:, :-1] >= 0
-    logits = policy(ids, lr).logits[:, :-1][here][:, first:].float()
-    drawn = ids[:, 1:].clone()
-    drawn[here] = torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0] + first
-    out, new = ids.clone(), torch.rand(drawn.shape, device=ids.device) < share
-    out[:, 1:] = torch.where(new, drawn, ids[:, 1:])
-    return out
-
-
-def final_codes(policy: ChainPolicy, ids: Tensor) -> Tensor:
-    """Codes (b, 16, 16) of the final images of chains (b, n) that have one."""
-    grid = vlcot.GRIDS[-1]
-    here = policy.cells(ids)[:, :-1] >= CELLS - grid * grid
-    return (ids[:, 1:][here] - policy.vocabulary.first_code).view(len(ids), grid, grid)

@@ -11,8 +11,10 @@ from PIL import Image
 
 from realsr_r1 import sft, vlcot
 from realsr_r1.decoding import Decoder
+from realsr_r1.evaluation.chains import chain_metrics
 from realsr_r1.pipeline import CODE, STRIDE, TILE, RealSR, decode_grid, origins, pad, put
 from realsr_r1.policy import CELLS, PARENTS, ChainPolicy, PolicyConfig
+from realsr_r1.pretraining.redraw import final_codes, redraw
 from realsr_r1.sampling import Sampling, choose, keep_top_k, logprobs_of, sample
 from realsr_r1.tokenizer import TokenizerConfig, VQModel
 from realsr_r1.vlcot import EOS, PAD, Chain
@@ -269,7 +271,7 @@ def test_a_few_steps_learn_a_chain(lr):
         step.step()
         losses.append(float(loss))
     assert losses[-1] < 0.8 * losses[0]
-    metrics = sft.chain_metrics(policy.eval(), ids, lr)
+    metrics = chain_metrics(policy.eval(), ids, lr)
     assert set(metrics) == set(vlcot.TAGS) and all(v.shape == (2,) for v in metrics.values())
 
 
@@ -421,12 +423,12 @@ def test_parts_of_different_trainings_are_refused(model):
 def test_redrawn_codes_replace_image_cells_only(model, lr):
     ids = with_prompt(model.policy, true_ids(model.policy))
     torch.manual_seed(0)
-    new = sft.redraw(model.policy, ids, lr)
+    new = redraw(model.policy, ids, lr)
     cells = torch.zeros_like(ids, dtype=torch.bool)
     cells[:, 1:] = model.policy.cells(ids)[:, :-1] >= 0
     assert torch.equal(new[~cells], ids[~cells])
     assert (new[cells] != ids[cells]).float().mean() > 0.9  # random weights hardly hit the truth
-    assert torch.equal(sft.redraw(model.policy, ids, lr, share=0.0), ids)
-    assert torch.equal(sft.final_codes(model.policy, ids)[0], true_chain(0).final_image)
-    one = sft.redraw(model.policy, ids, lr, share=torch.tensor([[1.0], [0.0]]))
+    assert torch.equal(redraw(model.policy, ids, lr, share=0.0), ids)
+    assert torch.equal(final_codes(model.policy, ids)[0], true_chain(0).final_image)
+    one = redraw(model.policy, ids, lr, share=torch.tensor([[1.0], [0.0]]))
     assert torch.equal(one[1], ids[1]) and not torch.equal(one[0], ids[0])

@@ -12,6 +12,7 @@ import torch
 
 from realsr_r1 import photographs, sft
 from realsr_r1.common import seed_of
+from realsr_r1.evaluation.chains import chain_metrics
 from realsr_r1.pipeline import RealSR
 from realsr_r1.policy import ChainPolicy, PolicyConfig
 from realsr_r1.pretraining import recipes
@@ -62,7 +63,7 @@ def measure(model: RealSR, policy: ChainPolicy, photos: list) -> dict[str, float
         lr = item["lr"][None].float().to(model.device) / 255
         hr = item["hr"][None].float().to(model.device) / 255
         ids = sft.fill(policy, batch["ids"].to(model.device), model.tokenizer.encode_steps(hr))
-        for name, value in sft.chain_metrics(policy, ids, lr).items():
+        for name, value in chain_metrics(policy, ids, lr).items():
             found.setdefault(name, []).append(float(value.mean()))
     return {name: round(sum(x) / len(x), 4) for name, x in found.items()}
 

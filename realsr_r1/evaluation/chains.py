@@ -8,13 +8,14 @@ grammar, of the product of the probability mass that the grammar had left.
 import torch
 from torch import Tensor
 
-from realsr_r1 import perceptual
+from realsr_r1 import perceptual, sft
 from realsr_r1.evaluation.nano import cluster_of
 from realsr_r1.photographs import Pairs, Photograph
 from realsr_r1.pipeline import RealSR
+from realsr_r1.policy import ChainPolicy
 from realsr_r1.sampling import Sampling
 from realsr_r1.stats import clustered
-from realsr_r1.vlcot import PAD, TEXT_TAGS
+from realsr_r1.vlcot import IMAGE_TAGS, PAD, TAGS, TEXT_TAGS
 
 
 @torch.no_grad()
@@ -30,6 +31,28 @@ def well_formed(model: RealSR, lr: Tensor, seed: int = 0) -> Tensor:
     left = logits.masked_fill(~grammar.allowed(grammar.states(ids)), float("-inf"))
     mass = left.logsumexp(-1) - logits.logsumexp(-1)
     return mass.masked_fill(ids == policy.vocabulary.ids[PAD], 0.0).sum(1).exp()
+
+
+@torch.no_grad()
+def chain_metrics(policy: ChainPolicy, ids: Tensor, lr: Tensor) -> dict[str, Tensor]:
+    """Per chain (b,): cross-entropy of each image's codes, in nats a code, and the share of words
+    of each text guessed right given the true chain before them."""
+    loss, logits, target = sft.token_losses(policy, ids, lr)
+    right = logits.argmax(-1) == target
+    vocabulary = policy.vocabulary
+    words = torch.zeros(len(vocabulary), dtype=torch.bool, device=ids.device)
+    words[[vocabulary.ids[w] for w in vocabulary.text]] = True
+    out = {}
+    for tag in TAGS:
+        opened = (target == vocabulary.ids[f"<{tag}>"]).cumsum(1)
+        inside = (opened - (target == vocabulary.ids[f"</{tag}>"]).cumsum(1)) > 0
+        if tag in IMAGE_TAGS:
+            mask = inside & (target >= vocabulary.first_code)
+            out[tag] = (loss * mask).sum(1) / mask.sum(1).clamp(min=1)
+        else:
+            mask = inside & words[target]
+            out[tag] = (right & mask).sum(1) / mask.sum(1).clamp(min=1)
+    return out
 
 
 def under_texts(

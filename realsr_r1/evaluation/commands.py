@@ -116,8 +116,22 @@ def add_photographs(p: argparse.ArgumentParser, split: str) -> None:
     p.add_argument("--temperature", type=float, default=0.8, help="of the images' tokens")
 
 
+def demo(a: argparse.Namespace) -> None:
+    from realsr_r1.cli import model_of
+    from realsr_r1.evaluation import animation, demo
+    from realsr_r1.pipeline import check_writable
+
+    check_writable(a.out)
+    (animation if a.out.endswith(".gif") else demo).draw(model_of(a), a.out, a.seed)
+
+
 def register(sub) -> None:
     from realsr_r1.cli import add_model, leaf
+
+    d = leaf(sub, "demo", demo, "restore the shipped real photos, side by side with bicubic")
+    text = "where the sheet goes; as .gif four chains of thought, moving"
+    d.add_argument("-o", "--out", default="demo.png", help=text)
+    add_model(d)
 
     text = "measure a model on held-out photographs"
     group = sub.add_parser("eval", help=text, description=text)

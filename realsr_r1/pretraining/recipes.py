@@ -15,6 +15,7 @@ from realsr_r1.policy import ChainPolicy
 from realsr_r1.pretraining import losses
 from realsr_r1.pretraining.loop import Fit, FitConfig
 from realsr_r1.pretraining.muon import MuonAdamW
+from realsr_r1.pretraining.redraw import redraw
 from realsr_r1.sampling import Sampling, sample
 from realsr_r1.tokenizer import VQModel
 from realsr_r1.vlcot import PAD
@@ -305,7 +306,7 @@ def train_policy(
             if done >= loss.own_from:
                 share = torch.rand(len(ids), 1, device=ids.device) / 2
                 share = share * (torch.rand_like(share) < loss.own)
-                seen = sft.redraw(policy, ids, lr, share=share)
+                seen = redraw(policy, ids, lr, share=share)
             return sft.chain_loss(policy, ids, lr, weights, seen), {}
 
     return Fit(policy, optimizer, out, fit).run(loss_of, preview)

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from realsr_r1 import perceptual, photographs, sft
 from realsr_r1.common import device_of, seed_of
 from realsr_r1.evaluation import sheets
+from realsr_r1.evaluation.chains import chain_metrics
 from realsr_r1.photographs import Pairs
 from realsr_r1.pipeline import RealSR
 from realsr_r1.policy import ChainPolicy, PolicyConfig
 from realsr_r1.pretraining import recipes
 from realsr_r1.pretraining.loop import FitConfig
 from realsr_r1.pretraining.recipes import Machine, PolicyLoss, TokenizerLoss
+from realsr_r1.pretraining.redraw import final_codes, redraw
 from realsr_r1.sampling import sample
 from realsr_r1.tokenizer import TokenizerConfig, VQModel
 
@@ -113,8 +115,8 @@ class Preview:
         def preview(policy: ChainPolicy) -> dict[str, float]:
             batch = sft.collate(policy.vocabulary)(self.items)
             ids = sft.fill(policy, batch["ids"].to(self.machine.device), steps)
-            out = {k: float(v.mean()) for k, v in sft.chain_metrics(policy, ids, self.lr).items()}
-            codes = sft.final_codes(policy, sft.redraw(policy, ids, self.lr, 0.8))
+            out = {k: float(v.mean()) for k, v in chain_metrics(policy, ids, self.lr).items()}
+            codes = final_codes(policy, redraw(policy, ids, self.lr, 0.8))
             drawn = tokenizer.decode(codes, self.lr)
             self.sheet({"HR": self.hr, "LR alone": alone, "drawn": drawn})
             out |= {"lpips, LR": self.lpips(alone), "lpips, drawn": self.lpips(drawn)}
