@@ -6,12 +6,19 @@ imported before a leaf runs.
 
 import argparse
 import importlib
+import math
+import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 from realsr_r1.version import __version__
 
 GROUPS = ("pretraining", "evaluation", "ablations", "corpus", "course")
+
+
+STOPPED = 130  # the exit status of what Ctrl-C ended
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -30,10 +37,14 @@ def leaf(sub, name: str, run: Callable, text: str) -> argparse.ArgumentParser:
 
 def add_model(p: argparse.ArgumentParser) -> None:
     """The options of every command that needs a model."""
-    p.add_argument("--model", default="nano", help="a shipped name, a folder, or a hub id")
+    p.add_argument(
+        "--model", type=filled, default="nano", help="a shipped name, a folder, or a hub id"
+    )
     p.add_argument("--policy", default="policy-sft", help="which of the model's policies")
     p.add_argument("--device", help="cpu, cuda or mps; the best there is if left out")
-    p.add_argument("--seed", type=int, default=0, help="the same seed gives the same picture")
+    p.add_argument(
+        "--seed", type=integer(-(2**200)), default=0, help="the same seed gives the same picture"
+    )
 
 
 def model_of(a: argparse.Namespace):
@@ -43,19 +54,63 @@ def model_of(a: argparse.Namespace):
     return RealSR.from_pretrained(a.model, a.device, a.policy)
 
 
-def restore(a: argparse.Namespace) -> None:
-    from realsr_r1.images import open_photo
-    from realsr_r1.pipeline import check_writable
-    from realsr_r1.sampling import Sampling
+def integer(least: int = 1) -> Callable[[str], int]:
+    """The type of an option that counts: whole numbers from `least` on."""
 
-    check_writable(a.out, a.trace)
-    photo = open_photo(a.photo)
+    def count(text: str) -> int:
+        if not text.strip().lstrip("+-").isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(
+                f"must be a whole number from {least} on, not {text!r}"
+            )
+        return int(text)
+
+    return count
+
+
+def real(least: float = 0.0, most: float = math.inf, zero: bool = False) -> Callable[[str], float]:
+    """The type of an option that measures: numbers between `least` (itself only with `zero`) and
+    `most`."""
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (least < value <= most or (zero and value == least)) or math.isinf(value):
+            top = "" if math.isinf(most) else f" and at most {most:g}"
+            what = f"at least {least:g}" if zero else f"above {least:g}"
+            raise argparse.ArgumentTypeError(f"must be a number {what}{top}, not {text!r}")
+        return value
+
+    return number
+
+
+def filled(text: str) -> str:
+    """The type of an option that must not be empty."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty: give a value (an unset variable, perhaps)")
+    return text
+
+
+def place(text: str) -> Path:
+    """The type of an option that names a file or folder."""
+    return Path(filled(text))
+
+
+def restore(a: argparse.Namespace) -> int:
+    from realsr_r1 import images
+    from realsr_r1.sampling import Sampling
+    from realsr_r1.tokenizer import SCALE
+
+    photo = images.read(a.photo)
+    images.check_writable(a.out, a.trace, tuple(n * SCALE for n in photo.image.size))
+    photo = replace(photo, alpha=None) if a.flatten else photo
     sampling = Sampling(image_temperature=a.temperature, guidance=a.guidance)
-    result = model_of(a)(
-        photo, a.seed, sampling, batch=a.batch, max_pixels=round(a.max_megapixels * 1e6)
-    )
-    result.save(a.out, a.trace)
+    most = round(a.max_megapixels * 1e6)
+    result = model_of(a)(photo, a.seed, sampling, batch=a.batch, max_pixels=most)
+    result.save(a.out, a.trace, a.keep_gps)
     print(f"{result.reading.final_understand}: {a.out}")
+    return 0 if result.complete else STOPPED
 
 
 def parser() -> argparse.ArgumentParser:
@@ -63,13 +118,17 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--version", action="version", version=f"realsr {__version__}")
     sub = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     r = leaf(sub, "restore", restore, "restore a photo, four times larger")
-    r.add_argument("photo", help="any picture that Pillow opens")
-    r.add_argument("-o", "--out", required=True, help="where the result goes, e.g. out.png")
-    r.add_argument("--trace", help="write the chains of thought as JSON")
-    r.add_argument("--temperature", type=float, default=0.8, help="of the images' tokens")
-    r.add_argument("--guidance", type=float, default=1.0, help="1: off; see sampling.guided_logits")
-    r.add_argument("--batch", type=int, default=48, help="tiles at a time")
-    r.add_argument("--max-megapixels", type=float, default=1.0, help="refuse larger photos")
+    r.add_argument("photo", type=place, help="any picture that Pillow opens")
+    r.add_argument("-o", "--out", type=place, required=True, help="the result, e.g. out.png")
+    r.add_argument("--trace", type=place, help="write the chains of thought as JSON")
+    r.add_argument("--temperature", type=real(), default=0.8, help="of the images' tokens")
+    text = "1: off; see sampling.guided_logits"
+    r.add_argument("--guidance", type=real(zero=True), default=1.0, help=text)
+    r.add_argument("--batch", type=integer(), default=48, help="tiles at a time")
+    r.add_argument("--max-megapixels", type=real(), default=1.0, help="refuse larger photos")
+    text = "put a see-through photo on white instead of keeping its alpha"
+    r.add_argument("--flatten", action="store_true", help=text)
+    r.add_argument("--keep-gps", action="store_true", help="keep where the photo was taken")
     add_model(r)
     for group in GROUPS:
         importlib.import_module(f"realsr_r1.{group}.commands").register(sub)
@@ -86,19 +145,18 @@ def one_sentence(e: Exception) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; 0 if it went well, 2 after an error, 130 after Ctrl-C."""
-    a = parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that lacks a sign must not end a run
+            stream.reconfigure(errors="replace")
     try:
-        a.run(a)
+        a = parser().parse_args(argv)
+        return a.run(a) or 0
     except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as e:
         memory = "out of memory" in str(e).lower()
-        text = (
-            "too little memory: lower --batch, or take another --device"
-            if memory
-            else one_sentence(e)
-        )
-        print(f"error: {text}", file=sys.stderr)
+        text = "too little memory: lower --batch, or take another --device"
+        print(f"error: {text if memory else one_sentence(e)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not show a traceback
         print("stopped", file=sys.stderr)
-        return 130
-    return 0
+        return STOPPED

@@ -1,8 +1,11 @@
-"""What every module may need: the device, and the table of all seeds."""
+"""What every module may need: the device, the table of all seeds, files that appear whole."""
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,6 +23,23 @@ def seed_of(use: str, seed: int = 0) -> int:
     if not 0 <= seed < SEEDS_EACH:
         raise ValueError(f"seed {seed} is out of range: take one from 0 to {SEEDS_EACH - 1}")
     return SEEDS[use] + seed
+
+
+def generator(seed: int, number: int = 0) -> torch.Generator:
+    """A generator for item `number` of a run with any integer as its seed."""
+    return torch.Generator().manual_seed((int(seed) * 1_000_003 + number) % 2**63)
+
+
+@contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """A path beside `path` to write to; moved there if all went well, removed if not, so that an
+    older file is never half overwritten."""
+    part = Path(path).with_name(f".{Path(path).name}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def device_of(name: str | None) -> torch.device:

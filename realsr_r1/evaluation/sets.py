@@ -411,7 +411,7 @@ class _Row:
 
     def __call__(self) -> tuple[Tensor, Tensor | None]:
         row = self.data[self.at]
-        lr, hr = (photos.to_tensor(photos.to_rgb(row[c])) if c else None for c in self.columns)
+        lr, hr = (photos.to_tensor(photos.open_photo(row[c])) if c else None for c in self.columns)
         if hr is not None:
             _check_scale(f"row {self.at}", lr.shape[:0:-1], hr.shape[:0:-1])
         return lr, hr

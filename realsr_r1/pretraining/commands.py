@@ -4,6 +4,8 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from realsr_r1.cli import integer, leaf, place, real
+
 
 def train(a: argparse.Namespace) -> None:
     from realsr_r1.pretraining import stages
@@ -23,12 +25,13 @@ def grpo(a: argparse.Namespace) -> None:
 
 
 def add_grpo(leaves) -> None:
-    from realsr_r1.cli import leaf
 
     p = leaf(leaves, "grpo", grpo, "reinforcement learning: groups of chains, four rewards")
     p.add_argument("--model", default="nano", help="where to start: a name, a folder, a hub id")
-    p.add_argument("--photographs", type=Path, help="as in the other leaves")
-    p.add_argument("--out", type=Path, default=Path("runs/nano"), help="gets policy-grpo and a log")
+    p.add_argument("--photographs", type=place, help="as in the other leaves")
+    p.add_argument(
+        "--out", type=place, default=Path("runs/nano"), help="gets policy-grpo and a log"
+    )
     p.add_argument(
         "--rewards",
         nargs="+",
@@ -36,20 +39,21 @@ def add_grpo(leaves) -> None:
         choices=("format", "degradation", "understanding", "generation", "reference"),
         help="which rewards; the first four are the paper's",
     )
-    p.add_argument("--steps", type=int, default=40, help="a killed run goes on")
-    p.add_argument("--prompts", type=int, default=4, help="LR photos per step")
-    p.add_argument("--group", type=int, default=8, help="chains per LR photo")
-    p.add_argument("--micro-batch", type=int, default=8, help="chains in one backward pass")
-    p.add_argument("--lr", type=float, default=2e-4, help="learning rate")
-    p.add_argument("--beta", type=float, default=0.02, help="weight of the KL to the start")
+    p.add_argument("--steps", type=integer(), default=40, help="a killed run goes on")
+    p.add_argument("--prompts", type=integer(), default=4, help="LR photos per step")
+    p.add_argument("--group", type=integer(), default=8, help="chains per LR photo")
+    p.add_argument("--micro-batch", type=integer(), default=8, help="chains in one backward pass")
+    p.add_argument("--lr", type=real(), default=2e-4, help="learning rate")
+    p.add_argument(
+        "--beta", type=real(zero=True), default=0.02, help="weight of the KL to the start"
+    )
     p.add_argument("--words", action="store_true", help="only the first words, without images")
     p.add_argument("--whole-chain", action="store_true", help="every reward on every token")
-    p.add_argument("--seed", type=int, default=0, help="of photos and chains")
+    p.add_argument("--seed", type=integer(0), default=0, help="of photos and chains")
     p.add_argument("--device", help="cpu, cuda or mps; the best there is if left out")
 
 
 def register(sub) -> None:
-    from realsr_r1.cli import leaf
 
     text = "train the tokenizer, the policy, or the decoder on the policy's codes"
     group = sub.add_parser("train", help=text, description=text)
@@ -64,25 +68,27 @@ def register(sub) -> None:
         p = leaf(leaves, name, train, what)
         p.add_argument(
             "--photographs",
-            type=Path,
+            type=place,
             help="a folder of annotated photographs; those that ship if left out",
         )
         p.add_argument(
-            "--out", type=Path, default=Path("runs/nano"), help="weights, logs, checkpoints"
+            "--out", type=place, default=Path("runs/nano"), help="weights, logs, checkpoints"
         )
-        p.add_argument("--minutes", type=float, default=60.0, help="how long; a killed run goes on")
-        p.add_argument("--steps", type=int, default=10**9, help="at most so many steps")
-        p.add_argument("--init", type=Path, help="a folder of weights to start from")
         p.add_argument(
-            "--batch", type=int, help="8 crops or 12 chains on a CPU, 64 or 128 on a GPU"
+            "--minutes", type=real(), default=60.0, help="how long; a killed run goes on"
         )
-        p.add_argument("--lr", type=float, help="peak learning rate; each stage has its own")
-        p.add_argument("--workers", type=int, help="processes that prepare data")
+        p.add_argument("--steps", type=integer(), default=10**9, help="at most so many steps")
+        p.add_argument("--init", type=place, help="a folder of weights to start from")
+        p.add_argument(
+            "--batch", type=integer(), help="8 crops or 12 chains on a CPU, 64 or 128 on a GPU"
+        )
+        p.add_argument("--lr", type=real(), help="peak learning rate; each stage has its own")
+        p.add_argument("--workers", type=integer(0), help="processes that prepare data")
         p.add_argument("--device", help="cpu, cuda or mps; the best there is if left out")
-        p.add_argument("--seed", type=int, default=0, help="of weights and data")
+        p.add_argument("--seed", type=integer(0), default=0, help="of weights and data")
         if name in ("policy", "all"):
             text = "how often the policy sees each pair: on a GPU, 5 keeps up with 16 cores"
-            p.add_argument("--reuse", type=float, default=1.0, help=text)
+            p.add_argument("--reuse", type=real(), default=1.0, help=text)
         if name != "policy":
             p.add_argument(
                 "--vgg",

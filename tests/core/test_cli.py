@@ -1,3 +1,4 @@
+import shlex
 import subprocess
 import sys
 
@@ -43,6 +44,42 @@ def test_an_option_of_another_leaf_is_refused(command, capsys):
     assert e.value.code == 2 and "usage: realsr" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "restore {p} -o o.png --batch -1",
+        "restore {p} -o o.png --batch 0",
+        "restore {p} -o o.png --batch 1.5",
+        "restore {p} -o o.png --temperature 0",
+        "restore {p} -o o.png --temperature nan",
+        "restore {p} -o o.png --temperature inf",
+        "restore {p} -o o.png --guidance -1",
+        "restore {p} -o o.png --max-megapixels 0",
+        "restore {p} -o o.png --seed x",
+        "restore {p} -o ''",
+        "restore '' -o o.png",
+        "train tokenizer --steps 0",
+        "train tokenizer --lr 0",
+        "train policy --minutes -1",
+        "train policy --photographs ''",
+        "train grpo --group 0",
+        "train grpo --micro-batch 0",
+        "train grpo --prompts 0",
+        "train grpo --steps -1",
+        "train grpo --beta nan",
+        "train grpo --beta -0.1",
+        "eval table -n 0",
+        "eval benchmark --data ''",
+        "ablate chain --seeds 0",
+    ],
+)
+def test_a_number_out_of_range_is_refused_in_one_sentence(command, capsys):
+    with pytest.raises(SystemExit) as e:
+        main(shlex.split(command.format(p="photo.png")))
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert e.value.code == 2 and "error: argument" in said
+
+
 def test_help_loads_no_torch():
     code = "import sys; from realsr_r1.cli import parser; parser(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -62,10 +99,11 @@ def test_the_pipeline_loads_no_trainer():
     ("command", "message"),
     [
         ("restore no.png -o {tmp}/out.png", "does not exist"),
-        ("restore no.png -o {tmp}/no/out.png", "does not exist: create it first"),
-        ("restore no.png -o {tmp}/out.xyz", "Pillow cannot write out.xyz"),
+        ("restore {photo} -o {tmp}/no/out.png", "does not exist: create it first"),
+        ("restore {photo} -o {tmp}/out.xyz", "Pillow cannot write out.xyz"),
         ("restore {photo} -o {tmp}/out.png --model {tmp}", "weights tokenizer are missing"),
-        ("restore {photo} -o {tmp}/out.png --temperature 0", "above 0"),
+        ("restore {photo} -o {tmp}", "is a folder: give the name of a file"),
+        ("restore {photo} -o {photo} --trace {photo}", "give two names"),
         ("eval table --photographs {tmp}", "none of the annotated photographs"),
         ("train decoder --out {tmp}/none --device cpu", "holds no tokenizer"),
     ],

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "realsr_r1"
+PACKAGE = Path(__file__).parents[2] / "realsr_r1"
 ORDER = (
     "version _torchvision common images stats degradation photographs perceptual tokenizer eye "
     "vlcot "
