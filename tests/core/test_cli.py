@@ -102,7 +102,8 @@ def test_the_pipeline_loads_no_trainer():
         ("restore {photo} -o {tmp}/no/out.png", "does not exist: create it first"),
         ("restore {photo} -o {tmp}/out.xyz", "Pillow cannot write out.xyz"),
         ("restore {photo} -o {tmp}/out.png --model {tmp}", "weights tokenizer are missing"),
-        ("restore {photo} -o {tmp}", "is a folder: give the name of a file"),
+        ("restore {photo} {photo}x.png -o {tmp}/o.png", "need a folder that exists for -o"),
+        ("restore {photo} {tmp}/b/photo.jpg -o {tmp}", "would get one name"),
         ("restore {photo} -o {photo} --trace {photo}", "give two names"),
         ("eval table --photographs {tmp}", "none of the annotated photographs"),
         ("train decoder --out {tmp}/none --device cpu", "holds no tokenizer"),
@@ -150,3 +151,15 @@ def test_grpo_starts_from_a_folder_of_weights(tmp_path):
     assert main([*command.split(), "--micro-batch", "4", "--device", "cpu"]) == 0
     again = RealSR.from_pretrained(out, "cpu", policy="policy-grpo")
     assert (out / "policy-grpo" / "log.csv").exists() and again.policy.config.codes == 64
+
+
+def test_several_photos_and_one_that_cannot_be_read(tmp_path, capsys):
+    for name in "ab":
+        Image.new("RGB", (32, 32), "gray").save(tmp_path / f"{name}.jpg")
+    (tmp_path / "bad.jpg").write_text("no picture")
+    out = tmp_path / "out"
+    out.mkdir()
+    photos = " ".join(str(tmp_path / f"{n}.jpg") for n in ("a", "bad", "b"))
+    assert main(f"restore {photos} -o {out}".split()) == 2
+    assert sorted(p.name for p in out.iterdir()) == ["a.png", "b.png"]
+    assert "left out: " in (said := capsys.readouterr().out) and "bad.jpg" in said
