@@ -6,4 +6,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch starts its t
 
 import torch
 
+import realsr_r1  # noqa: F401  lets torchvision import beside a CPU-only torch
+
 torch.manual_seed(0)

@@ -1,17 +1,15 @@
 """What fits where, what the paper's recipe costs, and measured peaks beside the counted ones.
 
-`python -m realsr_r1.first cost` prints one run's memory; with --table all tables, with --measure
-the comparison. Tables are counts (`cost`), except the measured column: there the real trainers ran
-in a process of their own.
+`realsr cost` prints one run's memory; with --table all tables, with --measure the comparison.
+Tables are counts (`cost`), except the measured column: there the real trainers ran in a process of
+their own.
 """
 
-import argparse
 import ctypes
 import gc
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,12 +20,10 @@ from pathlib import Path
 
 import psutil  # comes with accelerate
 import torch
-from datasets import Dataset
-from transformers import AutoConfig, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+from torch.optim.swa_utils import AveragedModel
+from transformers import AutoConfig
 
-from realsr_r1.common import fast_bfloat16
-from realsr_r1.first import grpo, policy, sft
-from realsr_r1.first.vlcot import Vocabulary
+from realsr_r1 import grpo, sft
 from realsr_r1.planning.cost import (
     CARDS,
     GB,
@@ -44,7 +40,8 @@ from realsr_r1.planning.cost import (
     require,
     seconds,
 )
-from realsr_r1.reference import qwen as middle
+from realsr_r1.policy import ChainPolicy, PolicyConfig
+from realsr_r1.pretraining.muon import MuonAdamW
 
 # The reference chain at its longest: the limits of the release's RL script (prompt 5,000,
 # completion 7,000 words).
@@ -53,42 +50,25 @@ PNG = 1.6  # bytes a pixel
 
 
 def plans() -> dict[str, tuple[Shape, Run]]:
-    """Runs whose fit is tabled. 128 and 256 px: this project's chain with 20 words a text; 7 B: the
+    """Runs whose fit is tabled. nano and 0.6 B: this project's chain with 20 words a text; 7 B: the
     paper's chain."""
-    p, c = chain_tokens(128)
-    p2, c2 = chain_tokens(256)
-    ours, both = qwen3(len(Vocabulary())), qwen3(151_936 + len(Vocabulary()))
-    full = {"precision": "mixed", "checkpointing": True}
-    lora = {
-        "precision": "bfloat16",
-        "checkpointing": True,
-        "lora": 16,
-        "new_rows": len(Vocabulary()),
-    }
+    p, c = chain_tokens()
+    middle, ours = qwen3(PolicyConfig().vocab_size), {"checkpointing": True, "fused": False}
     shards = REFERENCE | {"sharded": True}
+    lora, seven = REFERENCE | {"lora": 16}, chameleon()
     return {
-        "nano, SFT, batch 64": (nano(), Run("sft", p, c, 64, optimizer="muon")),
-        "nano, GRPO, 4 × 8, micro-batch 8": (nano(), Run("grpo", p, c, 8, 4, 4, 8)),
-        "0.6 B, SFT, all weights, batch 4": (both, Run("sft", p, c, 4, **full)),
-        "0.6 B, SFT, LoRA, batch 4": (both, Run("sft", p, c, 4, **lora)),
-        "0.6 B, GRPO, LoRA, 2 × 8, micro-batch 4": (both, Run("grpo", p, c, 4, 4, 2, 8, **lora)),
-        "the same, own words only": (ours, Run("grpo", p, c, 4, 4, 2, 8, **lora)),
-        "the same, 256 px, micro-batch 1": (ours, Run("grpo", p2, c2, 1, 16, 2, 8, **lora)),
+        "nano, SFT, batch 64": (nano(), Run("sft", p, c, 64, optimizer="muon", average=True)),
+        "nano, GRPO, 4 × 8, micro-batch 8": (nano(), Run("grpo", p, c, 8, 4, 4, 8, fused=False)),
+        "0.6 B, SFT, all weights, batch 4": (middle, Run("sft", p, c, 4, average=True, **ours)),
         "0.6 B, GRPO, all weights, KL, 2 × 8, micro-batch 4": (
-            both,
-            Run("grpo", p, c, 4, 4, 2, 8, checkpointing=True),
+            middle,
+            Run("grpo", p, c, 4, 4, 2, 8, **ours),
         ),
-        "7 B, SFT, LoRA": (chameleon(), Run("sft", **REFERENCE, lora=16)),
-        "7 B, GRPO, LoRA, group 5": (
-            chameleon(),
-            Run("grpo", **REFERENCE, lora=16, group=5, accumulate=5),
-        ),
-        "7 B, SFT, all weights, FSDP2 or ZeRO-3": (chameleon(), Run("sft", **shards)),
-        "7 B, GRPO, all weights, sharded, group 8": (
-            chameleon(),
-            Run("grpo", **shards, reference=False),
-        ),
-        "the same, KL and offload": (chameleon(), Run("grpo", **shards, offload=True)),
+        "7 B, SFT, LoRA": (seven, Run("sft", **lora)),
+        "7 B, GRPO, LoRA, group 5": (seven, Run("grpo", **lora, group=5, accumulate=5)),
+        "7 B, SFT, all weights, FSDP2 or ZeRO-3": (seven, Run("sft", **shards)),
+        "7 B, GRPO, all weights, sharded, group 8": (seven, Run("grpo", **shards, reference=False)),
+        "the same, KL and offload": (seven, Run("grpo", **shards, offload=True)),
     }
 
 
@@ -131,7 +111,7 @@ def recipe(
     rl_photos: int = 500,
     price: float = 3.0,
     card: Card = CARDS[-1],
-    utilisation: float = 0.35,
+    utilization: float = 0.35,
 ) -> str:
     """Markdown: time, money and storage of the paper's recipe with the 7 B model on one row of
     cards.
@@ -139,7 +119,7 @@ def recipe(
     From the release: cold start of 2 epochs, RL of 2 epochs with groups of 5, chains at their
     limits. Not published and hence the caller's: the number of cold-start photos (default: LSDIR
     and 10 k FFHQ, PURE's data), of RL photos (the release's folder is named test500), the `price` a
-    card and hour, and the `utilisation` of the card's peak.
+    card and hour, and the `utilization` of the card's peak.
     """
     shape, epochs = chameleon(), 2
     cold, rl = (
@@ -151,7 +131,7 @@ def recipe(
         ("cold start", cold, photos * epochs),
         ("VLCoT-GRPO", rl, rl_photos * epochs * 5),
     ):
-        step = sum(seconds(shape, run, card, utilisation).values()) / (
+        step = sum(seconds(shape, run, card, utilization).values()) / (
             5 if run.phase == "grpo" else 1
         )
         hours = step * chains / card.devices / 3600
@@ -223,29 +203,6 @@ class Meter:
         return (cuda if used else max(0, self.peak - self.before)) / 1e6
 
 
-class Peak(TrainerCallback):
-    """Peak memory and seconds of the steps after the first, which makes the optimizer's states."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.seconds, self.top = device, [], 0.0
-
-    def on_step_begin(self, args, state, control, **_):
-        self.started = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **_):
-        self.seconds.append(time.perf_counter() - self.started)
-
-    def on_train_begin(self, args, state, control, **_):
-        reset_peak(self.device)
-
-    def on_train_end(self, args, state, control, **_):
-        self.top = (
-            torch.cuda.max_memory_allocated(self.device)
-            if self.device.type == "cuda"
-            else status("VmHWM")
-        )
-
-
 def reset_peak(device: torch.device) -> float:
     """Forget the peak so far; returns the bytes in use now. RuntimeError where the system keeps no
     such count."""
@@ -271,79 +228,56 @@ def status(name: str) -> float:
     )
 
 
-def model_of(shape: Shape) -> Qwen3ForCausalLM:
-    """A Qwen3 of this shape with random weights, as a policy with the words of
-    `Vocabulary()` last."""
-    if replace(shape, layers=nano().layers) == nano():
-        return policy.build(policy.PolicyConfig(layers=shape.layers))
-    base = shape.vocab - len(Vocabulary())
-    config = policy.PolicyConfig(
-        shape.hidden, shape.layers, shape.heads, shape.mlp, base=max(0, base)
-    )
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(config.vocabulary),
+def model_of(shape: Shape) -> ChainPolicy:
+    """A policy of this shape with random weights; the vocabulary is this project's."""
+    return ChainPolicy(
+        PolicyConfig(
             hidden_size=shape.hidden,
-            intermediate_size=shape.mlp,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.kv_heads,
+            layers=shape.layers,
+            heads=shape.heads,
+            kv_heads=shape.kv_heads,
             head_dim=shape.head_dim,
-            tie_word_embeddings=shape.tied,
-            pad_token_id=config.vocabulary.ids["<pad>"],
-            eos_token_id=config.vocabulary.ids["<eos>"],
-            bos_token_id=None,
+            mlp=shape.mlp,
         )
     )
-    model.nano, model.vocabulary = config, config.vocabulary
-    return model
 
 
 def spread(completions, **_) -> list[float]:
-    """A reward that differs within a group: the share of different words."""
+    """A reward that differs within a group: the share of different tokens."""
     return [len(set(c.split())) / max(1, len(c.split())) for c in completions]
 
 
-def train_once(folder: Path, run: Run, device: torch.device, peak: Peak, steps: int = 2) -> None:
-    """A few steps of the real trainer on random chains, from the policy in `folder`/start."""
-    model, g = policy.load(folder / "start"), torch.Generator().manual_seed(0)
-    v = model.vocabulary
-    scale = sft.Scale(
-        middle.lora(v, run.lora) if run.lora else None,
-        torch.bfloat16 if run.precision == "bfloat16" else torch.float32,
-        run.checkpointing,
-        run.accumulate,
-        {"adamw": "adamw_torch"}.get(run.optimizer, run.optimizer),
-    )
-    del model
-    if run.phase == "sft":
-        ids = torch.randint(
-            v.base + 4, len(v), (run.batch * run.accumulate, run.length), generator=g
-        )
-        labels = ids.masked_fill(torch.arange(run.length) < run.prompt, -100)
-        table = Dataset.from_dict({"input_ids": ids.numpy(), "labels": labels.numpy()}).with_format(
-            "numpy"
-        )
-        sft.train_sft(
-            table,
-            None,
-            folder / "out",
-            None,
-            None,
-            batch=run.batch,
-            max_steps=steps,
-            device=device.type,
-            init=folder / "start",
-            scale=scale,
-            callbacks=[peak],
-        )
-        return
-    texts = [
-        v.decode(row)
-        for row in v.prompts(
-            torch.randint(0, v.lr_codes, (steps * run.prompts, 17, 16), generator=g)
-        )
-    ]
+def fine_tune(policy: ChainPolicy, run: Run, steps: int) -> float:
+    """Steps of supervised fine-tuning on random tokens, as `pretraining` takes them → seconds of
+    the last one."""
+    weights = sft.token_weights(policy.vocabulary).to(policy.device)
+    if run.optimizer == "muon":
+        optimizer = MuonAdamW(policy.train(), lr=1e-4)
+    else:
+        optimizer = torch.optim.AdamW(policy.train().parameters(), lr=1e-4)
+    average = AveragedModel(policy) if run.average else None
+    first = policy.vocabulary.first_code
+    prompt = torch.tensor(policy.vocabulary.prompt)
+    for _ in range(steps):
+        began = time.perf_counter()
+        drawn = torch.randint(first, len(policy.vocabulary), (run.batch, run.completion))
+        ids = torch.cat([prompt.expand(run.batch, -1), drawn], 1).to(policy.device)
+        loss = sft.chain_loss(policy, ids, torch.rand(run.batch, 3, 32, 32), weights)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        if average is not None:
+            average.update_parameters(policy)
+    return time.perf_counter() - began
+
+
+def reinforce(policy: ChainPolicy, run: Run, steps: int) -> float:
+    """Steps of GRPO on random photos → mean seconds of a step."""
+    from datasets import Dataset
+
+    pixels = {"lr": [[[[0] * 32] * 32] * 3] * (steps * run.prompts)}
+    table = Dataset.from_dict(pixels | {"prompt": ["<restore>"] * (steps * run.prompts)})
+    table = table.add_column("hr", [[0]] * len(table))
     settings = grpo.GrpoSettings(
         steps=steps,
         prompts=run.prompts,
@@ -351,41 +285,24 @@ def train_once(folder: Path, run: Run, device: torch.device, peak: Peak, steps: 
         micro_batch=run.batch,
         beta=0.02 * run.reference,
     )
-    grpo.train_grpo(
-        folder / "start",
-        Dataset.from_dict({"prompt": texts}),
-        [spread],
-        folder / "out",
-        settings,
-        [peak],
-        device.type,
-        scale,
-    )
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        grpo.train_grpo(policy, table, [spread], folder, settings, policy.device.type)
+    return (time.perf_counter() - began) / steps
 
 
 def child(order: str) -> None:
     """What `measure` runs in a process of its own: prints peak bytes above the start, and seconds,
     as JSON."""
     task = json.loads(order)
-    shape, run, device = Shape(**task["shape"]), Run(**task["run"]), torch.device(task["device"])
-    with tempfile.TemporaryDirectory() as folder:
-        peak = Peak(device)
-        # First with a batch of one: libraries load, threads start, kernels are made for these
-        # shapes.
-        policy.save(
-            model_of(shape if shape.parameters < 64e6 else replace(nano(), layers=1)),
-            Path(folder) / "start",
-        )
-        train_once(
-            Path(folder), replace(run, batch=1, prompts=2, group=2, accumulate=1), device, peak, 1
-        )
-        shutil.rmtree(Path(folder) / "out-checkpoints")
-        policy.save(model_of(shape), Path(folder) / "start")
-        gc.collect()
-        base = reset_peak(device)
-        peak = Peak(device)
-        train_once(Path(folder), run, device, peak)
-    print(json.dumps({"peak": peak.top - base, "seconds": peak.seconds[-1]}))
+    shape, run = Shape(**task["shape"]), Run(**task["run"])
+    device, go = torch.device(task["device"]), fine_tune if run.phase == "sft" else reinforce
+    # First in small: libraries load, threads start, kernels are made.
+    small = replace(run, batch=2, prompts=1, group=2, accumulate=1)
+    go(model_of(replace(nano(), layers=1)).to(device), small, 1)
+    with Meter(Meter.held()) as meter:
+        took = go(model_of(shape).to(device), run, 2)
+    print(json.dumps({"peak": meter.megabytes * 1e6, "seconds": took}))
 
 
 def measure(shape: Shape, run: Run, device: str = "cpu") -> dict[str, float]:
@@ -418,36 +335,23 @@ def measure(shape: Shape, run: Run, device: str = "cpu") -> dict[str, float]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-# What is measured: on a CPU, as large as a laptop allows (the middle size needs 6 GB and stands for
-# short chains).
-BOTH = qwen3(151_936 + len(Vocabulary()))
+# What is measured: on a CPU, as large as a laptop allows.
+SFT, RL = {"optimizer": "muon", "average": True}, {"fused": False}
 MEASURED = {
-    "nano, SFT, batch 4": (nano(), Run("sft", 294, 480, 4, optimizer="muon")),
-    "nano, SFT, batch 16": (nano(), Run("sft", 294, 480, 16, optimizer="muon")),
-    "nano, SFT, batch 8, checkpointing": (
-        nano(),
-        Run("sft", 294, 480, 8, optimizer="muon", checkpointing=True),
-    ),
-    "nano, GRPO, 2 × 8, micro-batch 8": (nano(), Run("grpo", 294, 487, 8, 2, 2, 8, triton=False)),
-    "nano, GRPO, 2 × 4, micro-batch 4": (nano(), Run("grpo", 294, 487, 4, 2, 2, 4, triton=False)),
-    "0.6 B, SFT, LoRA, 2 × 128 words": (
-        BOTH,
-        Run("sft", 60, 68, 2, precision="bfloat16", lora=16, new_rows=len(Vocabulary())),
-    ),
-    "0.6 B, SFT, all weights, SGD, 2 × 128 words": (BOTH, Run("sft", 60, 68, 2, optimizer="sgd")),
+    "nano, SFT, batch 4": (nano(), Run("sft", batch=4, **SFT)),
+    "nano, SFT, batch 16": (nano(), Run("sft", batch=16, **SFT)),
+    "nano, GRPO, 2 × 8, micro-batch 8": (nano(), Run("grpo", 65, 454, 8, 2, 2, 8, **RL)),
+    "nano, GRPO, 2 × 4, micro-batch 4": (nano(), Run("grpo", 65, 454, 4, 2, 2, 4, **RL)),
 }
 
 
 def measured_table(runs: dict[str, tuple[Shape, Run]] = MEASURED, device: str = "cpu") -> str:
-    """Markdown: counted and measured peak of each run, their difference, and words a second."""
-    fast = fast_bfloat16(torch.device(device))
+    """Markdown: counted and measured peak of each run, their difference, and tokens per second."""
     rows = [
-        "| run | counted MB | measured MB | counted / measured | words a second |",
+        "| run | counted MB | measured MB | counted / measured | tokens per second |",
         "|---|---|---|---|---|",
     ]
     for name, (shape, run) in runs.items():
-        if run.phase == "sft" and run.precision == "float32" and not run.lora and fast:
-            run = replace(run, precision="mixed")  # as `sft.train_sft` does
         count = memory(shape, run).peak
         try:
             require(1.2 * count, torch.device(device), name)
@@ -465,15 +369,12 @@ def measured_table(runs: dict[str, tuple[Shape, Run]] = MEASURED, device: str = 
 
 
 def shape_of(name: str) -> Shape:
-    """nano, middle (Qwen3-0.6B with our words), reference (Chameleon 7B), or a folder in the hub's
+    """nano, middle (Qwen3-0.6B with our tokens), reference (Chameleon 7B), or a folder in the hub's
     format."""
-    known = {
-        "nano": nano,
-        "middle": lambda: qwen3(151_936 + len(Vocabulary())),
-        "reference": chameleon,
-    }
+    middle = qwen3(PolicyConfig().vocab_size)
+    known = {"nano": nano(), "middle": middle, "reference": chameleon()}
     if name in known:
-        return known[name]()
+        return known[name]
     if not (Path(name) / "config.json").is_file():
         raise FileNotFoundError(
             f"no model {name}: choose {', '.join(known)}, or give a folder with a config.json"
@@ -484,13 +385,10 @@ def shape_of(name: str) -> Shape:
 def describe(shape: Shape, run: Run, price: float = 0.0) -> str:
     """One run in words and a table: parameters, chain, every part of memory at its peak, cards,
     seconds a step."""
-    need, trained = (
-        memory(shape, run),
-        shape.lora(run.lora) + run.new_rows * shape.hidden if run.lora else shape.parameters,
-    )
+    need, trained = (memory(shape, run), shape.lora(run.lora) if run.lora else shape.parameters)
     rows = [
         f"{shape.parameters / 1e6:,.0f} M parameters, {trained / 1e6:,.1f} M trained; "
-        f"{run.prompt:,} + {run.completion:,} words a chain; "
+        f"{run.prompt:,} + {run.completion:,} tokens a chain; "
         f"peak {need.peak / GB:.2f} GB a device ({need.when})"
         + (f", {need.host / GB:.1f} GB in the host" if need.host else ""),
         "",
@@ -523,42 +421,10 @@ def report(
     parts = [
         "## What fits",
         fit_table(),
-        f"A card keeps {HEADROOM:.0%} free for what is not counted. LoRA: rank 16 and the new "
-        f"rows.",
+        f"A card keeps {HEADROOM:.0%} free for what is not counted. LoRA: rank 16.",
         "## The paper's recipe, 7 B, on 8×H100",
         recipe(photos, rl_photos, price),
         f"Assumed: {photos:,} cold-start and {rl_photos:,} RL photos, {price:g} a card and "
         f"hour, 35% of the cards' peak; sampling as eager transformers does it.",
     ]
     return "\n\n".join(parts + (["## Counted and measured", measured] if measured else [])) + "\n"
-
-
-def command(a: argparse.Namespace) -> None:
-    """What `python -m realsr_r1.first cost` prints, or writes to --out."""
-    if a.table or a.measure:
-        text = report(a.photos, a.rl_photos, a.price or 3.0, measured_table() if a.measure else "")
-    else:
-        names = (
-            "prompt",
-            "completion",
-            "batch",
-            "accumulate",
-            "prompts",
-            "group",
-            "lora",
-            "devices",
-            "precision",
-            "optimizer",
-        )
-        lengths = dict(zip(("prompt", "completion"), chain_tokens(a.pixels), strict=True))
-        given = (REFERENCE if a.model == "reference" else lengths) | {
-            k: getattr(a, k) for k in names if getattr(a, k) is not None
-        }
-        given |= {k: True for k in ("checkpointing", "sharded", "offload") if getattr(a, k)}
-        new_rows = len(Vocabulary()) if a.lora and a.model == "middle" else 0
-        text = describe(shape_of(a.model), Run(a.phase, **given, new_rows=new_rows), a.price)
-    if a.out:
-        a.out.parent.mkdir(parents=True, exist_ok=True)
-        a.out.write_text(text)
-    else:
-        print(text)

@@ -6,14 +6,14 @@ transformers' Llama-like blocks (Qwen3, Chameleon), as a test with saved-tensor 
 add what lives beside them at that moment. Left out: the allocator's fragmentation, kernels'
 workspaces, the CUDA context and Python itself (a share of each card stays free for them,
 `HEADROOM`). `budget.measure` runs the real trainers and reads their peak, so that the count can be
-compared. Seconds follow from operations, bytes and a stated utilisation.
+compared. Seconds follow from operations, bytes and a stated utilization.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from realsr_r1.first import policy
-from realsr_r1.first.vlcot import TAGS, Vocabulary
+from realsr_r1.policy import PolicyConfig
+from realsr_r1.vlcot import GRIDS, PATCH_TOKENS, TAGS, image_length
 
 GB = 2**30
 BYTES = {
@@ -37,31 +37,11 @@ STATES = {
 HEADROOM = 0.08  # of a card: context, workspaces, fragmentation
 
 
-def image_tokens(height: int, width: int | None = None, factor: int = 8) -> int:
-    """Words of an image of height × width pixels: h·(w + 1) + 4 for h × w codes (Lumina-mGPT's
-    layout); 276, 1,060 and 4,164 for 128, 256 and 512 px at 8 px a code (paper, Sec. 4)."""
-    h, w = height // factor, (width or height) // factor
-    return h * (w + 1) + 4
-
-
-def chain_tokens(
-    pixels: int = 128, words: int = 20, factor: int = 8, reading: int | None = None
-) -> tuple[int, int]:
-    """(prompt, completion) words of this project's chain whose final image has `pixels` a side and
-    whose four texts have `words` each: LR reading and task word; 14 tags, four texts, images of a
-    quarter, half and whole size, end.
-
-    `reading` is the LR reading's length; by default the nano reader's layout, (s + 1) rows of s
-    codes for 2×2 LR pixels.
-    """
-    if pixels % (4 * factor):
-        raise ValueError(
-            f"a final image of {pixels} px does not divide into steps of {factor} px codes: use "
-            f"a multiple of {4 * factor}"
-        )
-    s = pixels // 8
-    images = sum(image_tokens(pixels // n, factor=factor) for n in (4, 2, 1))
-    return (reading or (s + 1) * (s + 1) + 4) + 1, 2 * len(TAGS) + 4 * words + images + 1
+def chain_tokens(words: int = 20) -> tuple[int, int]:
+    """(prompt, completion) tokens of this project's chain whose four texts have `words` each: the
+    eye's patches and the task; 14 tags, four texts, three images, the end."""
+    images = sum(map(image_length, GRIDS))
+    return PATCH_TOKENS + 1, 2 * len(TAGS) + 4 * words + images + 1
 
 
 @dataclass(frozen=True)
@@ -139,19 +119,12 @@ class Shape:
 
 
 def nano() -> Shape:
-    """The shipped policy."""
-    c = policy.PolicyConfig()
-    return Shape(
-        c.hidden,
-        c.layers,
-        c.heads,
-        c.heads,
-        c.hidden // c.heads,
-        c.mlp,
-        len(Vocabulary(c.codes, c.lr_codes)),
-        True,
-        2 * (c.hidden // c.heads),
-    )
+    """The shipped policy's body and table; eye and positions, a quarter more, are left out."""
+    c = PolicyConfig().body
+    head = c.head_dim
+    kv = c.num_key_value_heads
+    sizes = (c.hidden_size, c.num_hidden_layers, c.num_attention_heads, kv, head)
+    return Shape(*sizes, c.intermediate_size, c.vocab_size, True, 2 * head)
 
 
 def qwen3(vocabulary: int = 151_936) -> Shape:
@@ -166,12 +139,12 @@ def chameleon() -> Shape:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run. Lengths are words; `batch` is sequences a forward and backward pass and
+    """One training run. Lengths are tokens; `batch` is sequences a forward and backward pass and
     device."""
 
     phase: str = "sft"  # or grpo
-    prompt: int = 294
-    completion: int = 458
+    prompt: int = PATCH_TOKENS + 1
+    completion: int = chain_tokens()[1]
     batch: int = 1
     accumulate: int = 1
     prompts: int = 1  # GRPO: groups a step, over all devices
@@ -180,11 +153,11 @@ class Run:
     optimizer: str = "adamw"
     checkpointing: bool = False
     lora: int = 0  # rank; 0: all weights
-    new_rows: int = 0  # LoRA: rows of the embedding that are trained beside the adapters
     reference: bool = (
         True  # GRPO: a frozen copy for the KL (LoRA needs none: adapters are switched off)
     )
-    triton: bool = True  # GRPO: Triton is there (CUDA); a CPU has none
+    fused: bool = True  # GRPO: TRL's fused head and padded batches; ours keeps all logits instead
+    average: bool = False  # SFT: a running average of the weights is kept beside them
     devices: int = 1
     sharded: bool = False  # FSDP2 or ZeRO-3; otherwise every device holds everything
     offload: bool = False  # ZeRO-3: weights and optimizer states in the host's memory
@@ -262,32 +235,22 @@ def activations(shape: Shape, run: Run) -> float:
     layer = width * shape.hidden if run.checkpointing else layer_activations(shape, run)
     ends = (2 * width + 4) * shape.hidden  # the last norm and the head's input
     copies = 1 if run.checkpointing else shape.layers
-    mask = run.batch * run.length**2 * (1 + copies * width) if run.phase == "grpo" else 0
+    mask = (
+        run.batch * run.length**2 * (1 + copies * width) if run.phase == "grpo" and run.fused else 0
+    )
     return tokens * (shape.layers * layer + ends) + mask
 
 
 def head(shape: Shape, run: Run) -> float:
-    """Bytes of the loss at its peak. SFT: logits of the completion, a copy, and in float32 another
-    and the log-softmax.
-
-    GRPO: TRL's fused head keeps no logits, but float32 gradients of the hidden states and of the
-    whole output table, and a tile of at most 4,096 words by 32,768 of the vocabulary; without
-    Triton it scores the prompt, too, and needs some seven more tiles in float32.
-    """
-    if run.phase == "sft":
-        return (
-            run.batch
-            * (run.completion + 1)
-            * shape.vocab
-            * (12 if run.precision == "bfloat16" else 16)
-        )
-    scored = run.batch * (run.completion if run.triton else run.length)
-    tile = (
-        min(scored, 4096)
-        * min(shape.vocab, 32_768)
-        * (BYTES[run.precision] + 29 * (not run.triton))
-    )
-    return run.batch * run.length * shape.hidden * 8 + 4 * shape.embedding + tile
+    """Bytes of the loss at its peak: logits of the completion, a copy, the log-softmax and its
+    gradient, in float32. TRL's fused head keeps no logits, but float32 gradients of the hidden
+    states and of the whole output table, and a tile of 4,096 tokens by 32,768 of the vocabulary."""
+    if run.phase == "sft" or not run.fused:
+        width = 12 if run.precision == "bfloat16" else 16
+        return run.batch * (run.completion + 1) * shape.vocab * width
+    tile = min(run.batch * run.completion, 4096) * min(shape.vocab, 32_768)
+    hidden = run.batch * run.length * shape.hidden * 8
+    return hidden + 4 * shape.embedding + tile * BYTES[run.precision]
 
 
 def cache(shape: Shape, run: Run) -> float:
@@ -308,7 +271,7 @@ def memory(shape: Shape, run: Run) -> Memory:
     """
     width, n = BYTES[run.precision], run.devices if run.sharded else 1
     full = shape.parameters * width
-    trained = shape.lora(run.lora) + run.new_rows * shape.hidden if run.lora else shape.parameters
+    trained = shape.lora(run.lora) if run.lora else shape.parameters
     trained_width = 4 if run.lora else width
     states = trained * trained_width * STATES[run.optimizer]
     if run.sharded and run.precision == "bfloat16" and not run.lora:
@@ -316,7 +279,7 @@ def memory(shape: Shape, run: Run) -> Memory:
             trained * 12.0
         )  # DeepSpeed and FSDP keep float32 weights beside AdamW's two moments
     compute = 2 if run.precision != "float32" else 4
-    held = {"weights": full / n, "optimizer": states / n}
+    held = {"weights": full / n, "optimizer": states / n, "average": full / n * run.average}
     if run.lora:
         held["adapters"] = trained * trained_width / n
     if run.phase == "grpo" and run.reference and not run.lora:
@@ -339,10 +302,6 @@ def memory(shape: Shape, run: Run) -> Memory:
         kept["autocast"] = (
             2.0 * shape.parameters
         )  # bfloat16 copies of the weights, until the loss is known
-    if (
-        run.lora and run.new_rows
-    ):  # PEFT puts the trained rows into a copy of the table, whose gradient is dense
-        loss["head"] += 2 * shape.embedding * width
     early = grads if run.accumulate > 1 or (run.devices > 1 and not run.sharded) else 0.0
     if not run.lora and run.phase == "sft":
         early = max(
@@ -387,7 +346,7 @@ CARDS = (
 
 def forward_flops(shape: Shape, sequences: float, length: int, scored: int) -> float:
     """Operations of a forward pass: two a weight and token, causal attention, and the head on
-    `scored` words a sequence."""
+    `scored` tokens a sequence."""
     attention = 2 * shape.q * length
     return sequences * (
         length * shape.layers * (2 * shape.linear + attention) + 2 * scored * shape.embedding
@@ -398,20 +357,20 @@ def seconds(
     shape: Shape,
     run: Run,
     card: Card,
-    utilisation: float = 0.35,
+    utilization: float = 0.35,
     bandwidth: float = 0.6,
     call: float = 5e-4,
 ) -> dict[str, float]:
-    """Seconds of one optimizer step. Passes: operations over `utilisation` of the card's peak; a
+    """Seconds of one optimizer step. Passes: operations over `utilization` of the card's peak; a
     backward pass costs two forward passes (one with LoRA), checkpointing one more, the KL one more.
-    A sampled word costs the slowest of its operations, of reading weights and cache at `bandwidth`
+    A sampled token costs the slowest of its operations, of reading weights and cache at `bandwidth`
     of the card's, and of `call` seconds a layer (eager transformers)."""
     chains = run.chains or run.batch * run.accumulate
-    once = forward_flops(shape, chains, run.length, run.completion) / (card.flops * utilisation)
+    once = forward_flops(shape, chains, run.length, run.completion) / (card.flops * utilization)
     kl = run.phase == "grpo" and run.reference
     out = {"passes": once * (1 + (1 if run.lora else 2) + run.checkpointing + kl)}
     if run.phase == "grpo":
-        compute = 2 * shape.parameters * chains / (card.flops * utilisation)
+        compute = 2 * shape.parameters * chains / (card.flops * utilization)
         read = (
             shape.parameters * (2 if run.precision != "float32" else 4) + cache(shape, run) / 2
         ) / (card.bandwidth * bandwidth)
@@ -438,6 +397,5 @@ def require(need: float, device, what: str) -> None:
     if need > free:
         raise RuntimeError(
             f"{what} needs about {need / GB:.1f} GB and {device} has {free / GB:.1f} GB free: "
-            "lower batch or length, use LoRA, shard, or take a larger device (python -m "
-            "realsr_r1.first cost --help)"
+            "lower batch or length, use LoRA, shard, or take a larger device (realsr cost --help)"
         )

@@ -1,41 +1,27 @@
-"""A middle size: a pretrained small language model (Qwen3-0.6B class) that learns the chain, on one
-card of 16 GB.
+"""A middle size: a pretrained small language model (Qwen3-0.6B class) that learns the chain.
 
-Between the nano policy, which starts from nothing, and the paper's 7 B: a model that knows English
-gets this project's words. Tags, layout words, LR codes and image codes become new rows of its
-embedding; caption words that its tokenizer has as one token keep their row, the others start as the
-mean of their pieces. What comes out is a policy folder like any other: `sft.train_sft(init=…)`,
-`grpo.train_grpo` and `policy.sample` take it, with `lora` to train adapters and the new rows alone.
-The image sizes and the LR reading are the nano chain's.
+Between the nano policy, which starts from nothing, and the paper's 7 B: a `ChainPolicy` whose body
+knows English. It keeps our vocabulary alone (the captions need some 200 of Qwen's 151,936 tokens):
+words start as the mean of their pieces' rows, codes from the codebook. Eye and positions start
+fresh. What comes out is a policy like any other: `realsr train policy --init` and `realsr train
+grpo --model` take it.
 """
 
-import json
-import os
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
-from peft import LoraConfig
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Qwen3ForCausalLM
 
-from realsr_r1.common import device_of
-from realsr_r1.first import policy
-from realsr_r1.first.grpo import GrpoSettings
-from realsr_r1.first.policy import PolicyConfig
-from realsr_r1.first.reader import LRReader
-from realsr_r1.first.sft import Scale, sharded
-from realsr_r1.first.tokenizer import VQModel
-from realsr_r1.first.vlcot import EOS, PAD, LayoutGrammar, Vocabulary
 from realsr_r1.planning import cost
+from realsr_r1.policy import ChainPolicy, PolicyConfig
+from realsr_r1.tokenizer import VQModel
+from realsr_r1.vlcot import Vocabulary
 
 SOURCE = "Qwen/Qwen3-0.6B"
-ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# What a card of 16 GB holds (`cost.memory`, see `plan`): SFT sees chains one batch at a time, GRPO
-# samples two groups of eight.
-SFT = {"batch": 4, "lr": 2e-4}
-GRPO = GrpoSettings(prompts=2, group=8, micro_batch=4, lr=2e-5)
 
 
 def pretrained(
@@ -87,28 +73,11 @@ def pretrained(
     return model.to(device), tokenizer
 
 
-def known_words(words: list[str], tokenizer: PreTrainedTokenizerBase, base: int) -> dict[str, int]:
-    """Word → id for the words that the pretrained tokenizer has as one token within a text (with
-    the space before it)."""
-    out, taken = {}, set()
-    for word in words:
-        ids = tokenizer.encode(word if word == "," else f" {word}", add_special_tokens=False)
-        if (
-            len(ids) == 1
-            and ids[0] < base
-            and ids[0] not in taken
-            and ids[0] != tokenizer.unk_token_id
-        ):
-            out[word] = ids[0]
-            taken.add(ids[0])
-    return out
-
-
-def spoken(word: str) -> str:
-    """What a new word means in English, from whose pieces its row starts: "</rough_image>" → " end
-    of rough image"."""
-    name = word.strip("</>").replace("_", " ")
-    return f" end of {name}" if word.startswith("</") else f" {name}"
+def spoken(token: str) -> str:
+    """What a token of ours means in English, from whose pieces its row starts: "</rough_image>" → "
+    end of rough image"."""
+    name = token.strip("</>").replace("_", " ")
+    return f" end of {name}" if token.startswith("</") else f" {name}"
 
 
 @torch.no_grad()
@@ -117,202 +86,47 @@ def start_rows(
     old: Tensor,
     vocabulary: Vocabulary,
     tokenizer: PreTrainedTokenizerBase,
-    books: dict[int, Tensor],
+    codebook: Tensor,
     seed: int,
 ) -> None:
-    """Fill the rows of our words in an embedding `table` (v, h) in place, on the scale of the
-    pretrained rows `old` (n, h).
+    """Fill our embedding `table` (v, h) in place, on the scale of the pretrained rows `old` (n, h).
 
-    Words: the mean of their pieces. Codes (`books`: first id → vectors (n, d)): the mean row, plus
-    the codebook's unit vectors in a random direction each, as far out as pretrained rows lie: codes
-    that look alike start alike.
-    """
+    Words: the mean of their pieces. Codes: the mean row, plus the codebook's unit vectors (codes,
+    d) in a random direction each, as far out as pretrained rows lie: codes that look alike start
+    alike."""
     g = torch.Generator().manual_seed(seed)
-    old = old.float().cpu()
-    centre, spread = old.mean(0), old.std(0)
-    for i in range(vocabulary.base, vocabulary.first_lr_code):
-        pieces = tokenizer.encode(spoken(vocabulary.words[i]), add_special_tokens=False)
-        noise = (
-            0.1 * spread * torch.randn(len(spread), generator=g) * (len(pieces) != 1)
-        )  # one piece: the same word
-        table[i] = ((old[pieces].mean(0) if pieces else centre) + noise).to(
-            table.device, table.dtype
+    center, spread = old.mean(0), old.std(0)
+    for i, token in enumerate(vocabulary.tokens[: vocabulary.first_code]):
+        pieces = tokenizer.encode(spoken(token), add_special_tokens=False)
+        noise = 0.1 * spread * torch.randn(len(spread), generator=g)
+        one = len(pieces) == 1  # the same word: its row as it is
+        table[i] = (old[pieces].mean(0) if pieces else center) + (0.0 if one else noise)
+    unit = F.normalize(codebook.detach().float().cpu(), dim=1)
+    rows = center + unit @ (torch.randn(unit.shape[1], len(spread), generator=g) * spread)
+    rows += 0.1 * spread * torch.randn(len(unit), len(spread), generator=g)
+    table[vocabulary.first_code :] = rows
+
+
+def start(source: str | Path, tokenizer: VQModel, seed: int = 0) -> ChainPolicy:
+    """A policy of a pretrained Qwen3's shape and weights, for the codes of `tokenizer`."""
+    model, words = pretrained(source)
+    c = model.config
+    torch.manual_seed(seed)
+    policy = ChainPolicy(
+        PolicyConfig(
+            codes=tokenizer.config.codes,
+            hidden_size=c.hidden_size,
+            layers=c.num_hidden_layers,
+            heads=c.num_attention_heads,
+            kv_heads=c.num_key_value_heads,
+            head_dim=c.head_dim,
+            mlp=c.intermediate_size,
+            rope_theta=c.rope_parameters["rope_theta"],
         )
-    for first, book in books.items():
-        unit = torch.nn.functional.normalize(book.detach().float().cpu(), dim=1)
-        rows = centre + unit @ (torch.randn(unit.shape[1], len(spread), generator=g) * spread)
-        rows += 0.1 * spread * torch.randn(len(unit), len(spread), generator=g)
-        table[first : first + len(unit)] = rows.to(table.device, table.dtype)
-
-
-def extend(
-    model: Qwen3ForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    vq: VQModel,
-    reader: LRReader,
-    like: PolicyConfig = PolicyConfig(),
-    keep: bool = True,
-    seed: int = 0,
-) -> Qwen3ForCausalLM:
-    """Give a pretrained model this project's words, in place: it has `.nano` and `.vocabulary`
-    afterwards, as `policy.build`'s.
-
-    Image sizes and text length are those of `like`. `keep=False` drops the pretrained vocabulary
-    but for the words in use: the captions need 153 of its 151,936, and tables, logits and their
-    gradients shrink sixtyfold.
-    """
-    c, base = model.config, model.config.vocab_size if keep else 0
-    words = Vocabulary(vq.config.codes, reader.vocabulary).text
-    nano = PolicyConfig(
-        c.hidden_size,
-        c.num_hidden_layers,
-        c.num_attention_heads,
-        c.intermediate_size,
-        vq.config.codes,
-        reader.vocabulary,
-        like.sizes,
-        like.max_words,
-        base,
-        known_words(words, tokenizer, base),
     )
-    vocabulary = nano.vocabulary
-    books = {vocabulary.first_code: vq.quantize.weight, vocabulary.first_lr_code: reader.vectors}
-    tables = [model.get_input_embeddings(), model.get_output_embeddings()][
-        : 1 if c.tie_word_embeddings else 2
-    ]
-    olds = [t.weight.detach().clone() for t in tables]
-    model.resize_token_embeddings(len(vocabulary), mean_resizing=False)
-    tables = [model.get_input_embeddings(), model.get_output_embeddings()][: len(olds)]
-    for table, old in zip(tables, olds, strict=True):
-        start_rows(table.weight, old, vocabulary, tokenizer, books, seed)
-    for config in (model.config, model.generation_config):
-        config.pad_token_id, config.eos_token_id, config.bos_token_id = (
-            vocabulary.ids[PAD],
-            vocabulary.ids[EOS],
-            None,
-        )
-    model.nano, model.vocabulary = nano, vocabulary
-    return model
-
-
-def start(
-    source: str | Path,
-    out: str | Path,
-    vq: VQModel,
-    reader: LRReader,
-    keep: bool = True,
-    seed: int = 0,
-) -> Path:
-    """A policy folder `out` from pretrained weights, ready for `sft.train_sft(init=out)`; a
-    finished one is kept."""
-    out = Path(out)
-    if not ((out / "model.safetensors").exists() and (out / "nano.json").exists()):
-        policy.save(extend(*pretrained(source), vq, reader, keep=keep, seed=seed), out)
-    return out
-
-
-def lora(vocabulary: Vocabulary, rank: int = 16, tied: bool = True) -> LoraConfig:
-    """Adapters on all matrices of all layers, and the rows of our own words trained in full.
-    Pretrained rows stay."""
-    rows = list(range(vocabulary.base, len(vocabulary)))
-    return LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank,
-        lora_dropout=0.0,
-        task_type="CAUSAL_LM",
-        target_modules=list(ADAPTED),
-        trainable_token_indices={"embed_tokens": rows}
-        if tied
-        else {"embed_tokens": rows, "lm_head": rows},
-    )
-
-
-def scale(
-    vocabulary: Vocabulary,
-    full: bool = False,
-    rank: int = 16,
-    device: str | torch.device = "cpu",
-    tied: bool = True,
-) -> Scale:
-    """How a middle-size policy trains on 16 GB: LoRA on bfloat16 weights (float32 on a CPU), or all
-    weights in float32 under bfloat16 autocast; with checkpointing on an accelerator, where memory
-    is short and operations are cheap."""
-    gpu = torch.device(device).type == "cuda"
-    if full:
-        return Scale(checkpointing=gpu, optimizer="adamw_torch")
-    return Scale(
-        lora(vocabulary, rank, tied), torch.bfloat16 if gpu else torch.float32, checkpointing=gpu
-    )
-
-
-def config_of(folder: str | Path) -> PolicyConfig:
-    """What `policy.save` wrote beside the weights. FileNotFoundError if there is no policy."""
-    try:
-        fields = json.loads((Path(folder) / "nano.json").read_text())
-    except OSError as e:
-        raise FileNotFoundError(
-            f"no policy in {Path(folder).name}/: train it first (python -m realsr_r1.first "
-            f"train sft --size middle --help)"
-        ) from e
-    return PolicyConfig(**{**fields, "sizes": tuple(fields["sizes"])})
-
-
-def plan(
-    folder: str | Path,
-    phase: str,
-    how: Scale,
-    batch: int = 4,
-    settings: GrpoSettings = GRPO,
-    gpu: bool = True,
-) -> cost.Memory:
-    """Memory of `sft.train_sft` or `grpo.train_grpo` from the policy in `folder` with these
-    settings, as `cost` counts it."""
-    config, rank = config_of(folder), how.lora.r if how.lora else 0
-    v = config.vocabulary
-    shape = cost.Shape.of(AutoConfig.from_pretrained(folder))
-    completion = LayoutGrammar(v, config.sizes, max_words=config.max_words).max_length
-    run = cost.Run(
-        phase,
-        cost.chain_tokens(8 * config.sizes[-1])[0],
-        completion,
-        batch,
-        prompts=settings.prompts,
-        group=settings.group,
-        lora=rank,
-        precision="bfloat16"
-        if how.dtype == torch.bfloat16
-        else "mixed"
-        if gpu and not rank and phase == "sft"
-        else "float32",
-        new_rows=(len(v) - v.base) * bool(rank),
-        checkpointing=how.checkpointing,
-        reference=settings.beta > 0,
-        triton=gpu,
-        accumulate=settings.prompts * settings.group // batch
-        if phase == "grpo"
-        else how.accumulate,
-        sharded=sharded(),
-        devices=int(os.environ.get("WORLD_SIZE", "1")),
-    )
-    return cost.memory(shape, run)
-
-
-def prepare(
-    folder: str | Path,
-    phase: str,
-    full: bool = False,
-    device: str | None = None,
-    batch: int = 4,
-    settings: GrpoSettings = GRPO,
-) -> Scale:
-    """The scale for a run on this device; RuntimeError with one sentence, before anything is
-    loaded, if it cannot fit."""
-    dev = device_of(device)
-    how = scale(config_of(folder).vocabulary, full, device=dev)
-    need = plan(folder, phase, how, batch, settings, dev.type == "cuda")
-    cost.require(
-        need.peak,
-        dev,
-        f"{phase} of {'all weights' if full else 'LoRA adapters'} with {batch} chains a pass",
-    )
-    return how
+    body = {k: v for k, v in model.model.state_dict().items() if k != "embed_tokens.weight"}
+    policy.model.load_state_dict(body, strict=False)
+    table, old = policy.get_input_embeddings().weight, model.get_input_embeddings().weight
+    book = tokenizer.codebook.weight
+    start_rows(table, old.detach().float(), policy.vocabulary, words, book, seed)
+    return policy.eval()
