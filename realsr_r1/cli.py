@@ -15,7 +15,7 @@ from pathlib import Path
 
 from realsr_r1.version import __version__
 
-GROUPS = ("pretraining", "evaluation", "ablations", "corpus", "planning", "course")
+GROUPS = ("pretraining", "evaluation", "ablations", "corpus", "planning", "reference", "course")
 
 
 STOPPED = 130  # the exit status of what Ctrl-C ended

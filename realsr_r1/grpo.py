@@ -9,7 +9,8 @@ so the words' advantages do not shake 336 image codes. Advantage, clipping and K
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +19,11 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer
+from trl.models import prepare_fsdp, unwrap_model_for_generation
 
 from realsr_r1.common import device_of
 from realsr_r1.objective import combined_advantages
@@ -111,6 +114,22 @@ def without_dropout(policy: ChainPolicy) -> ChainPolicy:
     return policy
 
 
+@contextmanager
+def gathered(policy: ChainPolicy, lr: Tensor) -> Iterator[None]:
+    """Keeps all weights of a sharded policy (FSDP2) on this device: `decoding` reads them itself.
+    A forward pass on photos (b, 3, 32, 32) gathers them."""
+    if not isinstance(policy, FSDPModule):
+        yield
+        return
+    policy.set_reshard_after_forward(False)
+    policy(torch.tensor([policy.vocabulary.prompt], device=lr.device), lr[:1])
+    yield
+    policy.set_reshard_after_forward(True)
+    for unit in policy.modules():
+        if isinstance(unit, FSDPModule):
+            unit.reshard()
+
+
 class ChainGRPOTrainer(GRPOTrainer):
     """TRL's trainer with the LR photo beside the tokens and the grammar on the logits."""
 
@@ -122,21 +141,24 @@ class ChainGRPOTrainer(GRPOTrainer):
         self.beta, self.ref_model = settings.beta, reference
         if reference is not None:
             self.ref_model = reference.to(self.accelerator.device).eval().requires_grad_(False)
+            if self.is_fsdp_enabled:
+                self.ref_model = prepare_fsdp(self.ref_model, self.accelerator)
 
     @torch.no_grad()
     def _rollouts(self, prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
         """TRL's `rollout_func`: chains for the photos in `self.lr`, `group` for each of them."""
         group, vocabulary = self.settings.group, self.policy.vocabulary
         seed = self.settings.seed * 1_000_003 + self.state.global_step
-        training = self.policy.training
+        lr, how, training = self.lr[::group], Sampling.rollout(group), self.policy.training
+        # A photo's chains are the same, whichever process draws them.
+        first = seed * 10_007 + self.accelerator.process_index * len(lr)
+        generators = [torch.Generator().manual_seed(first + i) for i in range(len(lr))]
         self.policy.eval()
-        drawn = sample(
-            self.policy,
-            self.lr[::group],
-            Sampling.rollout(group),
-            torch.Generator().manual_seed(seed),
-            self.grammar,
-        )
+        with (
+            unwrap_model_for_generation(self.model_wrapped, self.accelerator) as policy,
+            gathered(policy, lr),
+        ):
+            drawn = sample(policy, lr, how, generators, self.grammar)
         self.policy.train(training)
         length = (drawn.ids != vocabulary.ids[PAD]).sum(1).tolist()
         free = ~self.grammar.forced[self.grammar.states(drawn.ids)]  # forced tokens teach nothing
@@ -156,11 +178,15 @@ class ChainGRPOTrainer(GRPOTrainer):
         self.lr = lr.float() / 255
         out = super()._generate_and_score_completions(inputs)
         out["pixel_values"], self.lr = self.lr, None
-        if self.settings.by_part and self.accelerator.num_processes == 1:
+        if self.settings.by_part:
             ids = out["completion_ids"]
+            here = self.accelerator.process_index * len(ids)  # TRL gathers all processes' rewards
             decided = [self._decided(ids, name) for name in self.reward_func_names]
             found = part_advantages(
-                self.rewards, self.reward_weights.to(ids.device), decided, self.settings
+                self.rewards[here : here + len(ids)],
+                self.reward_weights.to(ids.device),
+                decided,
+                self.settings,
             )
             rest = ids.shape[1] - found.shape[1]  # after the last reward is decided: nothing
             out["advantages"] = F.pad(found, (0, rest))
@@ -205,19 +231,25 @@ class CsvLog(TrainerCallback):
         self.path = path
 
     def on_log(self, args, state, control, **_) -> None:
-        pd.DataFrame(state.log_history).to_csv(self.path, index=False)
+        if state.is_world_process_zero:
+            pd.DataFrame(state.log_history).to_csv(self.path, index=False)
 
 
 def arguments(out: Path, settings: GrpoSettings, device: str | None, length: int) -> GRPOConfig:
     """TRL's configuration of a run."""
-    s, total = settings, settings.prompts * settings.group
+    s, processes = settings, int(os.environ.get("WORLD_SIZE", "1"))
+    if s.prompts % processes or s.prompts // processes * s.group % s.micro_batch:
+        raise ValueError(
+            f"{s.prompts} prompts x {s.group} chains in micro-batches of {s.micro_batch} cannot be "
+            f"shared by {processes} processes: each takes whole groups and whole micro-batches"
+        )
     return GRPOConfig(
         output_dir=str(out / "checkpoints"),
         max_steps=s.steps,
         learning_rate=s.lr,
         lr_scheduler_type="constant",
         per_device_train_batch_size=s.micro_batch,
-        gradient_accumulation_steps=total // s.micro_batch,
+        gradient_accumulation_steps=s.prompts // processes * s.group // s.micro_batch,
         num_generations=s.group,
         beta=0.0,  # ours is set afterwards: TRL would load the reference by its own classes
         epsilon=s.epsilon,
@@ -290,12 +322,20 @@ def train_grpo(
         out: a folder. A killed run goes on from its last checkpoint there.
         settings: of the run.
         device: cpu, cuda or mps; None takes the best there is.
+    Of several processes that share the weights (FSDP2, ZeRO-3), the main one returns the policy.
     Raises ValueError, in one sentence, for a missing column or a reward that misbehaves."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     trainer = trainer_of(policy, dataset, rewards, out, settings, device)
     folder = out / "checkpoints"
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
-    trained = trainer.accelerator.unwrap_model(trainer.model).cpu()
-    trained.half().save_pretrained(out)
+    here, trained = trainer.accelerator, trainer.policy
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        state = here.get_state_dict(trainer.model_wrapped)  # whole in the main process alone
+        trained = ChainPolicy(policy.config)
+        trained.load_state_dict(state, strict=here.is_main_process)
+    trained = trained.cpu().half()
+    if here.is_main_process:
+        trained.save_pretrained(out)
+    here.wait_for_everyone()
     return trained.float().eval()

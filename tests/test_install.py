@@ -55,5 +55,4 @@ def test_every_asset_is_credited_and_every_credit_is_shipped():
 
 def test_assets_stay_light():
     sizes = [p.stat().st_size for p in ASSETS.rglob("*") if p.is_file()]
-    # 45 MB for good; a little more while lesson 07 uses the first form's weights.
-    assert max(sizes) < 16e6 and sum(sizes) < 47e6
+    assert max(sizes) < 16e6 and sum(sizes) < 45e6

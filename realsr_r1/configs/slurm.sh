@@ -21,4 +21,4 @@ PORT=$((20000 + SLURM_JOB_ID % 20000))
 srun --kill-on-bad-exit=1 bash -c "accelerate launch --config_file $CONFIG \
   --num_machines $SLURM_NNODES --num_processes $((SLURM_NNODES * GPUS)) --machine_rank \$SLURM_NODEID \
   --main_process_ip $HEAD --main_process_port $PORT --rdzv_backend c10d \
-  -m realsr_r1.first $*"
+  -m realsr_r1 $*"

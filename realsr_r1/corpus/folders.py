@@ -1,24 +1,55 @@
-"""Folders of a user's own photos, and the captions that lie beside them."""
+"""Folders of a user's own photos: the one lister, and the captions that lie beside them."""
 
 import json
+import os
+import unicodedata
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from realsr_r1.images import SUFFIXES
+SUFFIXES = frozenset(s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+SYSTEM = ("thumbs.db", "desktop.ini")
+
+
+def pictures_in(folder: str | Path) -> tuple[list[Path], dict[str, str]]:
+    """The pictures below a folder, in order, and what was left out with its reason. Names with a
+    leading dot are passed over; links are followed once."""
+    found, left, seen = [], {}, set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        folders[:] = [] if real in seen else [d for d in folders if not d.startswith(".")]
+        if real in seen:
+            continue
+        seen.add(real)
+        for name in files:
+            path = Path(root) / name
+            if name.startswith(".") or name.lower() in SYSTEM:
+                continue
+            if path.suffix.lower() not in SUFFIXES:
+                left[str(path)] = "no picture by its suffix"
+            elif not path.is_file():
+                left[str(path)] = "no file, or a link to none"
+            elif not os.access(path, os.R_OK):
+                left[str(path)] = "may not be read"
+            else:
+                found.append(path)
+    return sorted(found, key=lambda p: p.relative_to(folder).as_posix()), left
+
+
+def same_name(text: str) -> str:
+    """A name as it is compared: composed, whatever the file system made of its accents."""
+    return unicodedata.normalize("NFC", text)
 
 
 def photo_files(folder: str | Path) -> list[str]:
     """Paths of all photos in a folder, searched in depth: sorted, relative to it, with forward
     slashes, as captions.jsonl names them. Raises ValueError if there is none."""
     folder = Path(folder)
-    inside = folder.rglob("*") if folder.is_dir() else ()
-    found = [p.relative_to(folder).as_posix() for p in inside if p.suffix.lower() in SUFFIXES]
+    found, left = pictures_in(folder) if folder.is_dir() else ([], {})
     if not found:
-        kinds = ", ".join(sorted(SUFFIXES))
-        raise ValueError(f"{folder} is no folder with photos ({kinds}): check the path")
-    return sorted(found)
+        rest = f" ({len(left)} other files)" if left else ""
+        raise ValueError(f"{folder} is no folder with photos{rest}: check the path")
+    return [p.relative_to(folder).as_posix() for p in found]
 
 
 def read_captions(where: str | Path) -> dict[str, dict]:
@@ -31,7 +62,7 @@ def read_captions(where: str | Path) -> dict[str, dict]:
     where, notes = Path(where), {}
     parts = [where / "captions.jsonl", *sorted(where.glob("captions.*-of-*.jsonl"))]
     for path in [where] if where.is_file() else [p for p in parts if p.exists()]:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
         for number, line in enumerate(lines, 1):
             if note := _note(line):
                 notes[note["file"]] = note
@@ -51,26 +82,3 @@ def _note(line: str) -> dict | None:
         return note if whole and len(note["captions"]) == 3 else None
     except (json.JSONDecodeError, KeyError, TypeError):
         return None
-
-
-# Only first/scenes.py uses what follows: it goes when that does.
-
-
-class Dice:
-    def __init__(self, seed: int):
-        self.rng = np.random.default_rng(seed)
-
-    def pick(self, items, p=None):
-        return items[int(self.rng.choice(len(items), p=p))]
-
-    def uniform(self, lo, hi):
-        return float(self.rng.uniform(lo, hi))
-
-
-def square(image: Image.Image, box, size: int, d: Dice, zoom) -> Image.Image:
-    w, h = image.size
-    left, top, right, bottom = box[0] * w, box[1] * h, box[2] * w, box[3] * h
-    side = min(right - left, bottom - top) * d.uniform(*zoom)
-    x, y = d.uniform(left, right - side), d.uniform(top, bottom - side)
-    out = image.resize((size, size), Image.Resampling.LANCZOS, box=(x, y, x + side, y + side))
-    return ImageOps.mirror(out) if d.uniform(0, 1) < 0.5 else out

@@ -20,6 +20,7 @@ nothing is cropped or scaled to make it so. An item reads its pictures when aske
 large set costs no memory.
 """
 
+import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from torch import Tensor
 
 from realsr_r1 import degradation, photographs
 from realsr_r1 import images as photos
+from realsr_r1.corpus.folders import pictures_in, same_name
 
 SCALE = 4
 # pixels of the `eval` originals: a square of the photo's shorter side (288 px or more), scaled down
@@ -263,14 +265,8 @@ def _check_scale(name: str, lr: tuple[int, int], hr: tuple[int, int]) -> None:
 
 
 def _size(path: Path) -> tuple[int, int]:
-    """Width and height, from the header alone."""
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except (OSError, SyntaxError, ValueError) as e:
-        raise ValueError(
-            f"{path} is not an image that Pillow can read: remove it, or save it again"
-        ) from e
+    """Width and height as seen, upright. ValueError where the picture cannot be read whole."""
+    return photos.open_photo(path).size
 
 
 # What is taken off names that have no partner as they are, step by step: DIV2K's folder, then the
@@ -280,8 +276,8 @@ MARKS = ("(?!)", *accumulate((r"^x4__", r"_(hr|lr)\d?$", r"[_-]?x\d$"), "{}|{}".
 
 def _names(below: Path) -> dict[Path, str]:
     """The photos below a folder and their names: the path without the suffix, with __ for /."""
-    files = sorted(p for p in below.rglob("*") if p.suffix.lower() in photos.SUFFIXES)
-    return {p: "__".join(p.relative_to(below).with_suffix("").parts) for p in files}
+    files = pictures_in(below)[0]
+    return {p: same_name("__".join(p.relative_to(below).with_suffix("").parts)) for p in files}
 
 
 def _pair(folder: Path, lr: dict[Path, str], hr: dict[Path, str]) -> list[tuple[str, Path, Path]]:
@@ -349,26 +345,33 @@ def find_pairs(folder: str | Path) -> list[tuple[str, Path, Path | None]]:
             for key, p in _unique(folder, [(name, p) for p, name in names.items()]).items()
         ]
     if not found:
-        raise ValueError(
-            f"{folder} holds no photos ({', '.join(sorted(photos.SUFFIXES))}): check the path"
-        )
+        raise ValueError(f"{folder} holds no pictures that Pillow opens: check the path")
     return found
 
 
 def from_folder(folder: str | Path, name: str | None = None, note: str = "") -> BenchSet:
-    """A user's folder as a set; every pair's scale is checked from the files' headers before
-    anything is restored."""
-    found = find_pairs(folder)
-    for _, lr, hr in found:
+    """A user's folder as a set. Every picture is looked at before anything is restored: one that
+    cannot be read is left out, and the set's note says so; a pair's scale must be 4."""
+    items, left_out, paired = [], [], False
+    for key, lr, hr in find_pairs(folder):
+        try:
+            sizes = _size(lr), hr and _size(hr)
+        except ValueError as e:
+            left_out.append(str(e))
+            continue
         if hr:
-            _check_scale(lr.name, _size(lr), _size(hr))
-    items = [Item(key, partial(_read, lr, hr)) for key, lr, hr in found]
-    return BenchSet(
-        name or Path(folder).resolve().name,
-        items,
-        found[0][2] is not None,
-        note or "a folder of photos",
-    )
+            _check_scale(lr.name, *sizes)
+        paired = hr is not None
+        items.append(Item(key, partial(_read, lr, hr)))
+    if not items:
+        raise ValueError(f"{folder}: {left_out[0]}")
+    if left_out:
+        print(*(f"left out: {said}" for said in left_out), sep="\n")
+        note = f"{note or 'a folder of photos'}; {len(left_out)} left out that cannot be read"
+    path = Path(folder).resolve()
+    # Two folders may have one name: their tables must not overwrite each other.
+    mark = hashlib.sha256(str(path).encode(errors="surrogateescape")).hexdigest()[:6]
+    return BenchSet(name or f"{path.name}-{mark}", items, paired, note or "a folder of photos")
 
 
 def prepared(kind: str, folder: str | Path) -> BenchSet:

@@ -1,25 +1,25 @@
 """Speculative Jacobi decoding: several image codes from one forward pass, without training and
 without changing what is drawn.
 
-Teng et al. 2024 (arXiv 2410.01699), which PURE offers, too. A window of guessed words follows the
-words that are settled. One forward pass gives, for every place of the window, the distribution that
+Teng et al. 2024 (arXiv 2410.01699), which PURE offers, too. A window of guessed tokens follows
+what is settled. One forward pass gives, for every place of the window, the distribution that
 plain sampling would draw from if the guesses before it were right. From the left, a guess x that
 was drawn from q is kept with probability min(1, p(x)/q(x)); the first that is not kept is drawn
 anew from the positive part of p − q, which makes its distribution p exactly (speculative sampling,
 Leviathan et al. 2023). What stands behind it is drawn afresh from the distributions just computed
 and is the next pass's guess: a Jacobi iteration. New places at the right end start with a uniform
-guess. Forced words (row ends) are guessed right by themselves, and greedy decoding is the case in
-which every distribution is a single word.
+guess. Forced tokens (row ends) are guessed right by themselves, and greedy decoding is the case in
+which every distribution is a single token.
 
-Simplifications: one sequence at a time (rows of a batch would settle different numbers of words),
+Simplifications: one sequence at a time (rows of a batch would settle different numbers of tokens),
 and PURE's other ways to start a guess (the code to the left) are left out. PURE counts a uniform
 guess as certain (q = 1 at x); here q is uniform, which is as exact and is kept more often.
 
-Measured on the shipped nano policy (final images of three validation scenes, 273 words, temperature
-1, one core, CPU seconds): word by word 273 passes, 0.9 s with transformers' cache and 0.7 s with
-`decoding`; window 8: 127 passes, 0.7 s; 16: 99 passes, 0.6 s; 32: 105 passes, 0.8 s. On a CPU a
-pass over a window costs more than one over a word; the saved passes should count fully where a pass
-costs the reading of the weights, as with 7B on a GPU (not measured here).
+Measured on the shipped policy (final images of three validation photographs, 256 codes, image
+temperature 0.8, one busy core, CPU seconds): token by token 256 passes, 2.3 s; window 4: 114
+passes, 1.3 s; 8: 89, 1.3 s; 16: 72, 1.2 s; 32: 76, 1.7 s. A pass over a window costs more than one
+over a token on a CPU; the saved passes should count fully where a pass costs the reading of the
+weights, as with 7B on a GPU (not measured here).
 """
 
 from dataclasses import dataclass
@@ -28,67 +28,85 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from realsr_r1.first.policy import Sampling, draw, entropy_k, keep_top_k
+from realsr_r1.policy import ChainPolicy
+from realsr_r1.sampling import Sampling, choose, entropy_top_k, guided_logits, keep_top_k
 
 
 def target(
     logits: Tensor,
     allowed: Tensor,
-    how: Sampling,
-    free: Tensor | None = None,
+    sampling: Sampling,
+    blind: Tensor | None = None,
     k_first: bool = False,
 ) -> Tensor:
-    """The scores (m, v), up to a constant log-probabilities, from which image words are drawn;
+    """The scores (m, v), up to a constant log-probabilities, from which image tokens are drawn;
     minus infinity is impossible.
 
-    `logits`, `free` (m, v): with the whole context, and with the image alone, for guidance `free +
-    s·(logits − free)`; `allowed` boolean (m, v). `k_first`: the entropy of top-k is taken before
-    the temperature, as PURE does, and not after it, as `policy.sample` does.
-    """
-    if how.temperature <= 0:
-        raise ValueError(
-            f"temperature must be above 0, got {how.temperature}: use image_greedy for greedy "
-            f"images"
-        )
-    scores = logits.float()
-    if free is not None and how.guidance != 1.0:
-        scores = free.float() + how.guidance * (scores - free.float())
-    scores = scores.masked_fill(~allowed, float("-inf"))
-    if how.image_greedy:
-        best = torch.zeros_like(allowed).scatter(-1, scores.argmax(-1, keepdim=True), True)
-        return scores.masked_fill(~best, float("-inf"))
-    if not k_first:
-        scores = scores / how.temperature
-    if how.entropy_top_k:
-        scores = keep_top_k(scores, entropy_k(scores))
-    elif how.top_k:
-        scores = keep_top_k(scores, torch.full((len(scores),), how.top_k, device=scores.device))
-    return scores / how.temperature if k_first else scores
+    `logits`, `blind` (m, v): with the whole context, and with the image alone, for guidance;
+    `allowed` boolean (m, v). `k_first`: the entropy of top-k is taken before the temperature, as
+    PURE does, and not after it, as `sampling.sample` does."""
+    scores, heat = logits.float(), sampling.image_temperature
+    if blind is not None and sampling.guidance != 1.0:
+        scores = guided_logits(scores, blind.float(), sampling.guidance)
+    scores = scores.masked_fill(~allowed, float("-inf")) / (1.0 if k_first else heat)
+    if sampling.entropy_top_k:
+        scores = keep_top_k(scores, entropy_top_k(scores))
+    return scores / heat if k_first else scores
 
 
 class Reading:
-    """A context (1, p) and its cache: `logits` reads words that follow, `forget` takes the last of
-    them back."""
+    """A context (1, p) of a causal language model and its cache: `logits` reads tokens that follow,
+    `settle` takes the wrong ones back. The model has `.model`, `.lm_head` and a cache that can be
+    cropped."""
 
     def __init__(self, model: PreTrainedModel, context: Tensor):
-        self.model, self.cache, self.pending = model, DynamicCache(), context.to(model.device)
+        self.model, self.device = model, model.device
+        self.cache, self.pending = DynamicCache(), context.to(model.device)
 
     def logits(self, guesses: Tensor) -> Tensor:
         """Guesses (m,) → logits (m + 1, v) of their places and of the place after them; reads what
         is pending first."""
-        out = self.model.model(
-            torch.cat([self.pending, guesses[None]], 1), past_key_values=self.cache, use_cache=True
-        )
-        return (
-            self.model.lm_head(out.last_hidden_state[0, -len(guesses) - 1 :])
-            .float()
-            .to(guesses.device)
-        )
+        ids = torch.cat([self.pending, guesses[None]], 1)
+        out = self.model.model(ids, past_key_values=self.cache, use_cache=True)
+        hidden = out.last_hidden_state[0, -len(guesses) - 1 :]
+        return self.model.lm_head(hidden).float().to(guesses.device)
 
-    def settle(self, wrong: int, word: Tensor) -> None:
-        """Take the last `wrong` guesses back; `word` (1,) follows and is read by the next pass."""
+    def settle(self, wrong: int, token: Tensor) -> None:
+        """Take the last `wrong` guesses back; `token` (1,) follows and is read by the next pass."""
         self.cache.crop(-wrong)
-        self.pending = word[None]
+        self.pending = token[None]
+
+
+class ChainReading(Reading):
+    """The same for the final image of the course's own policy, whose inputs also get what lies at
+    the cell that comes next. That is settled with the middle image, so guesses may be wrong."""
+
+    @torch.no_grad()
+    def __init__(self, policy: ChainPolicy, lr: Tensor, completion: Tensor):
+        """LR photo (1, 3, 32, 32); completion (1, p) up to the final image's start token."""
+        prompt = torch.tensor(policy.vocabulary.prompt, device=completion.device)
+        ids = torch.cat([prompt[None], completion], 1).to(policy.device)
+        super().__init__(policy, ids)
+        # Whole sequences of placeholders: what each place of the image gets beside its token.
+        cells = len(policy.grammar(("final_image",)).cell)
+        filler = torch.full((1, cells), policy.vocabulary.first_code, device=policy.device)
+        self.inputs = policy.embed(torch.cat([ids, filler], 1), lr.to(policy.device))
+        self.table = policy.get_input_embeddings()
+        self.filler, self.start, self.at = self.table(filler)[0, 0], ids.shape[1], 0
+
+    def logits(self, guesses: Tensor) -> Tensor:
+        n = self.at + self.pending.shape[1] + len(guesses)
+        x = self.inputs[:, self.at : n].clone()
+        tokens = torch.cat([self.pending[0], guesses])
+        new = torch.arange(self.at, n, device=x.device) >= self.start
+        x[0, new] += self.table(tokens)[new] - self.filler
+        out = self.model.model(inputs_embeds=x, past_key_values=self.cache, use_cache=True)
+        self.at = n
+        return self.model.head(out.last_hidden_state[0, -len(guesses) - 1 :]).float()
+
+    def settle(self, wrong: int, token: Tensor) -> None:
+        super().settle(wrong, token)
+        self.at -= wrong
 
 
 @dataclass
@@ -110,60 +128,48 @@ def _verify(guesses: Tensor, q: Tensor, p: Tensor, u: Tensor) -> int:
 
 @torch.no_grad()
 def speculative(
-    model: PreTrainedModel,
-    context: Tensor,
+    readings: list[Reading],
     kinds: Tensor,
     masks: Tensor,
-    how: Sampling = Sampling(),
+    sampling: Sampling = Sampling(),
     window: int = 16,
     generator: torch.Generator | None = None,
-    free: Tensor | None = None,
     k_first: bool = False,
 ) -> Drawn:
-    """Draw the n words after `context` (1, p) that `policy.sample` would draw, up to `window` + 1 a
-    forward pass.
+    """Draw the n tokens that plain sampling would draw, up to `window` + 1 a forward pass.
 
-    `kinds` (n,) says which row of `masks` (k, v), boolean, holds the words allowed at each place
-    (`LayoutGrammar.kind` and `.masks`, for an image of known size). `free` (1, f) is guidance's
-    context (the image's first words); its passes are not counted. The model is any causal language
-    model with `.model`, `.lm_head` and a cache that can be cropped; the generator may live on
-    another device. Raises ValueError for more than one row or a window below 1.
-    """
-    if context.shape[0] != 1 or window < 1:
+    `readings`: of the context and, for guidance, of the image alone. `kinds` (n,) says which row of
+    `masks` (k, v), boolean, holds the tokens allowed at each place (`LayoutGrammar.kind` and
+    `.masks`). Raises ValueError for a context of more than one row or a window below 1."""
+    rows = readings[0].pending.shape[0]
+    if rows != 1 or window < 1:
         raise ValueError(
-            f"speculative decoding takes one sequence and a window of at least 1, got "
-            f"{context.shape[0]} and {window}"
+            f"speculative decoding takes one sequence and a window of at least 1, got {rows} and "
+            f"{window}"
         )
-    kinds, masks, n = kinds.to(model.device), masks.to(model.device), len(kinds)
-    # Words that no place allows (most of a large vocabulary) are left out: below, a word is its
-    # number among the others.
+    device = readings[0].device
+    kinds, masks, n = kinds.to(device), masks.to(device), len(kinds)
+    # Tokens that no place allows (most of a large vocabulary) are left out: below, a token is
+    # its number among the others.
     columns = masks[kinds.unique()].any(0).nonzero()[:, 0]
     masks = masks[:, columns]
-    readings = [
-        Reading(model, c) for c in (context, free if how.guidance != 1.0 else None) if c is not None
-    ]
 
     def uniform(m: int) -> Tensor:
-        return torch.rand(
-            m,
-            generator=generator,
-            device=generator.device if generator is not None else model.device,
-        ).to(model.device)
+        where = generator.device if generator is not None else device
+        return torch.rand(m, generator=generator, device=where).to(device)
 
-    settled = torch.zeros(0, dtype=torch.long, device=model.device)
-    guesses, q, passes = settled, torch.zeros(0, masks.shape[1], device=model.device), 0
+    settled = torch.zeros(0, dtype=torch.long, device=device)
+    guesses, q, passes = settled, torch.zeros(0, masks.shape[1], device=device), 0
     while (at := len(settled)) < n:
         new = masks[kinds[at + len(guesses) : min(n, at + window)]].float()
         if len(new):
-            guesses = torch.cat([guesses, draw(new.log(), uniform(len(new)))])
+            guesses = torch.cat([guesses, choose(new.log(), uniform(len(new)))])
             q = torch.cat([q, new / new.sum(-1, keepdim=True)])
         m = len(guesses)
-        ahead = masks[
-            kinds[at : at + m + 1]
-        ]  # one row less at the very end: nothing follows the last word
+        ahead = masks[kinds[at : at + m + 1]]  # nothing follows the very last token
         logits = [r.logits(columns[guesses])[: len(ahead), columns] for r in readings]
         passes += 1
-        scores = target(logits[0], ahead, how, logits[1] if len(logits) > 1 else None, k_first)
+        scores = target(logits[0], ahead, sampling, logits[1] if len(logits) > 1 else None, k_first)
         p = scores.softmax(-1)
         kept = _verify(guesses, q, p[:m], uniform(m))
         settled = torch.cat([settled, guesses[:kept]])
@@ -173,9 +179,9 @@ def speculative(
         # Equal distributions differ by rounding alone, and then a refusal says nothing: draw from
         # p.
         left = left if float(left.sum()) > 1e-6 else p[kept]
-        word = draw(left.log()[None], uniform(1))
-        settled = torch.cat([settled, word])
+        token = choose(left.log()[None], uniform(1))
+        settled = torch.cat([settled, token])
         for r in readings:
-            r.settle(m - kept, columns[word])
-        guesses, q = draw(scores[kept + 1 :], uniform(len(scores) - kept - 1)), p[kept + 1 :]
+            r.settle(m - kept, columns[token])
+        guesses, q = choose(scores[kept + 1 :], uniform(len(scores) - kept - 1)), p[kept + 1 :]
     return Drawn(columns[settled].cpu(), passes)

@@ -7,18 +7,12 @@ of transformers does the sampling, with one batched logits processor that knows 
 stands. Sampling defaults are PURE's (its inference_solver.py and README).
 """
 
-import json
-import math
-import os
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -27,15 +21,20 @@ from transformers import (
     PreTrainedModel,
 )
 
-from realsr_r1 import images as photos
-from realsr_r1.first import vlcot
-from realsr_r1.first.policy import Sampling, draw
-from realsr_r1.first.restore import wavelet_color_fix
-from realsr_r1.first.tokenizer import VQModel, load_llamagen
+from realsr_r1 import images, vlcot
+from realsr_r1.common import generator as seeded
+from realsr_r1.pipeline import MAX_PIXELS, Restoration, Tile, in_batches, origins
 from realsr_r1.reference import chameleon, jacobi
 from realsr_r1.reference.chameleon import BOS, END, PAD, ROW, START, TURN, Layout
+from realsr_r1.reference.llamagen import LlamaGen, load_llamagen
+from realsr_r1.sampling import Sampling, choose
 
-PURE = Sampling(temperature=0.9, guidance=0.8)  # text greedy, image top-k by entropy
+# The instruction of the prompt, in our words (the paper's asks for the same three things).
+PROMPT = (
+    "Perceive how this photo was degraded, understand what it shows, and restore it step by "
+    "step from coarse to fine."
+)
+PURE = Sampling(temperature=0.9, image_temperature=0.9, guidance=0.8)  # text greedy
 CHAIN_SIZES = (128, 256, 512)  # pixels of the chain's images (paper); PURE itself draws one, (512,)
 TILE, STRIDE, SCALE = 128, 96, 4  # LR pixels, LR pixels, factor: a tile's result has 512 pixels
 MAX_NEW = 8192  # PURE's README
@@ -50,7 +49,7 @@ def image_tokens(pixels: int, factor: int = 8) -> int:
     return (n := pixels // factor) * (n + 1) + 4
 
 
-def prompt_ids(model: PreTrainedModel, codes: Tensor, prompt: str = vlcot.PROMPT) -> Tensor:
+def prompt_ids(model: PreTrainedModel, codes: Tensor, prompt: str = PROMPT) -> Tensor:
     """The enlarged LR photo's codes (b, h, w) → prompts (b, p): sentence, image, end of turn. A
     model knows the sentence it was tuned with: for PURE's own weights give the one in its README,
     without the image mark."""
@@ -81,29 +80,45 @@ def render(chain: vlcot.Chain, model: PreTrainedModel) -> Tensor:
     )
 
 
+def image_text(ids: list[int], layout: Layout) -> str:
+    """An image's ids, from start to end, in the core's text form; "<image>" alone, which parsing
+    refuses, unless they are a square laid out exactly as `Layout.image_ids` does."""
+    codes = layout.code_of[torch.tensor(ids, dtype=torch.long)]
+    codes = codes[codes >= 0]
+    side = round(len(codes) ** 0.5)
+    fits = side > 0 and side * side == len(codes) and side % layout.unit == 0
+    if not fits or layout.image_ids(codes.view(side, side)) != ids:
+        return vlcot.START
+    return vlcot.image_tokens(codes)
+
+
 def text_of(ids: Tensor | list[int], model: PreTrainedModel) -> str:
-    """Token ids → the text that `vlcot` and `rewards` read: images in the words of
-    `vlcot.image_words`, malformed ones, too, so that parsing refuses them; padding and end of turn
-    are left out."""
-    base, parts, run = chameleon.plain(model), [], []
-    layout = base.layout
-    words = {
-        layout.names[START]: vlcot.START,
-        layout.names[END]: vlcot.END,
-        layout.names[ROW]: vlcot.ROW,
-    }
-    words |= {i: f"<n{n}>" for i, n in layout.sizes.items()}
-    silent = {layout.names[TURN], layout.names[PAD], layout.names[BOS]}
-    flat = ids.tolist() if isinstance(ids, Tensor) else ids
-    for i, code in zip(
-        flat, layout.code_of[torch.tensor(flat, dtype=torch.long)].tolist(), strict=True
-    ):
-        word = words.get(i) if code < 0 else f"<c{code}>"
-        if word is None:
-            run += [i] * (i not in silent)
-            continue
-        parts, run = [*parts, base.words.decode(run)] if run else parts, []
-        parts.append(word)
+    """Token ids → the text that `vlcot` and `rewards` read; padding and end of turn are left out.
+    An image begins at its start token and lasts to its end, or to the first token of a text."""
+    base = chameleon.plain(model)
+    layout, parts, run, image = base.layout, [], [], []
+    names = layout.names
+    silent = {names[TURN], names[PAD], names[BOS]}
+    inside = {names[ROW], names[END], *layout.sizes}
+    for i in ids.tolist() if isinstance(ids, Tensor) else ids:
+        laid_out = i in inside or int(layout.code_of[i]) >= 0
+        if image and laid_out:
+            image.append(i)
+            if i != names[END]:
+                continue
+        if image:
+            parts.append(image_text(image, layout))
+            ended, image = image[-1] == names[END] and i == names[END], []
+            if ended:
+                continue
+        if i == names[START]:
+            parts, run = [*parts, base.words.decode(run)] if run else parts, []
+            image = [i]
+        elif laid_out:  # layout outside an image: parsing refuses what it stands in
+            parts, run = [*parts, base.words.decode(run), "<row>"], []
+        elif i not in silent:
+            run.append(i)
+    parts += [image_text(image, layout)] if image else []
     return " ".join([*parts, base.words.decode(run)] if run else parts)
 
 
@@ -270,7 +285,7 @@ class Interleaved(LogitsProcessor):
         chosen = (
             text.argmax(-1)
             if how.greedy_text
-            else draw(text / how.temperature, u.to(scores.device))
+            else choose(text / how.temperature, u.to(scores.device))
         )
         if bool(inside.any()):
             logits, free, mask = (
@@ -278,7 +293,7 @@ class Interleaved(LogitsProcessor):
                 for x in (scores, other, allowed)
             )
             some = jacobi.target(logits, mask, how, free, k_first=True)
-            chosen[inside] = grammar.columns[draw(some, u.to(scores.device)[inside])]
+            chosen[inside] = grammar.columns[choose(some, u.to(scores.device)[inside])]
         return torch.full_like(scores, float("-inf")).scatter(1, chosen[:, None], 0.0)
 
 
@@ -300,11 +315,6 @@ def generate(
     """
     base, length = chameleon.plain(model), prompts.shape[1]
     grammar = Grammar(base.layout, sizes, base.device)
-    if how.temperature <= 0:
-        raise ValueError(
-            f"temperature must be above 0, got {how.temperature}: use image_greedy for greedy "
-            f"images"
-        )
     if window and (sizes is None or len(prompts) > 1):
         raise ValueError(
             "speculative decoding takes one prompt at a time and needs the images' sizes: give "
@@ -340,8 +350,10 @@ def generate(
         )
         ids = torch.cat([ids, side], 1)
         kinds = torch.tensor(([CODE] * n + [ROW_END]) * n + [IMAGE_END])
+        readings = [jacobi.Reading(base, ids)]
+        readings += [jacobi.Reading(base, ids[:, -3:])] if how.guidance != 1.0 else []
         drawn = jacobi.speculative(
-            base, ids, kinds, grammar.masks, how, window, generator, free=ids[:, -3:], k_first=True
+            readings, kinds, grammar.masks, how, window, generator, k_first=True
         )
         ids = torch.cat([ids, drawn.ids[None].to(base.device)], 1)
     return go_on(ids, [TURN], len(sizes))[:, length:].cpu()
@@ -352,7 +364,7 @@ class Reference:
     """A reference model and the LlamaGen tokenizer that its codes belong to."""
 
     model: PreTrainedModel
-    tokenizer: VQModel
+    tokenizer: LlamaGen
 
 
 def load_reference(name: str | Path, tokenizer: str | Path | None = None, **options) -> Reference:
@@ -385,10 +397,20 @@ def final_codes(text: str) -> Tensor | None:
     return vlcot.parse_image(mark + image + end)
 
 
-def _starts(length: int) -> list[int]:
-    """Left edges of the tiles that cover `length` ≥ TILE LR pixels."""
-    n = 1 + math.ceil((length - TILE) / STRIDE)
-    return [round(i * (length - TILE) / max(1, n - 1)) for i in range(n)]
+def wavelet_color_fix(restored: Tensor, reference: Tensor, levels: int = 5) -> Tensor:
+    """Detail of `restored` on the low frequencies of `reference`, both (b, 3, h, w): the color fix
+    of PURE (from StableSR), by à-trous smoothing with [1 2 1]/4 at dilations 1, 2, 4 …"""
+    k = torch.tensor([1.0, 2.0, 1.0], device=restored.device)
+    k = (k[:, None] * k[None] / 16).expand(3, 1, 3, 3)
+
+    def low(x: Tensor) -> Tensor:
+        for i in range(levels):
+            d = 2**i
+            mode = "reflect" if d < min(x.shape[-2:]) else "replicate"
+            x = F.conv2d(F.pad(x, (d, d, d, d), mode=mode), k, dilation=d, groups=3)
+        return x
+
+    return (restored - low(restored) + low(reference)).clamp(0, 1)
 
 
 @torch.no_grad()
@@ -397,127 +419,68 @@ def restore_tiles(
     up: Tensor,
     how: Sampling = PURE,
     generator: torch.Generator | None = None,
-    prompt: str = vlcot.PROMPT,
+    prompt: str = PROMPT,
     **options,
-) -> tuple[Tensor, list[dict]]:
-    """Enlarged LR tiles (b, 3, 512, 512) in [0, 1] → restored tiles, colours fixed, and each tile's
-    parts; a tile without a final image of its size stays as it is, and its record says so.
-    `options` go to `generate`."""
+) -> list[tuple[Tensor, vlcot.Chain]]:
+    """Enlarged LR tiles (b, 3, 512, 512) in [0, 1] → each tile restored, colors fixed, with its
+    chain. A tile without a final image of its size stays as it is. `options` go to `generate`."""
     vq, model = reference.tokenizer, reference.model
-    prompts = prompt_ids(model, vq.encode(up.to(next(vq.parameters()).device)), prompt)
-    out, records = up.clone(), []
-    for i, ids in enumerate(generate(model, prompts, how, generator, **options)):
+    device = next(vq.parameters()).device
+    prompts, out = prompt_ids(model, vq.encode(up.to(device)), prompt), []
+    for x, ids in zip(up, generate(model, prompts, how, generator, **options), strict=True):
         text = text_of(ids, model)
-        chain, codes = vlcot.parse(text), final_codes(text)
-        fits = codes is not None and tuple(s * vq.factor for s in codes.shape) == tuple(
-            up.shape[-2:]
-        )
-        if fits:
-            out[i] = wavelet_color_fix(
-                vq.decode(codes[None].to(vq.quantize.weight.device)).cpu().float(), up[i : i + 1]
-            )[0]
-        parts = {
-            t: p.tolist() if isinstance(p := getattr(chain, t), Tensor) else p for t in vlcot.TAGS
-        }
-        said = re.sub(f"{vlcot.START}.*?({vlcot.END}|$)", vlcot.START, text)
-        records.append({"restored": fits, "said": said, **parts})
-    return out, records
+        codes = final_codes(text)
+        if codes is not None and tuple(s * vq.factor for s in codes.shape) == tuple(x.shape[-2:]):
+            made = vq.decode(codes[None].to(device)).cpu().float()
+            x = wavelet_color_fix(made, x[None])[0]
+        chain = vlcot.parse(text)
+        chain.final_image = codes
+        out.append((x, chain))
+    return out
 
 
 def restore_reference(
-    photo: Image.Image | str | Path,
+    photo: images.Source,
     reference: Reference | str | Path,
     how: Sampling = PURE,
     seed: int = 0,
     batch: int = 1,
-    progress: bool = True,
-    max_pixels: int = 1024 * 1024,
+    max_pixels: int = MAX_PIXELS,
     **options,
-) -> tuple[Image.Image, dict]:
+) -> Restoration:
     """Restore a photo ×4 with a reference model (or its folder or hub name): tiles of 128 LR
-    pixels, overlapping by 32, blended.
+    pixels, overlapping by 32, blended. `options`: `prompt`, `sizes`, `window`, `max_new`.
 
-    Returns the picture and the trace, as `restore.restore` does. `options`: `prompt`, `sizes`,
-    `window`, `max_new`. If memory runs out the batch is halved; on Ctrl-C what is done is kept and
-    the rest is bicubic.
-    """
-    image = photos.open_photo(photo) if isinstance(photo, (str, Path)) else photos.to_rgb(photo)
-    w, h = image.size
+    If memory runs out the batch is halved; on Ctrl-C what is done is kept and the rest is
+    bicubic."""
+    photo = images.read(photo)
+    w, h = photo.image.size
     if w * h > max_pixels:
-        raise ValueError(
-            f"a photo of {w}x{h} pixels is over the limit of {max_pixels}: scale it down, or "
-            f"raise --max-pixels"
-        )
+        raise ValueError(f"{w}x{h} pixels rarely need ×4: scale it down, or raise max_pixels")
     reference = reference if isinstance(reference, Reference) else load_reference(reference)
-    lr = F.pad(
-        photos.to_tensor(image)[None], (0, max(0, TILE - w), 0, max(0, TILE - h)), mode="replicate"
-    )
+    lr = images.to_tensor(photo.image)[None]
+    lr = F.pad(lr, (0, max(0, TILE - w), 0, max(0, TILE - h)), mode="replicate")
     up = F.interpolate(lr, scale_factor=SCALE, mode="bicubic", align_corners=False).clamp(0, 1)[0]
-    places = [(x * SCALE, y * SCALE) for y in _starts(lr.shape[2]) for x in _starts(lr.shape[3])]
-    side, overlap = TILE * SCALE, (TILE - STRIDE) * SCALE
-    ramp = ((torch.arange(side) + 0.5) / overlap).clamp(max=1)
+    places, side = origins(lr.shape[-2:], TILE, STRIDE, 1), TILE * SCALE
+
+    def draw(first: int, size: int) -> list[tuple[Tensor, vlcot.Chain]]:
+        some = [(x * SCALE, y * SCALE) for x, y in places[first : first + size]]
+        crops = torch.stack([up[:, y : y + side, x : x + side] for x, y in some])
+        return restore_tiles(reference, crops, how, seeded(seed, first), **options)
+
+    ramp = ((torch.arange(side) + 0.5) / ((TILE - STRIDE) * SCALE)).clamp(max=1)
     blend = torch.outer(ramp * ramp.flip(0), ramp * ramp.flip(0))
     total, weight, tiles = up * 1e-6, torch.full(up.shape[1:], 1e-6), []
-    with tqdm(total=len(places), desc="tiles", disable=not progress) as bar:
-        try:
-            while len(tiles) < len(places):
-                some = places[len(tiles) : len(tiles) + batch]
-                generator = torch.Generator().manual_seed(seed * 1_000_003 + len(tiles))
-                crops = torch.stack([up[:, y : y + side, x : x + side] for x, y in some])
-                try:
-                    restored, records = restore_tiles(reference, crops, how, generator, **options)
-                except (torch.OutOfMemoryError, MemoryError):
-                    if batch == 1:
-                        raise
-                    batch //= 2
-                    continue
-                for (x, y), tile, record in zip(some, restored, records, strict=True):
-                    total[:, y : y + side, x : x + side] += tile * blend
-                    weight[y : y + side, x : x + side] += blend
-                    tiles.append({"x": x // SCALE, "y": y // SCALE, **record})
-                bar.update(len(some))
-        except KeyboardInterrupt:
-            bar.write(
-                f"stopped after {len(tiles)} of {len(places)} tiles: the rest of the picture is "
-                f"bicubic"
-            )
-    settings = {
-        "seed": seed,
-        "batch": batch,
-        "lr_size": [w, h],
-        "tile": TILE,
-        "stride": STRIDE,
-        "scale": SCALE,
-        **asdict(how),
-        **options,
-    }
-    out = photos.to_image((total / weight)[:, : h * SCALE, : w * SCALE])
-    return out, {"settings": settings, "complete": len(tiles) == len(places), "tiles": tiles}
-
-
-def check_places(out: str | Path, trace: str | Path | None = None) -> None:
-    """Raises ValueError with one sentence if the results could not be written, before hours are
-    spent on them."""
-    for path in filter(None, (out, trace)):
-        if not os.access(folder := Path(path).parent, os.W_OK):
-            raise ValueError(
-                f"output folder {folder} cannot be written or does not exist: choose another "
-                f"place for {Path(path).name}"
-            )
-    if Path(out).suffix.lower() not in Image.registered_extensions():
-        raise ValueError(
-            f"{Path(out).name} has no picture suffix that Pillow writes: end it in .png, .jpg "
-            f"or .webp"
-        )
-
-
-def restore_file(
-    photo: str | Path, out: str | Path, trace: str | Path | None = None, **options
-) -> dict:
-    """`restore_reference` from file to file. Returns the trace."""
-    check_places(out, trace)
-    image, record = restore_reference(photo, **options)
-    image.save(out)
-    if trace:
-        Path(trace).write_text(json.dumps(record))
-    return record
+    try:
+        for (x, y), (made, chain) in in_batches(places, draw, batch, progress=True):
+            here = slice(y * SCALE, y * SCALE + side), slice(x * SCALE, x * SCALE + side)
+            total[:, here[0], here[1]] += made * blend
+            weight[here] += blend
+            tiles.append(Tile(x, y, chain))
+    except KeyboardInterrupt:
+        print(f"stopped after {len(tiles)} of {len(places)} tiles: the rest is bicubic")
+    settings = {"seed": int(seed), "lr_size": [w, h], "tile": TILE, "stride": STRIDE}
+    settings |= {"scale": SCALE, **asdict(how), **options}
+    image = images.to_image((total / weight)[:, : h * SCALE, : w * SCALE])
+    complete = len(tiles) == len(places)
+    return Restoration(image, vlcot.Chain(), tiles, settings, complete, exif=photo.exif)

@@ -1,27 +1,40 @@
+"""What is drawn with guesses ahead is what plain sampling draws."""
+
 from types import SimpleNamespace
 
 import pytest
 import torch
 from scipy.stats import chi2
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from realsr_r1.first import policy, vlcot
-from realsr_r1.first.policy import Sampling
+from realsr_r1 import photographs
+from realsr_r1.pipeline import RealSR
 from realsr_r1.reference import jacobi
+from realsr_r1.reference.jacobi import ChainReading, Reading
+from realsr_r1.sampling import Sampling, entropy_top_k, sample
+from realsr_r1.vlcot import START
 
 BARE = Sampling.rollout()
+VOCAB = 80
 
 
 def gen(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def small(layers=2) -> Qwen3ForCausalLM:
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": layers}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+    heads["tie_word_embeddings"] = True
+    return Qwen3ForCausalLM(Qwen3Config(vocab_size=VOCAB, **shape, **heads)).eval()
+
+
 @pytest.fixture(scope="module")
 def sharp():
-    """A tiny policy whose words depend strongly on what came before (a fresh one draws almost
+    """A tiny model whose tokens depend strongly on what came before (a fresh one draws almost
     uniformly)."""
-    model = policy.build(
-        policy.PolicyConfig(hidden=32, layers=2, heads=2, mlp=64, codes=64, lr_codes=32), seed=3
-    ).eval()
+    torch.manual_seed(3)
+    model = small()
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(4 if p.dim() > 1 else 1)
@@ -29,39 +42,68 @@ def sharp():
 
 
 @pytest.fixture(scope="module")
-def prompt(sharp):
-    return sharp.vocabulary.prompts(torch.randint(0, 32, (1, 4, 4), generator=gen()), vlcot.DIRECT)
+def prompt():
+    return torch.randint(0, VOCAB, (1, 12), generator=gen())
 
 
-def direct(model):
-    """Kinds and masks of the direct variant's whole completion: tag, one image of 16×16 codes, tag,
-    end."""
-    grammar = policy.grammar_of(model, direct=True)
-    return grammar.kind[: grammar.max_length], grammar.masks
-
-
-@pytest.mark.parametrize("window", [1, 3, 16, 400])
-def test_greedy_output_is_that_of_plain_decoding(sharp, prompt, window):
-    how = Sampling(image_greedy=True)
-    drawn = jacobi.speculative(sharp, prompt, *direct(sharp), how, window, gen())
-    assert torch.equal(drawn.ids, policy.sample(sharp, prompt, how, gen()).ids[0])
-    assert drawn.passes <= len(drawn.ids)
-
-
-def words(model, n, places):
-    """A grammar of `places` places, each with the same n codes and nothing else."""
-    masks = torch.zeros(1, len(model.vocabulary), dtype=torch.bool)
-    masks[0, model.vocabulary.first_code : model.vocabulary.first_code + n] = True
+def words(n, places):
+    """A grammar of `places` places, each with the same n tokens and nothing else."""
+    masks = torch.zeros(1, VOCAB, dtype=torch.bool)
+    masks[0, :n] = True
     return torch.zeros(places, dtype=torch.long), masks
 
 
-def exact(model, prompt, n, places, how=BARE):
-    """Probability of every sequence of `places` codes out of n, by enumeration: (n^places,)."""
-    first = model.vocabulary.first_code
+def drawn(model, prompt, kinds, how=BARE, window=16, generator=None):
+    return jacobi.speculative([Reading(model, prompt)], *kinds, how, window, generator or gen())
+
+
+@pytest.fixture(scope="module")
+def chain():
+    """The shipped policy, an LR photo, and a completion of it up to its final image."""
+    policy = RealSR.from_pretrained("nano", "cpu").policy
+    item = photographs.Pairs(photographs.load("val"), training=False)[0]
+    lr = item["lr"][None].float() / 255
+    ids = sample(policy, lr, BARE, gen()).ids
+    at = int((ids[0] == policy.vocabulary.ids[START]).nonzero()[-1]) + 1
+    return policy, lr, ids[:, :at]
+
+
+@pytest.mark.parametrize("window", [4, 16])
+def test_the_shipped_policy_draws_the_image_that_it_draws_without_guesses(chain, window):
+    """As good as greedy: at temperature 0.0001 a guess stands exactly if it is the likeliest."""
+    policy, lr, before = chain
+    how = Sampling(image_temperature=1e-4, entropy_top_k=False)
+    plain = sample(policy, lr, how, gen(), prefix=before).ids[0, before.shape[1] :][:256]
+    grammar = policy.grammar()
+    at = before.shape[1]
+    states = grammar.states(torch.cat([before, plain[None]], 1))[0, at:]
+    kinds = grammar.kind[states], grammar.masks
+    found = jacobi.speculative([ChainReading(policy, lr, before)], *kinds, how, window, gen())
+    assert found.passes < 256 and float((found.ids == plain).float().mean()) > 0.99
+
+
+def test_the_chains_reading_sees_what_the_policy_sees(chain):
+    """Logits of guesses, some of them taken back, are those of the whole forward pass."""
+    policy, lr, before = chain
+    reading = ChainReading(policy, lr, before)
+    first = policy.vocabulary.first_code
+    guesses = torch.tensor([3, 99, 1000]) + first
+    with torch.no_grad():
+        reading.logits(guesses)
+        reading.settle(2, torch.tensor([7 + first]))
+        got = reading.logits(torch.tensor([5]) + first)
+        prompt = torch.tensor(policy.vocabulary.prompt)[None]
+        tail = torch.tensor([[3, 7, 5]]) + first
+        want = policy(torch.cat([prompt, before, tail], 1), lr).logits[0, -2:]
+    assert torch.allclose(got, want, atol=1e-3)
+
+
+def exact(model, prompt, n, places):
+    """Probability of every sequence of `places` tokens out of n, by enumeration: (n^places,)."""
     sequences = torch.cartesian_prod(*[torch.arange(n)] * places)
     with torch.no_grad():
-        logits = model(torch.cat([prompt.expand(len(sequences), -1), sequences + first], 1)).logits
-    logits = logits[:, prompt.shape[1] - 1 : -1, first : first + n] / how.temperature
+        logits = model(torch.cat([prompt.expand(len(sequences), -1), sequences], 1)).logits
+    logits = logits[:, prompt.shape[1] - 1 : -1, :n]
     return logits.log_softmax(-1).gather(-1, sequences[..., None])[..., 0].sum(1).exp()
 
 
@@ -80,10 +122,10 @@ def test_what_is_drawn_has_the_distribution_of_plain_sampling(sharp, prompt, win
     )  # far from uniform: a wrong rule would show
     passes = 0
     for _ in range(draws):
-        drawn = jacobi.speculative(sharp, prompt, *words(sharp, n, places), BARE, window, generator)
-        a, b, c = (drawn.ids - sharp.vocabulary.first_code).tolist()
+        found = drawn(sharp, prompt, words(n, places), BARE, window, generator)
+        a, b, c = found.ids.tolist()
         counts[a * n * n + b * n + c] += 1
-        passes += drawn.passes
+        passes += found.passes
     assert passes < draws * places  # something was saved, so guesses were indeed kept
     expected = probability * draws
     rare = expected < 5  # pooled, as the test wants
@@ -116,87 +158,74 @@ def test_verification_stops_at_the_first_refusal():
     assert jacobi._verify(torch.tensor([], dtype=torch.long), q[:0], p[:0], torch.zeros(0)) == 0
 
 
-def test_layout_and_forced_words_come_out_right(sharp, prompt):
-    kinds, masks = direct(sharp)
-    for how in (BARE, Sampling(), Sampling(entropy_top_k=False, top_k=4, temperature=0.7)):
-        ids = jacobi.speculative(sharp, prompt, kinds, masks, how, 16, gen(1)).ids
-        assert masks[kinds, ids].all() and vlcot.parse(
-            sharp.vocabulary.decode(ids)
-        ).final_image.shape == (16, 16)
+def test_forced_tokens_come_out_right(sharp, prompt):
+    masks = torch.zeros(2, VOCAB, dtype=torch.bool)
+    masks[0, :64] = masks[1, 70] = True
+    kinds = torch.tensor(([0] * 4 + [1]) * 6)
+    for how in (BARE, Sampling(), Sampling(image_temperature=0.7)):
+        ids = drawn(sharp, prompt, (kinds, masks), how).ids
+        assert masks[kinds, ids].all()
 
 
 def test_a_model_that_ignores_its_context_needs_few_passes(prompt):
     """Every second guess is already drawn from the right distribution, so a window of 8 settles 9
     words a pass after the first."""
-    model = policy.build(
-        policy.PolicyConfig(hidden=32, layers=1, heads=2, mlp=64, codes=64, lr_codes=32)
-    ).eval()
+    model = small(layers=1)
     with torch.no_grad():
         model.model.layers[0].self_attn.o_proj.weight.zero_()
         model.model.layers[0].mlp.down_proj.weight.zero_()
-        model.model.embed_tokens.weight.copy_(
-            model.model.embed_tokens.weight[:1].expand_as(model.model.embed_tokens.weight)
-        )
-    drawn = jacobi.speculative(model, prompt, *words(model, 64, 90), BARE, 8, gen())
-    assert drawn.passes == 10
+        table = model.model.embed_tokens.weight
+        table.copy_(table[:1].expand_as(table))
+    assert drawn(model, prompt, words(64, 90), BARE, 8).passes == 10
 
 
-def test_same_generator_same_words(sharp, prompt):
-    a, b, c = (
-        jacobi.speculative(sharp, prompt, *words(sharp, 64, 40), BARE, 8, gen(s)).ids
-        for s in (1, 1, 2)
-    )
+def test_same_generator_same_tokens(sharp, prompt):
+    a, b, c = (drawn(sharp, prompt, words(64, 40), BARE, 8, gen(s)).ids for s in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
-def test_guidance_reads_the_free_context(sharp, prompt):
-    """At guidance 0 the prompt is not heard at all: greedy words are those of the free context
-    alone."""
-    how = Sampling(image_greedy=True, guidance=0.0)
-    free, kinds = prompt[:, -3:], words(sharp, 64, 20)
-    guided = jacobi.speculative(sharp, prompt, *kinds, how, 4, gen(), free=free)
-    alone = jacobi.speculative(sharp, free, *kinds, Sampling(image_greedy=True), 4, gen())
-    assert torch.equal(guided.ids, alone.ids)
+def test_guidance_reads_the_image_alone(sharp, prompt):
+    """At guidance 0 the prompt is not heard at all."""
+    cold = {"image_temperature": 0.01, "entropy_top_k": False}
+    alone, kinds = prompt[:, -3:], words(64, 20)
+    readings = [Reading(sharp, prompt), Reading(sharp, alone)]
+    guided = jacobi.speculative(readings, *kinds, Sampling(guidance=0.0, **cold), 4, gen())
+    assert torch.equal(guided.ids, drawn(sharp, alone, kinds, Sampling(**cold), 4).ids)
 
 
 def test_target_by_hand():
-    logits, free = torch.tensor([[2.0, 1.0, 0.0, 9.0]]), torch.tensor([[0.0, 1.0, 0.0, 0.0]])
+    logits, blind = torch.tensor([[2.0, 1.0, 0.0, 9.0]]), torch.tensor([[0.0, 1.0, 0.0, 0.0]])
     allowed = torch.tensor([[True, True, True, False]])
-    how = Sampling(temperature=0.5, guidance=0.5, entropy_top_k=False, top_k=2)
+    how = Sampling(image_temperature=0.5, guidance=0.5, entropy_top_k=False)
     mixed = torch.tensor([1.0, 1.0, 0.0])  # 0 + 0.5·2, 1 + 0.5·0, 0
-    assert torch.equal(jacobi.target(logits, allowed, how, free)[0, :2], mixed[:2] / 0.5)
-    assert torch.isinf(jacobi.target(logits, allowed, how, free)[0, 2:]).all()
-    greedy = jacobi.target(logits, allowed, Sampling(image_greedy=True))
-    assert torch.isfinite(greedy).tolist() == [[True, False, False, False]]
-    with pytest.raises(ValueError, match="temperature must be above 0"):
-        jacobi.target(logits, allowed, Sampling(temperature=0.0))
+    scores = jacobi.target(logits, allowed, how, blind)
+    assert torch.equal(scores[0, :3], mixed / 0.5) and torch.isinf(scores[0, 3])
 
 
 def test_entropy_before_or_after_the_temperature():
     """PURE measures the entropy before: k differs, the temperature does not."""
     logits = torch.linspace(0, 4, 3000)[None]
     allowed = torch.ones_like(logits, dtype=torch.bool)
-    how = Sampling(temperature=0.3)
+    how = Sampling(image_temperature=0.3)
     first, after = (jacobi.target(logits, allowed, how, k_first=k) for k in (True, False))
     assert (
         torch.isfinite(first).sum()
-        == policy.entropy_k(logits)
-        > policy.entropy_k(logits / 0.3)
+        == entropy_top_k(logits)
+        > entropy_top_k(logits / 0.3)
         == torch.isfinite(after).sum()
     )
     assert torch.allclose(first.max() - first[0, -2], after.max() - after[0, -2], atol=1e-5)
 
 
 def test_bad_input(sharp, prompt):
-    kinds, masks = direct(sharp)
     with pytest.raises(ValueError, match="one sequence and a window of at least 1"):
-        jacobi.speculative(sharp, prompt.repeat(2, 1), kinds, masks)
+        drawn(sharp, prompt.repeat(2, 1), words(64, 4))
     with pytest.raises(ValueError, match="got 1 and 0"):
-        jacobi.speculative(sharp, prompt, kinds, masks, window=0)
+        drawn(sharp, prompt, words(64, 4), window=0)
 
 
-def test_each_pass_reads_only_what_is_new(sharp, prompt, monkeypatch):
-    """The context is read once; later passes read one settled word and the window, and the cache
+def test_each_pass_reads_only_what_is_new(sharp, prompt):
+    """The context is read once; later passes read one settled token and the window, and the cache
     never holds a refused guess."""
     lengths, real = [], sharp.model.forward
 
@@ -205,10 +234,7 @@ def test_each_pass_reads_only_what_is_new(sharp, prompt, monkeypatch):
         return real(ids, **options)
 
     body = SimpleNamespace(model=forward, lm_head=sharp.lm_head, device=sharp.device)
-    drawn = jacobi.speculative(body, prompt, *words(sharp, 64, 30), BARE, 4, gen())
-    assert (
-        lengths[0] == prompt.shape[1] + 4 and max(lengths[1:]) == 5 and len(lengths) == drawn.passes
-    )
-    assert torch.equal(
-        drawn.ids, jacobi.speculative(sharp, prompt, *words(sharp, 64, 30), BARE, 4, gen()).ids
-    )
+    found = drawn(body, prompt, words(64, 30), BARE, 4)
+    assert lengths[0] == prompt.shape[1] + 4 and max(lengths[1:]) == 5
+    assert len(lengths) == found.passes
+    assert torch.equal(found.ids, drawn(sharp, prompt, words(64, 30), BARE, 4).ids)

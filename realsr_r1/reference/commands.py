@@ -1,0 +1,44 @@
+"""`realsr reference`: a photo restored by a model of the paper's size."""
+
+import argparse
+import os
+
+from realsr_r1.cli import STOPPED, filled, integer, leaf, place, real
+
+
+def restore(a: argparse.Namespace) -> int:
+    os.environ["HF_HUB_OFFLINE"] = "0" if a.download else "1"
+    from realsr_r1 import images
+    from realsr_r1.reference import restoring
+
+    size = images.read(a.photo).image.size
+    images.check_writable(a.out, a.trace, tuple(n * restoring.SCALE for n in size))
+    options = {"device": a.device} if a.device else {}
+    model = restoring.load_reference(a.weights, a.tokenizer, bits=a.bits, **options)
+    how = {"sizes": tuple(a.sizes) if a.sizes else None, "window": a.window}
+    most = round(a.max_megapixels * 1e6)
+    result = restoring.restore_reference(
+        a.photo, model, restoring.PURE, a.seed, a.batch, most, **how
+    )
+    result.save(a.out, a.trace)
+    print(a.out)
+    return 0 if result.complete else STOPPED
+
+
+def register(sub) -> None:
+    p = leaf(sub, "reference", restore, "restore a photo with a 7B model such as PURE")
+    p.add_argument("photo", type=place, help="any picture that Pillow opens")
+    p.add_argument("-o", "--out", type=place, required=True, help="the result, e.g. out.png")
+    p.add_argument("--trace", type=place, help="write the chains of thought as JSON")
+    p.add_argument("--weights", type=filled, default="nonwhy/PURE", help="a folder or a hub id")
+    p.add_argument("--tokenizer", type=filled, help="LlamaGen's vq_ds8_c2i.pt; from the hub if not")
+    text = "pixels of the chain's images, e.g. 128 256 512; the model chooses if left out"
+    p.add_argument("--sizes", type=integer(), nargs="+", help=text)
+    p.add_argument("--bits", type=integer(), default=16, help="of the weights: 32, 16, 8 or 4")
+    text = "guesses ahead, see reference.jacobi; 0: one token at a time"
+    p.add_argument("--window", type=integer(0), default=0, help=text)
+    p.add_argument("--batch", type=integer(), default=1, help="tiles at a time")
+    p.add_argument("--max-megapixels", type=real(), default=1.0, help="refuse larger photos")
+    p.add_argument("--download", action="store_true", help="fetch missing weights from the hub")
+    p.add_argument("--device", help="cpu or cuda; the best there is if left out")
+    p.add_argument("--seed", type=int, default=0, help="the same seed gives the same picture")
