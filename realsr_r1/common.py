@@ -1,6 +1,7 @@
 """What every module may need: the device, the table of all seeds, files that appear whole."""
 
 import math
+import numbers
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,17 @@ def seed_of(use: str, seed: int = 0) -> int:
 def generator(seed: int, number: int = 0) -> torch.Generator:
     """A generator for item `number` of a run with any integer as its seed."""
     return torch.Generator().manual_seed((int(seed) * 1_000_003 + number) % 2**63)
+
+
+def check_number(name: str, value: float, least: float, most: float = math.inf) -> None:
+    """Raise ValueError with one sentence unless `value` is a finite number from `least` to `most`,
+    numpy's numbers included; an integer where `least` is one."""
+    whole = isinstance(least, int)
+    right = isinstance(value, numbers.Integral if whole else numbers.Real)
+    if right and not isinstance(value, bool) and least <= value <= most and value != math.inf:
+        return  # NaN fails the comparisons
+    span = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+    raise ValueError(f"{name} must be {'an integer' if whole else 'a number'} {span}, got {value}")
 
 
 @contextmanager

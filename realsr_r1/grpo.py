@@ -25,7 +25,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import prepare_fsdp, unwrap_model_for_generation
 
-from realsr_r1.common import device_of
+from realsr_r1.common import check_number, device_of
 from realsr_r1.objective import combined_advantages
 from realsr_r1.photographs import Pairs, Photograph
 from realsr_r1.policy import ChainPolicy
@@ -60,6 +60,13 @@ class GrpoSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("steps", "prompts", "group", "micro_batch", "save_steps"):
+            check_number(name, getattr(self, name), 1)
+        check_number("lr", self.lr, 0.0)
+        check_number("beta", self.beta, 0.0)
+        check_number("epsilon", self.epsilon, 0.001, 0.999)
+        for i, weight in enumerate(() if self.weights is None else self.weights):
+            check_number(f"the weight of reward {i + 1}", weight, 0.0)
         total = self.prompts * self.group
         if self.group < 2:
             raise ValueError(f"a group of {self.group} has no spread to learn from: take 2 or more")
@@ -118,16 +125,16 @@ def without_dropout(policy: ChainPolicy) -> ChainPolicy:
 def gathered(policy: ChainPolicy, lr: Tensor) -> Iterator[None]:
     """Keeps all weights of a sharded policy (FSDP2) on this device: `decoding` reads them itself.
     A forward pass on photos (b, 3, 32, 32) gathers them."""
-    if not isinstance(policy, FSDPModule):
-        yield
-        return
-    policy.set_reshard_after_forward(False)
-    policy(torch.tensor([policy.vocabulary.prompt], device=lr.device), lr[:1])
+    units = [m for m in policy.modules() if isinstance(m, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+    if units:
+        policy(torch.tensor([policy.vocabulary.prompt], device=lr.device), lr[:1])
     yield
-    policy.set_reshard_after_forward(True)
-    for unit in policy.modules():
-        if isinstance(unit, FSDPModule):
-            unit.reshard()
+    for unit in units:
+        unit.reshard()
+        if unit in policy.model.layers:  # the embedding's weights stay: the head reads them, too
+            unit.set_reshard_after_forward(True, recurse=False)
 
 
 class ChainGRPOTrainer(GRPOTrainer):

@@ -10,9 +10,11 @@ The paper (arXiv 2506.16796, Fig. 2) has four: format, degradation, understandin
 released code adds them without weights, and has no degradation reward.
 """
 
+import functools
 import re
+import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,33 +27,45 @@ from realsr_r1.tokenizer import FACTOR, VQModel
 
 Reward = Callable[..., list[float]]
 
-# Other words for the same thing: each word on the right is read as the one on the left, in texts
-# and in tags. Plurals of the captions' nouns are read as their singular.
-SAME = {
-    "grass": "lawn meadow turf",
-    "sand": "beach desert dune",
-    "street": "road pavement asphalt",
-    "water": "lake river pond",
-    "sea": "ocean",
-    "leaf": "foliage",
-    "house": "home",
-    "person": "man woman people",
-    "boat": "ship",
-    "gray": "grey",
-}
-SYNONYMS = {other: word for word, others in SAME.items() for other in others.split()}
-SYNONYMS |= {
+# Other words for the same thing, the first of each line for all: in texts and in tags.
+SAME = """grass lawn meadow turf
+sand beach desert dune
+street road pavement asphalt
+water lake river pond
+sea ocean
+leaf foliage
+house home
+person man woman people
+boat ship
+gray grey"""
+SYNONYMS = {w: line.split()[0] for line in SAME.splitlines() for w in line.split()[1:]}
+SYNONYMS |= {  # plurals of the captions' nouns
     photographs.plural(noun).split()[-1]: noun.split()[-1]
     for noun in (*photographs.SUBJECTS, *photographs.EXTRAS)
     if photographs.plural(noun) != noun
 }
+IRREGULAR = "children child men man women woman people person feet foot teeth tooth geese goose "
+IRREGULAR += "mice mouse oxen ox oases oasis emus emu menus menu taxis taxi skis ski kiwis kiwi"
+IRREGULAR = dict(zip(IRREGULAR.split()[::2], IRREGULAR.split()[1::2], strict=True))
+# Endings that plurals share with singulars, and what both become; the first that fits counts. So
+# "rose" and "roses" are both "ros", while "bus", "iris" and "grass" keep their s.
+ENDINGS = [
+    (r"(lea|loa|shea|shel|wol|cal|hal|scar|dwar|hoo|thie)ves$", r"\1f"),
+    (r"(kni|wi|^li)ves$", r"\1fe"),
+    (r"([bcdefghklnprtwy])men$", r"\1man"),  # but not stamen, cyclamen, specimen
+    (r"(..)ies?$", r"\1y"),
+    (r"(...)oes?$", r"\1o"),
+    (r"([sxz]|[cs]h)es?$", r"\1"),
+    (r"(ss|us|is|^\w\ws|^lens|canvas|^atlas|cosmos|^news)$", r"\1"),
+    (r"s$", ""),
+]
 
 
 def text_of(completion: str | Mapping | Sequence) -> str:
     """The text of a completion: a string, a message, or a conversation (contents joined by spaces).
     ValueError for anything else."""
     if isinstance(completion, str):  # nine digits are no code, and might not fit an int64
-        return re.sub(r"<[a-z]\d{9,}>", "<?>", completion)
+        return re.sub(r"<[a-z][0-9]{9,}>", "<?>", completion)
     if isinstance(completion, Mapping):  # a message, or one part of a content that is a list
         return text_of(completion.get("content", completion.get("text")) or "")
     if isinstance(completion, Sequence):
@@ -89,10 +103,39 @@ def labels(completions: Sequence, degradation: Any) -> list[tuple[dict, dict]]:
     return out
 
 
+def plain(text: str) -> str:
+    """One form of what reads the same: NFKC and casefold, without soft hyphens, zero-width
+    characters and variation selectors."""
+    text = re.sub("[\u034f\ufe00-\ufe0f]", "", text)
+    text = "".join(c for c in text if unicodedata.category(c) != "Cf")
+    for _ in range(2):  # folding may undo the composed form, and the other way round
+        text = unicodedata.normalize("NFKC", text).casefold()
+    return unicodedata.normalize("NFKC", text)
+
+
+@functools.lru_cache(maxsize=10_000)
+def folded(word: str) -> str:
+    """A word's singular, or what stands for it in SYNONYMS, as ENDINGS leave it."""
+
+    def one(word: str) -> str:
+        word = IRREGULAR.get(word, word)
+        fits = (re.sub(end, to, word) for end, to in ENDINGS if re.search(end, word))
+        return next(fits, word)
+
+    return one(SYNONYMS.get(word) or SYNONYMS.get(one(word), word))
+
+
 def words(text: str) -> str:
-    """Lower-case words of letters and digits, synonyms replaced, with a space on each side, so that
-    `in` finds whole words."""
-    return " " + "".join(SYNONYMS.get(w, w) + " " for w in re.findall(r"[^\W_]+", text.lower()))
+    """Words of letters, their marks and digits, folded, a space on each side, so that `in` finds
+    whole words. Texts and tags are read alike:
+
+    match: Café (é of one sign or of two), Straße strasse, ﬁsh fish, dog Dogs, bus buses, child
+    children, leaf leaves, fly flies, rose roses, ship boats. No match: café cafe, İ i (its dot is
+    a mark), ñ n, plane plan, cat scatter. "dog's" is dog and s; other languages' plurals are not
+    known.
+    """
+    marked = "".join(c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in plain(text))
+    return " " + "".join(folded(w) + " " for w in re.findall(r"[^\W_]\S*", marked))
 
 
 def rough(completions: Sequence, tags: Any) -> list[tuple[str, list[str]]]:

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from realsr_r1.cli import integer, leaf, place, real
+from realsr_r1.cli import filled, integer, leaf, place, real
 
 
 def train(a: argparse.Namespace) -> None:
@@ -53,6 +53,42 @@ def add_grpo(leaves) -> None:
     p.add_argument("--device", help="cpu, cuda or mps; the best there is if left out")
 
 
+def expert(a: argparse.Namespace) -> None:
+    from realsr_r1 import photographs
+    from realsr_r1.common import seed_of
+    from realsr_r1.pipeline import RealSR
+    from realsr_r1.pretraining import expert as training
+    from realsr_r1.pretraining.loop import FitConfig
+
+    model = RealSR.from_pretrained(a.model, a.device)
+    photos = photographs.load("train", a.photographs)
+    seed = seed_of("expert", a.seed)
+    bank = training.make_bank(model, photographs.Pairs(photos, seed=seed), a.n, seed)
+    fit = FitConfig(10**6, a.steps, lr=1e-3, warmup=50, ema=0.99, seed=a.seed)
+    judge = training.train_expert(bank, a.out, fit)
+    held_out = photographs.load("val", a.photographs)[:60]
+    data = photographs.Pairs(held_out, training=False)
+    found = training.agreement(judge, training.make_bank(model, data, len(held_out)))
+    with torch.no_grad():
+        print(
+            f"order of a photo's own chains against LPIPS, val: {found.mean():.2f} (-1: the same)"
+        )
+
+
+def add_expert(leaves) -> None:
+    p = leaf(leaves, "expert", expert, "the visual expert, by ranking pictures, drawn ones too")
+    p.add_argument("--model", type=filled, default="nano", help="whose pictures it learns to judge")
+    p.add_argument("--photographs", type=place, help="as in the other leaves")
+    text = "expert.safetensors and its log"
+    p.add_argument("--out", type=place, default=Path("runs/expert"), help=text)
+    p.add_argument(
+        "-n", type=integer(), default=400, help="photographs in its bank, 26 pictures each"
+    )
+    p.add_argument("--steps", type=integer(), default=1500, help="of training")
+    p.add_argument("--device", help="where the pictures are drawn; it learns on the CPU")
+    p.add_argument("--seed", type=integer(0), default=0, help="of photos, pictures and weights")
+
+
 def register(sub) -> None:
 
     text = "train the tokenizer, the policy, or the decoder on the policy's codes"
@@ -95,4 +131,5 @@ def register(sub) -> None:
                 default="",
                 help="VGG16 weights for the tokenizer's loss, see losses.vgg_features",
             )
+    add_expert(leaves)
     add_grpo(leaves)

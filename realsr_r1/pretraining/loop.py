@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from realsr_r1.common import check_number
+
 
 @dataclass(frozen=True)
 class FitConfig:
@@ -27,6 +29,15 @@ class FitConfig:
     seed: int = 0
     log_every: int = 50  # steps
     checkpoint_minutes: float = 4.0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "warmup", "log_every"):
+            check_number(name, getattr(self, name), 1)
+        for name in ("minutes", "lr", "clip"):  # above 0: at 0 nothing would be learnt
+            check_number(name, getattr(self, name), 1e-12)
+        check_number("checkpoint_minutes", self.checkpoint_minutes, 0.0)
+        for name in ("final_lr", "ema"):
+            check_number(name, getattr(self, name), 0.0, 1.0)
 
 
 LossOf = Callable[[int, float], tuple[Tensor, dict[str, Tensor]]]

@@ -7,6 +7,8 @@ from realsr_r1.cli import STOPPED, filled, integer, leaf, place, real
 
 
 def restore(a: argparse.Namespace) -> int:
+    if a.window and (not a.sizes or a.batch > 1):  # told before 14 GB are read
+        raise ValueError("--window needs --sizes, and one tile at a time: leave --batch out")
     os.environ["HF_HUB_OFFLINE"] = "0" if a.download else "1"
     from realsr_r1 import images
     from realsr_r1.reference import restoring

@@ -7,6 +7,7 @@ of transformers does the sampling, with one batched logits processor that knows 
 stands. Sampling defaults are PURE's (its inference_solver.py and README).
 """
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -85,8 +86,8 @@ def image_text(ids: list[int], layout: Layout) -> str:
     refuses, unless they are a square laid out exactly as `Layout.image_ids` does."""
     codes = layout.code_of[torch.tensor(ids, dtype=torch.long)]
     codes = codes[codes >= 0]
-    side = round(len(codes) ** 0.5)
-    fits = side > 0 and side * side == len(codes) and side % layout.unit == 0
+    side = math.isqrt(len(codes))
+    fits = side * side == len(codes) and side in layout.sizes.values()
     if not fits or layout.image_ids(codes.view(side, side)) != ids:
         return vlcot.START
     return vlcot.image_tokens(codes)
@@ -107,9 +108,8 @@ def text_of(ids: Tensor | list[int], model: PreTrainedModel) -> str:
             if i != names[END]:
                 continue
         if image:
-            parts.append(image_text(image, layout))
-            ended, image = image[-1] == names[END] and i == names[END], []
-            if ended:
+            parts, image = [*parts, image_text(image, layout)], []
+            if i == names[END]:
                 continue
         if i == names[START]:
             parts, run = [*parts, base.words.decode(run)] if run else parts, []
@@ -423,18 +423,19 @@ def restore_tiles(
     **options,
 ) -> list[tuple[Tensor, vlcot.Chain]]:
     """Enlarged LR tiles (b, 3, 512, 512) in [0, 1] → each tile restored, colors fixed, with its
-    chain. A tile without a final image of its size stays as it is. `options` go to `generate`."""
+    chain. A tile without a final image of its size stays as it is, and its chain has none.
+    `options` go to `generate`."""
     vq, model = reference.tokenizer, reference.model
     device = next(vq.parameters()).device
     prompts, out = prompt_ids(model, vq.encode(up.to(device)), prompt), []
     for x, ids in zip(up, generate(model, prompts, how, generator, **options), strict=True):
         text = text_of(ids, model)
-        codes = final_codes(text)
-        if codes is not None and tuple(s * vq.factor for s in codes.shape) == tuple(x.shape[-2:]):
+        codes, chain = final_codes(text), vlcot.parse(text)
+        fits = codes is not None and codes.shape[0] * vq.factor == x.shape[-1]
+        if fits:
             made = vq.decode(codes[None].to(device)).cpu().float()
             x = wavelet_color_fix(made, x[None])[0]
-        chain = vlcot.parse(text)
-        chain.final_image = codes
+        chain.final_image = codes if fits else None
         out.append((x, chain))
     return out
 
@@ -481,6 +482,7 @@ def restore_reference(
         print(f"stopped after {len(tiles)} of {len(places)} tiles: the rest is bicubic")
     settings = {"seed": int(seed), "lr_size": [w, h], "tile": TILE, "stride": STRIDE}
     settings |= {"scale": SCALE, **asdict(how), **options}
+    settings["bicubic_tiles"] = sum(t.chain.final_image is None for t in tiles)  # no valid answer
     image = images.to_image((total / weight)[:, : h * SCALE, : w * SCALE])
     complete = len(tiles) == len(places)
     return Restoration(image, vlcot.Chain(), tiles, settings, complete, exif=photo.exif)

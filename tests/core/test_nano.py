@@ -269,7 +269,7 @@ def test_a_few_steps_learn_a_chain(lr):
         step.zero_grad()
         loss.backward()
         step.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
     metrics = chain_metrics(policy.eval(), ids, lr)
     assert set(metrics) == set(vlcot.TAGS) and all(v.shape == (2,) for v in metrics.values())

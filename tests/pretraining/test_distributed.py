@@ -132,7 +132,7 @@ def test_two_processes_agree_with_one(folder, name, more):
 
 def test_processes_take_whole_groups(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="3 prompts x 4 chains .* cannot be shared by 2 processes"):
+    with pytest.raises(ValueError, match="cannot be shared by 2 processes"):
         grpo.arguments(tmp_path, GrpoSettings(1, 3, 4, 4), "cpu", 9)
 
 

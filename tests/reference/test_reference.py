@@ -210,6 +210,9 @@ def test_a_cut_or_mislaid_image_is_not_read(model):
     assert (
         R.final_codes(R.text_of(ids[: last + 50], model)) is None
     )  # the middle image does not stand in
+    huge = [8197, 8805, 8805, *[4] * 132**2, 8196]  # more than the largest size token says
+    assert R.final_codes(R.text_of(huge, model)) is None
+    assert R.final_codes(R.text_of([8197, 8196], model)) is None
     shifted = ids.copy()
     shifted[last + 1] = 8804 + 2  # says 64 pixels high, holds 96
     assert R.parse(shifted, model).final_image is None
@@ -581,7 +584,7 @@ def restored(picture, small, sizes=(64,), **options):
 
 def test_restore_tiles_a_photo(small):
     out = restored(photo(20, 10), small, seed=3, batch=2)
-    assert out.image.size == (80, 40) and out.complete
+    assert out.image.size == (80, 40) and out.complete and out.settings["bicubic_tiles"] == 0
     assert [(t.x, t.y) for t in out.tiles] == [(0, 0), (4, 0)]
     assert all(t.chain.final_image.shape == (8, 8) for t in out.tiles)
     json.dumps(out.trace)
@@ -597,6 +600,7 @@ def test_colors_come_from_the_photo(small):
 def test_a_tile_without_a_final_image_of_its_size_stays_bicubic(small):
     picture = photo(16, 16)
     out = restored(picture, small, sizes=(32,))  # 32 pixels are no tile's size
+    assert out.complete and out.settings["bicubic_tiles"] == len(out.tiles) == 1
     want = np.asarray(images.to_image(bicubic(picture)), float)
     assert np.abs(np.asarray(out.image, float) - want).max() <= 1
 
@@ -650,3 +654,7 @@ def test_command_line(small, tmp_path, monkeypatch, capsys):
     assert asked == {"name": "some/model", "tokenizer": None, "device": "cpu", "bits": 8}
     assert main([*line.split(), "-o", str(tmp_path / "no" / "y.png")]) == 2
     assert "does not exist: create it first" in capsys.readouterr().err
+    asked.clear()
+    line = f"reference {tmp_path / 'x.png'} -o {out} --window 4"
+    assert main(line.split()) == 2 and not asked
+    assert "--window needs --sizes" in capsys.readouterr().err
