@@ -73,8 +73,7 @@ class Reading:
 
     def settle(self, wrong: int, token: Tensor) -> None:
         """Take the last `wrong` guesses back; `token` (1,) follows and is read by the next pass."""
-        if wrong:  # to some versions of transformers crop(0) means an empty cache
-            self.cache.crop(-wrong)
+        self.cache.crop(-wrong)
         self.pending = token[None]
 
 

@@ -650,7 +650,7 @@ def test_command_line(small, tmp_path, monkeypatch, capsys):
     out, trace = tmp_path / "y.png", tmp_path / "t.json"
     assert main([*line.split(), "-o", str(out), "--trace", str(trace), "--window", "4"]) == 0
     settings = json.loads(trace.read_text(encoding="utf-8"))["settings"]
-    assert Image.open(out).size == (64, 64) and settings["window"] == 4
+    assert images.read(out).image.size == (64, 64) and settings["window"] == 4
     assert asked == {"name": "some/model", "tokenizer": None, "device": "cpu", "bits": 8}
     assert main([*line.split(), "-o", str(tmp_path / "no" / "y.png")]) == 2
     assert "does not exist: create it first" in capsys.readouterr().err
