@@ -14,7 +14,7 @@ import functools
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -134,7 +134,9 @@ def words(text: str) -> str:
     a mark), ñ n, plane plan, cat scatter. "dog's" is dog and s; other languages' plurals are not
     known.
     """
-    marked = "".join(c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in plain(text))
+    marked = "".join(
+        c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in plain(text)
+    )
     return " " + "".join(folded(w) + " " for w in re.findall(r"[^\W_]\S*", marked))
 
 

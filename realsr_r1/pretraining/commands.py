@@ -69,10 +69,7 @@ def expert(a: argparse.Namespace) -> None:
     held_out = photographs.load("val", a.photographs)[:60]
     data = photographs.Pairs(held_out, training=False)
     found = training.agreement(judge, training.make_bank(model, data, len(held_out)))
-    with torch.no_grad():
-        print(
-            f"order of a photo's own chains against LPIPS, val: {found.mean():.2f} (-1: the same)"
-        )
+    print(f"rank correlation with LPIPS among a photo's own chains, val: {found.mean():.2f}")
 
 
 def add_expert(leaves) -> None:

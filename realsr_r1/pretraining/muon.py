@@ -1,5 +1,5 @@
-"""Muon for matrices, AdamW for the rest: after 190 steps of fine-tuning from scratch its loss on the
-rough image's codes is lower than AdamW's by .4 nats (two seeds; `realsr ablate optimizer`).
+"""Muon for matrices, AdamW for the rest: after 190 steps from scratch its loss on the rough image's
+codes is lower than AdamW's by .4 nats (two seeds; `realsr ablate optimizer`).
 
 Muon (Jordan et al. 2024) replaces a matrix's momentum by the nearest orthogonal matrix, found by a
 few Newton–Schulz iterations, so that every direction learns at the same pace. torch.optim.Muon
