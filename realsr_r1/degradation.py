@@ -150,7 +150,7 @@ def gaussian_kernel(
     """(size, size) kernel that sums to 1; `kind` is one of KERNELS, `theta` radians, sigmas in
     pixels.
 
-    Generalised: exp(-r^(2β)/2); plateau: 1/(1 + r^(2β)), with r the Mahalanobis radius
+    Generalized: exp(-r^(2β)/2); plateau: 1/(1 + r^(2β)), with r the Mahalanobis radius
     (Real-ESRGAN, section 3.1).
     """
     axis = torch.arange(size, dtype=torch.float64) - size // 2

@@ -85,7 +85,7 @@ class NanoExpert(nn.Module):
 
     @staticmethod
     def inputs(x: Tensor) -> Tensor:
-        """(b, 3, h, w) → (b, 112, h/4, w/4): colours, high-pass residual and log local contrast,
+        """(b, 3, h, w) → (b, 112, h/4, w/4): colors, high-pass residual and log local contrast,
         4×4 pixels folded."""
         x = F.pad(x, (0, -x.shape[-1] % 8, 0, -x.shape[-2] % 8), mode="replicate").float()
         high = x - F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)

@@ -10,11 +10,12 @@ The paper (arXiv 2506.16796, Fig. 2) has four: format, degradation, understandin
 released code adds them without weights, and has no degradation reward.
 """
 
-import functools
+import json
 import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -27,38 +28,15 @@ from realsr_r1.tokenizer import FACTOR, VQModel
 
 Reward = Callable[..., list[float]]
 
-# Other words for the same thing, the first of each line for all: in texts and in tags.
-SAME = """grass lawn meadow turf
-sand beach desert dune
-street road pavement asphalt
-water lake river pond
-sea ocean
-leaf foliage
-house home
-person man woman people
-boat ship
-gray grey"""
-SYNONYMS = {w: line.split()[0] for line in SAME.splitlines() for w in line.split()[1:]}
-SYNONYMS |= {  # plurals of the captions' nouns
+# Other words for the same thing, and plurals of the captions' nouns: each is read as the word that
+# it stands for, in texts and in tags.
+WORDS = json.loads((photographs.ASSETS / "words.json").read_text(encoding="utf-8"))
+SYNONYMS = {other: word for word, others in WORDS["same"].items() for other in others.split()}
+SYNONYMS |= {
     photographs.plural(noun).split()[-1]: noun.split()[-1]
     for noun in (*photographs.SUBJECTS, *photographs.EXTRAS)
     if photographs.plural(noun) != noun
 }
-IRREGULAR = "children child men man women woman people person feet foot teeth tooth geese goose "
-IRREGULAR += "mice mouse oxen ox oases oasis emus emu menus menu taxis taxi skis ski kiwis kiwi"
-IRREGULAR = dict(zip(IRREGULAR.split()[::2], IRREGULAR.split()[1::2], strict=True))
-# Endings that plurals share with singulars, and what both become; the first that fits counts. So
-# "rose" and "roses" are both "ros", while "bus", "iris" and "grass" keep their s.
-ENDINGS = [
-    (r"(lea|loa|shea|shel|wol|cal|hal|scar|dwar|hoo|thie)ves$", r"\1f"),
-    (r"(kni|wi|^li)ves$", r"\1fe"),
-    (r"([bcdefghklnprtwy])men$", r"\1man"),  # but not stamen, cyclamen, specimen
-    (r"(..)ies?$", r"\1y"),
-    (r"(...)oes?$", r"\1o"),
-    (r"([sxz]|[cs]h)es?$", r"\1"),
-    (r"(ss|us|is|^\w\ws|^lens|canvas|^atlas|cosmos|^news)$", r"\1"),
-    (r"s$", ""),
-]
 
 
 def text_of(completion: str | Mapping | Sequence) -> str:
@@ -113,16 +91,16 @@ def plain(text: str) -> str:
     return unicodedata.normalize("NFKC", text)
 
 
-@functools.lru_cache(maxsize=10_000)
+def singular(word: str) -> str:
+    """What an English noun and its plural have in common: "dog", "bus", "child"; the first ending
+    that fits is cut, in singulars, too, so that rose and roses are both "ros"."""
+    word = WORDS["irregular"].get(word, word)
+    return next((re.sub(e, to, word) for e, to in WORDS["endings"] if re.search(e, word)), word)
+
+
+@lru_cache(maxsize=10_000)
 def folded(word: str) -> str:
-    """A word's singular, or what stands for it in SYNONYMS, as ENDINGS leave it."""
-
-    def one(word: str) -> str:
-        word = IRREGULAR.get(word, word)
-        fits = (re.sub(end, to, word) for end, to in ENDINGS if re.search(end, word))
-        return next(fits, word)
-
-    return one(SYNONYMS.get(word) or SYNONYMS.get(one(word), word))
+    return singular(SYNONYMS.get(word) or SYNONYMS.get(singular(word), word))
 
 
 def words(text: str) -> str:

@@ -91,7 +91,7 @@ def understanding_f1_reward(
     listing all does not pay.
 
     Named are the tags that are hit, and every other word of the text, each once, but for
-    FUNCTION_WORDS and what only describes in our captions (kinds, details, colours, sizes: free of
+    FUNCTION_WORDS and what only describes in our captions (kinds, details, colors, sizes: free of
     charge). In free text an adjective that our captions do not know is charged as a thing. Where
     nothing is hit, or there are no tags, 0. Column and errors as in `understanding_reward`.
     """

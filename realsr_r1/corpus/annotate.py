@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from realsr_r1.common import atomic
 from realsr_r1.corpus import captioners, folders
 from realsr_r1.images import open_photo
 
@@ -26,7 +27,8 @@ LONGEST = 1024  # pixels: no model here looks at more, and a photo's tokens grow
 
 def append(path: Path, notes: list[dict]) -> None:
     """Add whole lines to a JSONL file and wait until they are on the disk."""
-    data = "".join(json.dumps(n, ensure_ascii=False) + "\n" for n in notes).encode()
+    lines = [json.dumps(n, ensure_ascii=False) + "\n" for n in notes]
+    data = "".join(lines).encode("utf-8", "backslashreplace")  # JSON's escapes, for odd file names
     with path.open("ab") as f:
         f.write(data)
         f.flush()
@@ -34,12 +36,16 @@ def append(path: Path, notes: list[dict]) -> None:
 
 
 def mend(path: Path) -> None:
-    """Cut off a last line that a killed process left unfinished, so that the next line begins on
-    its own."""
+    """Cut off a last line that a killed process left unfinished, and end one that is whole, so
+    that the next line begins on its own."""
     if path.exists():
         with path.open("rb+") as f:
-            whole = f.read()
-            f.truncate(whole.rfind(b"\n") + 1)
+            data = f.read()
+            last = data[data.rfind(b"\n") + 1 :]
+            if folders.note_in(last.removeprefix(b"\xef\xbb\xbf")):  # an editor took the line end
+                f.write(b"\n")
+            else:
+                f.truncate(len(data) - len(last))
 
 
 def note_of(file: str, captions: list[str], objects: list[dict]) -> dict:
@@ -106,21 +112,33 @@ def annotate(
     read or get no caption are left out, with a line in the log, and tried again the next time."""
     if batch < 1:
         raise ValueError(f"a batch has 1 photo or more, got {batch}")
-    where, folder, (index, number) = Path(where), Path(out or where), shard
+    if out is not None and not str(out).strip():
+        raise ValueError("out is empty: give a folder, or None for the photos' own")
+    where, folder, (index, number) = Path(where), Path(where if out is None else out), shard
     files = folders.photo_files(where)[index::number]
+    for remark in folders.remarks(folders.pictures_in(where)[1]):
+        log.warning("%s", remark)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ("captions.jsonl" if number == 1 else f"captions.{index}-of-{number}.jsonl")
-    mend(path)
-    known = folders.read_captions(folder)
-    unknown = [f for f in files if f not in known]
-    count = {"new": 0, "known": len(files) - len(unknown), "left out": 0}
-    wanted = unknown[:limit]
-    with tqdm(total=len(wanted), desc=path.name, unit="photo", mininterval=5) as progress:
-        for at in range(0, len(wanted), batch):
-            notes, left_out = _notes(where, wanted[at : at + batch], captioner)
+    with folders.alone(folder, path.stem):
+        mend(path)
+        known = folders.read_captions(folder)
+        unknown = [f for f in files if folders.same_name(f) not in known]
+        count = _note_all(where, unknown[:limit], captioner, path, batch)
+    return count | {"known": len(files) - len(unknown)}
+
+
+def _note_all(
+    where: Path, files: list[str], captioner, path: Path, batch: int
+) -> dict[str, int]:
+    """Append the lines of photos to `path`, batch by batch, and count them."""
+    count = {"new": 0, "known": 0, "left out": 0}
+    with tqdm(total=len(files), desc=path.name, unit="photo", mininterval=5) as progress:
+        for at in range(0, len(files), batch):
+            notes, left_out = _notes(where, files[at : at + batch], captioner)
             append(path, notes)
             for name, why in left_out.items():
-                log.warning("left out %s: %s", name, why)
+                log.warning("left out %s: %s", folders.shown(name), folders.shown(why))
             count["new"] += len(notes)
             count["left out"] += len(left_out)
             progress.update(len(notes) + len(left_out))
@@ -142,16 +160,19 @@ def outline(
 
     They are 8-bit PNGs: 1 + the index in "objects", 0 elsewhere. Returns how many are new."""
     check_masks(where, masks)
-    notes, count = folders.read_captions(out or where), 0
+    notes, count = folders.read_captions(where if out is None else out), 0
     for file in folders.photo_files(where)[shard[0] :: shard[1]]:
-        place = masks / f"{file}.png"
-        if file not in notes or place.exists():
+        place, note = masks / f"{file}.png", notes.get(folders.same_name(file))
+        if note is None or place.exists():
+            continue
+        try:
+            image = open_small(Path(where) / file)
+        except ValueError as e:  # it was whole when its caption was written
+            log.warning("left out %s: %s", folders.shown(file), folders.shown(str(e)))
             continue
         place.parent.mkdir(parents=True, exist_ok=True)
-        part = place.with_suffix(".part")
-        mask = sam.masks(open_small(Path(where) / file), notes[file]["objects"])
-        Image.fromarray(mask.numpy()).save(part, "PNG")
-        part.replace(place)
+        with atomic(place) as part:
+            Image.fromarray(sam.masks(image, note["objects"]).numpy()).save(part, "PNG")
         count += 1
     return count
 

@@ -1,39 +1,93 @@
-"""Folders of a user's own photos: the one lister, and the captions that lie beside them."""
+"""Folders of a user's own photos: the one lister, the captions that lie beside them, and the lock
+that keeps a second run out."""
 
 import json
 import os
 import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from PIL import Image
 
-SUFFIXES = frozenset(s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN)
-SYSTEM = ("thumbs.db", "desktop.ini")
+# Formats whose files Pillow knows by name but cannot decode.
+NAMED_ONLY = ("BUFR", "GRIB", "HDF5", "IPTC", "MPEG", "WMF")
+SUFFIXES = frozenset(
+    s for s, k in Image.registered_extensions().items() if k in Image.OPEN and k not in NAMED_ONLY
+)
+# What systems leave in folders of photos, some of it pictures; in lower case.
+SYSTEM = ("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin")
+OTHER = "no picture by its suffix"
 
 
 def pictures_in(folder: str | Path) -> tuple[list[Path], dict[str, str]]:
-    """The pictures below a folder, in order, and what was left out with its reason. Names with a
-    leading dot are passed over; links are followed once."""
-    found, left, seen = [], {}, set()
-    for root, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(root)
-        folders[:] = [] if real in seen else [d for d in folders if not d.startswith(".")]
-        if real in seen:
+    """The pictures below a folder, sorted, and by path what was left out with its reason.
+
+    Names with a leading dot and those of SYSTEM are passed over. A folder is searched once,
+    whichever links lead to it, and then under its own name if that lies here."""
+    found, left, seen = {}, {}, set()
+    real, links = [Path(folder)], []
+    while real or links:
+        here = real.pop() if real else links.pop(0)
+        place = os.path.realpath(here)
+        if place in seen:
+            left[str(here)] = "leads to a folder that is searched already"
             continue
-        seen.add(real)
-        for name in files:
-            path = Path(root) / name
-            if name.startswith(".") or name.lower() in SYSTEM:
-                continue
-            if path.suffix.lower() not in SUFFIXES:
-                left[str(path)] = "no picture by its suffix"
-            elif not path.is_file():
-                left[str(path)] = "no file, or a link to none"
-            elif not os.access(path, os.R_OK):
-                left[str(path)] = "may not be read"
-            else:
-                found.append(path)
-    return sorted(found, key=lambda p: p.relative_to(folder).as_posix()), left
+        seen.add(place)
+        for path in _inside(here, left):
+            if path.is_dir():
+                (links if path.is_symlink() else real).append(path)
+            why = _unfit(path)
+            other = found.get(same_name(str(path)))
+            if why is None and other:
+                why = f"has the name of {ascii(other.name)} but for the form of its accents"
+            if why:
+                left[str(path)] = why
+            elif not path.is_dir():
+                found[same_name(str(path))] = path
+    return [found[name] for name in sorted(found)], left
+
+
+def _inside(folder: Path, left: dict[str, str]) -> list[Path]:
+    """What lies in a folder, sorted; a folder that may not be searched goes to `left`."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as e:
+        left[str(folder)] = f"cannot be searched, {e.strerror}"
+        return []
+    return [folder / n for n in names if not n.startswith(".") and n.lower() not in SYSTEM]
+
+
+def _unfit(path: Path) -> str | None:
+    """Why something in a folder is not to be opened; None for a picture and for a plain folder."""
+    picture = path.suffix.lower() in SUFFIXES
+    if path.is_dir():
+        return "is a folder, whatever its name" if picture else None
+    if not path.exists():
+        return "is a link to nothing"
+    if not picture:
+        return OTHER
+    if not path.is_file():
+        return "is no file"
+    return None if os.access(path, os.R_OK) else "may not be read"
+
+
+def remarks(left: dict[str, str]) -> list[str]:
+    """What `pictures_in` left out, in words: other kinds of files counted, the rest one by one."""
+    kinds = Counter(Path(p).suffix.lower() or "no suffix" for p, why in left.items() if why == OTHER)
+    kinds.pop(".jsonl", None)  # our own captions
+    some = f"{', '.join(sorted(kinds)[:8])}{', …' if len(kinds) > 8 else ''}"
+    number = kinds.total()
+    counted = [f"{number} file{'s' * (number > 1)} passed over: {some}"] if kinds else []
+    rest = [f"left out {shown(p)}: {why}" for p, why in left.items() if why != OTHER]
+    return counted + rest[:20] + ([f"and {len(rest) - 20} more"] if len(rest) > 20 else [])
+
+
+def shown(name: str) -> str:
+    """A name that can be printed and written: bytes that are no UTF-8 as escapes."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def same_name(text: str) -> str:
@@ -44,17 +98,39 @@ def same_name(text: str) -> str:
 def photo_files(folder: str | Path) -> list[str]:
     """Paths of all photos in a folder, searched in depth: sorted, relative to it, with forward
     slashes, as captions.jsonl names them. Raises ValueError if there is none."""
+    if not str(folder).strip():
+        raise ValueError("the folder's name is empty: give a folder (an unset variable, perhaps)")
     folder = Path(folder)
     found, left = pictures_in(folder) if folder.is_dir() else ([], {})
     if not found:
-        rest = f" ({len(left)} other files)" if left else ""
-        raise ValueError(f"{folder} is no folder with photos{rest}: check the path")
+        rest = f" ({'; '.join(remarks(left)[:3])})" if left else ""
+        raise ValueError(f"{shown(str(folder))} is no folder with photos{rest}: check the path")
     return [p.relative_to(folder).as_posix() for p in found]
 
 
+@contextmanager
+def alone(folder: Path, name: str = "run") -> Iterator[None]:
+    """Keeps a second run out of a folder until the first ends, however it ends. Raises ValueError,
+    in one sentence, where another is at work."""
+    lock = FileLock(folder / f".{name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as e:
+        raise ValueError(
+            f"another run is at work in {shown(str(folder))}: wait for it, or choose another folder"
+        ) from e
+    except NotImplementedError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def read_captions(where: str | Path) -> dict[str, dict]:
-    """Notes by photo file, from captions.jsonl and the parts captions.*-of-*.jsonl of a folder, or
-    from one such file; {} where there is none. Of a file noted twice the last line counts.
+    """Notes by photo file (see `same_name`), from captions.jsonl and the parts
+    captions.*-of-*.jsonl of a folder, or from one such file; {} where there is none. Of a file
+    noted twice the last line counts.
 
     A line is {"file": path relative to the folder, "captions": [rough, middle, final], "tags":
     [...], ...}. A last line that a killed writer left unfinished is passed over; ValueError names
@@ -62,10 +138,10 @@ def read_captions(where: str | Path) -> dict[str, dict]:
     where, notes = Path(where), {}
     parts = [where / "captions.jsonl", *sorted(where.glob("captions.*-of-*.jsonl"))]
     for path in [where] if where.is_file() else [p for p in parts if p.exists()]:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
         for number, line in enumerate(lines, 1):
-            if note := _note(line):
-                notes[note["file"]] = note
+            if note := note_in(line):
+                notes[same_name(note["file"])] = note
             elif line.strip() and number < len(lines):  # behind the last line end: cut off
                 raise ValueError(
                     f'line {number} of {path.name} is not {{"file": …, "captions": [rough, '
@@ -74,11 +150,12 @@ def read_captions(where: str | Path) -> dict[str, dict]:
     return notes
 
 
-def _note(line: str) -> dict | None:
+def note_in(line: bytes) -> dict | None:
     """The note that a line holds; None if it holds none."""
     try:
-        note = json.loads(line)
+        note = json.loads(line.decode("utf-8"))
         whole = isinstance(note["file"], str) and isinstance(note["tags"], list)
-        return note if whole and len(note["captions"]) == 3 else None
-    except (json.JSONDecodeError, KeyError, TypeError):
+        three = isinstance(note["captions"], list) and len(note["captions"]) == 3
+        return note if whole and three else None
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -162,7 +162,7 @@ class BadItem(ValueError):
 def batches(
     items: list[Item],
 ) -> Iterator[tuple[int, list[Item], list[Tensor], list[Tensor | None]]]:
-    """(number of the first, items, LR photos, originals): neighbours of one small size together.
+    """(number of the first, items, LR photos, originals): neighbors of one small size together.
     What belongs together does not depend on what is already done, for the noise of a batch is drawn
     for all of it."""
     group, first = [], 0

@@ -65,7 +65,7 @@ METRICS = {
     "ssim_rgb": Metric("SSIM, mean of R, G and B", "ssim", True, True, 11, options=RGB),
     "lpips": Metric("LPIPS 0.1, AlexNet", "", False, True, 31),
     "dists": Metric("DISTS", "dists", False, True, 16, (VGG, "pyiqa/DISTS_weights-f5e65c96.pth")),
-    "fsim": Metric("FSIM, with colour", "fsim", True, True, 16),
+    "fsim": Metric("FSIM, with color", "fsim", True, True, 16),
     "niqe": _blind("NIQE", "niqe", 96),
     "brisque": _blind("BRISQUE", "brisque", 16),
     "piqe": _blind("PIQE", "piqe", 16),

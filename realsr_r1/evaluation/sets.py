@@ -1,7 +1,7 @@
 """Benchmark sets: named items of an LR photo, its original where there is one, and labels and scene
 where they are known.
 
-offline   eval      the shipped photos that no training has seen: the centre square scaled to 256
+offline   eval      the shipped photos that no training has seen: the center square scaled to 256
           px, under three degradations with
                     fixed seeds ("eval:light", "eval:medium", "eval:heavy": one of them)
           real_lr   the shipped real low-quality photos, whole; there is no original
@@ -104,7 +104,7 @@ KNOWN = {
             True,
             (128, 128),
             (512, 512),
-            "centre crops of RealSR version 3's test photos, StableSR's test sets",
+            "center crops of RealSR version 3's test photos, StableSR's test sets",
         ),
         Prepared(100, True, source="RealSR version 3, Test ×4, 50 photos of each camera, whole"),
     ),
@@ -185,8 +185,8 @@ def load(spec: str, n: int | None = None) -> BenchSet:
 # ---------------------------------------------------------------- the offline sets
 
 
-def centre_square(image: Image.Image, side: int = SIDE) -> Tensor:
-    """The largest centred square of a photo, scaled to side × side by Lanczos: (3, side, side) in
+def center_square(image: Image.Image, side: int = SIDE) -> Tensor:
+    """The largest centered square of a photo, scaled to side × side by Lanczos: (3, side, side) in
     [0, 1]."""
     w, h = image.size
     short = min(w, h)
@@ -200,7 +200,7 @@ def eval_photos(presets: tuple[str, ...] = DEGRADATIONS, side: int = SIDE) -> Be
     number, so it never changes."""
     items = []
     for i, path in enumerate(sorted((photographs.ASSETS / "eval").glob("*.webp"))):
-        hr = centre_square(photos.open_photo(path), side)
+        hr = center_square(photos.open_photo(path), side)
         for preset in presets:
             d = degradation.degrade(hr[None], f"nano-{preset}", torch.Generator().manual_seed(i))
             items.append(
@@ -213,7 +213,7 @@ def eval_photos(presets: tuple[str, ...] = DEGRADATIONS, side: int = SIDE) -> Be
             )
     name = "eval" if presets == DEGRADATIONS else f"eval-{'-'.join(presets)}"
     note = (
-        f"shipped photos that no training has seen, centre squares of {side} px, LR "
+        f"shipped photos that no training has seen, center squares of {side} px, LR "
         f"{side // SCALE} px, degradations {', '.join(presets)}"
     )
     return BenchSet(name, items, True, note)

@@ -316,7 +316,7 @@ def available_bytes(device: torch.device) -> int:
     )
 
 
-def quantisation(bits: int) -> BitsAndBytesConfig | None:
+def quantization(bits: int) -> BitsAndBytesConfig | None:
     """bitsandbytes' configuration for 4 (NF4) or 8 bits; None for 16 or 32. One sentence where the
     package is absent."""
     if bits not in (4, 8, 16, 32):
@@ -352,7 +352,7 @@ def load(
     memory check before loading. One-sentence errors: FileNotFoundError, ValueError (class,
     vocabulary, keys), RuntimeError (memory).
     """
-    quantised, dev = quantisation(bits), device_of(device)
+    quantized, dev = quantization(bits), device_of(device)
     folder = local_folder(name)
     config = read_config(folder)
     words = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -371,7 +371,7 @@ def load(
             folder,
             config=config,
             dtype=torch.float32 if bits == 32 else torch.bfloat16,
-            quantization_config=quantised,
+            quantization_config=quantized,
             device_map=device_map or {"": dev},
             output_loading_info=True,
             local_files_only=True,

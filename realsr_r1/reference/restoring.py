@@ -62,7 +62,7 @@ def prompt_ids(model: PreTrainedModel, codes: Tensor, prompt: str = PROMPT) -> T
 
 
 def render(chain: vlcot.Chain, model: PreTrainedModel) -> Tensor:
-    """A complete chain → token ids (n,), ending the turn. Text between two images is tokenised in
+    """A complete chain → token ids (n,), ending the turn. Text between two images is tokenized in
     one piece."""
     base = chameleon.plain(model)
     ids, text = [], ""

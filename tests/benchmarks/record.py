@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 FIELDS = ("section", "what", "result", "series", "x", "seconds", "date", "machine")
-# What grows, on which axis, and how it is drawn: Okabe and Ito's colours, and a marker of its own
+# What grows, on which axis, and how it is drawn: Okabe and Ito's colors, and a marker of its own
 # for each.
 SERIES = {
     "restore": ("restore a photo", "LR pixels", "#0072B2", "o"),
@@ -144,14 +144,14 @@ class Record:
         )
         exponents = {}
         for series, (xs, ys) in found.items():
-            name, axis, colour, marker = SERIES[series]
+            name, axis, color, marker = SERIES[series]
             exponents[series], c = exponent(xs, ys)
             panel = panels[0][axes_of.index(axis)]
             panel.loglog(
-                xs, ys, marker, color=colour, label=f"{name}: exponent {exponents[series]:.2f}"
+                xs, ys, marker, color=color, label=f"{name}: exponent {exponents[series]:.2f}"
             )
             panel.loglog(
-                xs, [c * x ** exponents[series] for x in xs], "--", color=colour, linewidth=1
+                xs, [c * x ** exponents[series] for x in xs], "--", color=color, linewidth=1
             )
             panel.set(xlabel=axis, ylabel="seconds")
             for ruler, marks in (

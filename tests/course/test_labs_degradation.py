@@ -11,12 +11,12 @@ from realsr_r1 import degradation as D
 from realsr_r1.course.checks import degradation as checks
 
 
-def kernel(size, sx, sy, theta, half=0.5, power=2, middle=None, normalise=True):
+def kernel(size, sx, sy, theta, half=0.5, power=2, middle=None, normalize=True):
     axis = torch.arange(size).float() - (size // 2 if middle is None else middle)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     u, v = x * math.cos(theta) + y * math.sin(theta), -x * math.sin(theta) + y * math.cos(theta)
     k = torch.exp(-half * ((u / sx).abs() ** power + (v / sy).abs() ** power))
-    return k / k.sum() if normalise else k
+    return k / k.sum() if normalize else k
 
 
 def noise(x, sigma, gray, generator, unit=255.0, one=False, clamp=True, sample=torch.randn):
@@ -47,7 +47,7 @@ RIGHT = {
 }
 
 WRONG = [
-    ("anisotropic_kernel", lambda *a: kernel(*a, normalise=False), "divide by its sum"),
+    ("anisotropic_kernel", lambda *a: kernel(*a, normalize=False), "divide by its sum"),
     ("anisotropic_kernel", lambda n, a, b, t: kernel(n, a, b, 0.0), "theta has no effect"),
     ("anisotropic_kernel", lambda n, a, b, t: kernel(n, a, b, -t), "wrong way"),
     ("anisotropic_kernel", lambda n, a, b, t: kernel(n, a, b, math.radians(t)), "radians already"),

@@ -14,11 +14,11 @@ right = checks.reference
 
 
 def advantages(
-    scale=lambda r: r.std(1, keepdim=True), eps=True, centre=True, columns=False, sign=1.0
+    scale=lambda r: r.std(1, keepdim=True), eps=True, center=True, columns=False, sign=1.0
 ):
     def of(rewards, group, epsilon=1e-4):
         r = rewards.view(group, -1).T if columns else rewards.view(-1, group)
-        out = sign * (r - r.mean(1, keepdim=True) * centre) / (scale(r) + epsilon * eps)
+        out = sign * (r - r.mean(1, keepdim=True) * center) / (scale(r) + epsilon * eps)
         return (out.T if columns else out).flatten()
 
     return of
@@ -115,7 +115,7 @@ WRONG = [
     ),
     (checks.group_advantages, advantages(columns=True), "groups are mixed up"),
     (checks.group_advantages, advantages(sign=-1.0), "sign is wrong"),
-    (checks.group_advantages, advantages(centre=False), "subtract the group's mean"),
+    (checks.group_advantages, advantages(center=False), "subtract the group's mean"),
     (
         checks.group_advantages,
         lambda r, g, eps=1e-4: right.group_advantages(r, g, eps).view(-1, g),

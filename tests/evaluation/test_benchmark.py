@@ -312,7 +312,7 @@ def test_other_pictures_another_seed_and_damaged_files_are_restored_again(run, d
     assert again(seed=1) == (changed, 4)
 
 
-def test_batches_hold_neighbours_of_one_small_size():
+def test_batches_hold_neighbors_of_one_small_size():
     shapes = [(8, 8)] * 3 + [(8, 9)] + [(64, 64)] * 2 + [(8, 8)]
     items = [Item(str(i), lambda s=s: (torch.zeros(3, *s), None)) for i, s in enumerate(shapes)]
     assert [

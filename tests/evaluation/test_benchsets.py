@@ -50,10 +50,10 @@ def test_one_degradation_alone_is_the_same_pictures():
     assert torch.equal(heavy.items[1].read()[0], whole.items[5].read()[0])
 
 
-def test_an_original_is_the_centre_square_and_keeps_colours():
+def test_an_original_is_the_center_square_and_keeps_colors():
     image = Image.new("RGB", (40, 20), (0, 0, 0))
-    image.paste((255, 0, 0), (10, 0, 30, 20))  # the centre square, exactly
-    x = benchsets.centre_square(image, 16)
+    image.paste((255, 0, 0), (10, 0, 30, 20))  # the center square, exactly
+    x = benchsets.center_square(image, 16)
     assert x.shape == (3, 16, 16) and torch.equal(x[0], torch.ones(16, 16)) and not x[1:].any()
 
 

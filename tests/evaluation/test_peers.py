@@ -352,7 +352,7 @@ def test_a_real_network_restores_a_real_photo(name, cat):
     out, bicubic = peers.load(name, threads=1)(lr), peers.load("bicubic")(lr)
     assert out.shape == hr.shape and 0 <= out.min() and out.max() <= 1
     assert perceptual.distance(out, hr) < 0.9 * perceptual.distance(bicubic, hr)
-    # Colours and places are right: a wrong channel order, range or shift of an LR pixel would cost
+    # Colors and places are right: a wrong channel order, range or shift of an LR pixel would cost
     # far more.
     assert perceptual.psnr(out, hr) > perceptual.psnr(bicubic, hr) - 4
     assert perceptual.psnr(out, hr) > perceptual.psnr(out.flip(1), hr) + 3

@@ -24,10 +24,10 @@ def _kernel_without(
     theta: float,
     half: float = 0.5,
     power: int = 2,
-    centre: float | None = None,
+    center: float | None = None,
 ) -> Tensor:
-    """The anisotropic kernel with one ingredient changed, to recognise a student's mistake."""
-    axis = torch.arange(size, dtype=torch.float64) - (size // 2 if centre is None else centre)
+    """The anisotropic kernel with one ingredient changed, to recognize a student's mistake."""
+    axis = torch.arange(size, dtype=torch.float64) - (size // 2 if center is None else center)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     u, v = x * math.cos(theta) + y * math.sin(theta), -x * math.sin(theta) + y * math.cos(theta)
     k = torch.exp(-half * ((u / sx).abs() ** power + (v / sy).abs() ** power))
@@ -90,13 +90,13 @@ def anisotropic_kernel(student):
             "sigma itself is squared in the exponent: (u/sigma)², not u²/sigma",
         ),
         (
-            _kernel_without(size, sx, sy, theta, centre=0),
-            "the centre of the kernel is not in its middle: coordinates run from -(size // 2) "
+            _kernel_without(size, sx, sy, theta, center=0),
+            "the center of the kernel is not in its middle: coordinates run from -(size // 2) "
             "to size // 2",
         ),
         (
-            _kernel_without(size, sx, sy, theta, centre=size / 2),
-            "the centre is half a pixel off: subtract size // 2, a whole number",
+            _kernel_without(size, sx, sy, theta, center=size / 2),
+            "the center is half a pixel off: subtract size // 2, a whole number",
         ),
     )
     for wrong, sentence in known:

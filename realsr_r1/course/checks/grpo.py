@@ -84,7 +84,7 @@ def group_advantages(student) -> None:
     """(rewards (n,), group, eps) → advantages (n,)."""
     rewards, eps = torch.tensor([0.2, 0.6, 1.0, 0.6, 2.0, 3.0, 2.5, 2.9]), 1e-4
     r = rewards.view(2, 4)
-    centred, std = r - r.mean(1, keepdim=True), r.std(1, keepdim=True)
+    centered, std = r - r.mean(1, keepdim=True), r.std(1, keepdim=True)
     out = student(rewards, 4, eps)
     expect(isinstance(out, Tensor), f"return a tensor, not {type(out).__name__}")
     expect(
@@ -98,14 +98,14 @@ def group_advantages(student) -> None:
         bool(same.isfinite().all()),
         "a group whose rewards are all equal gives 0/0: add eps to the standard deviation",
     )
-    right = (centred / (std + eps)).flatten()
+    right = (centered / (std + eps)).flatten()
     flat = rewards - rewards.mean()
     columns = rewards.view(4, 2)
     mixed = ((columns - columns.mean(0)) / (columns.std(0) + eps)).flatten()
-    population = (centred / (r.std(1, keepdim=True, correction=0) + eps)).flatten()
+    population = (centered / (r.std(1, keepdim=True, correction=0) + eps)).flatten()
     if not _near(out, right):
         expect(
-            not _near(out, centred.flatten()),
+            not _near(out, centered.flatten()),
             "you forgot to divide by the group's standard deviation",
         )
         expect(
@@ -114,7 +114,7 @@ def group_advantages(student) -> None:
             "the sample's, n - 1, as torch's std does",
         )
         expect(
-            not _near(out, (centred / (std**2 + eps)).flatten()),
+            not _near(out, (centered / (std**2 + eps)).flatten()),
             "you divided by the variance: take its root, the standard deviation",
         )
         expect(
