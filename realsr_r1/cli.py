@@ -7,6 +7,7 @@ imported before a leaf runs.
 import argparse
 import importlib
 import math
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -184,6 +185,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         a = parser().parse_args(argv)
         return a.run(a) or 0
+    except BrokenPipeError:  # `realsr … | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as e:
         memory = "out of memory" in str(e).lower()
         text = "too little memory: lower --batch, or take another --device"
