@@ -45,7 +45,7 @@ test: install
 # The core alone, without the runs that take long: for every edit.
 test-fast: install
 	$(RUN) -m ruff check .
-	$(RUN) -m pytest -m "not slow" tests/test_*.py
+	$(RUN) -m pytest -m "not slow" tests/core
 
 lint: install
 	$(RUN) -m ruff check --fix . && $(RUN) -m ruff format .

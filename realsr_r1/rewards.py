@@ -12,11 +12,11 @@ released code adds them without weights, and has no degradation reward.
 
 import json
 import re
-import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from functools import lru_cache
 from typing import Any
+from unicodedata import category, normalize
 
 import numpy as np
 import torch
@@ -32,11 +32,12 @@ Reward = Callable[..., list[float]]
 # it stands for, in texts and in tags.
 WORDS = json.loads((photographs.ASSETS / "words.json").read_text(encoding="utf-8"))
 SYNONYMS = {other: word for word, others in WORDS["same"].items() for other in others.split()}
-SYNONYMS |= {
-    photographs.plural(noun).split()[-1]: noun.split()[-1]
-    for noun in (*photographs.SUBJECTS, *photographs.EXTRAS)
-    if photographs.plural(noun) != noun
-}
+NOUNS = {noun.split()[-1] for noun in (*photographs.SUBJECTS, *photographs.EXTRAS)}
+SYNONYMS |= {photographs.plural(n): n for n in NOUNS if photographs.plural(n) != n}
+# Characters that are not seen: soft hyphen, zero-width and direction marks, variation selectors.
+HIDDEN = (
+    "[\u00ad\u034f\u061c\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff]"
+)
 
 
 def text_of(completion: str | Mapping | Sequence) -> str:
@@ -48,28 +49,36 @@ def text_of(completion: str | Mapping | Sequence) -> str:
         return text_of(completion.get("content", completion.get("text")) or "")
     if isinstance(completion, Sequence):
         return " ".join(map(text_of, completion))
-    kind = type(completion).__name__
-    raise ValueError(f"a completion must be a string or messages with a 'content', got {kind}")
+    raise ValueError(f"a completion must be a string or messages, got {type(completion).__name__}")
+
+
+def listed(values: Any) -> list | None:
+    """Whatever can be gone through, as a list; None for a word, a dict, a number."""
+    try:
+        return None if isinstance(values, str | bytes | Mapping) else list(values)
+    except TypeError:
+        return None
 
 
 def column(name: str, values: Any, n: int) -> list:
-    """A dataset column as a list of n entries; ValueError naming the column if it is absent or of
-    another length."""
+    """A dataset column as a list of n entries; ValueError naming the column if it is absent, of
+    another length, or without an order."""
     if values is None:
         raise ValueError(f"this reward needs the dataset column '{name}', which is missing")
-    if isinstance(values, str | Mapping) or not hasattr(values, "__len__") or len(values) != n:
+    entries = None if isinstance(values, Set) else listed(values)
+    if entries is None or len(entries) != n:
         raise ValueError(f"column '{name}' must hold one entry for each of the {n} completions")
-    return list(values)
+    return entries
 
 
-def labels(completions: Sequence, degradation: Any) -> list[tuple[dict, dict]]:
+def labels(completions: Iterable, degradation: Any) -> list[tuple[dict, dict]]:
     """For each completion the labels that its chain names and the true ones, from the column
     `degradation`."""
-    out = []
+    out, completions = [], list(completions)
     for i, value in enumerate(column("degradation", degradation, len(completions))):
         try:
             text = value if isinstance(value, str) else labels_of.to_words(value)
-            true = labels_of.from_words(text)
+            true = labels_of.from_words(plain(text))
         except (KeyError, TypeError, IndexError):
             true = {}
         if len(true) != 5:
@@ -77,18 +86,17 @@ def labels(completions: Sequence, degradation: Any) -> list[tuple[dict, dict]]:
                 f"column 'degradation', sample {i}: expected five labels ('medium blur, "
                 f"downsample, …'), got {short(value)}"
             )
-        out.append((vlcot.parse(text_of(completions[i])).labels, true))
+        said = vlcot.parse(text_of(completions[i])).degradation or ""
+        out.append((labels_of.from_words(plain(said)), true))
     return out
 
 
 def plain(text: str) -> str:
-    """One form of what reads the same: NFKC and casefold, without soft hyphens, zero-width
-    characters and variation selectors."""
-    text = re.sub("[\u034f\ufe00-\ufe0f]", "", text)
-    text = "".join(c for c in text if unicodedata.category(c) != "Cf")
+    """One form of what reads the same: NFKC and casefold, without HIDDEN characters."""
+    text = re.sub(HIDDEN, "", text)
     for _ in range(2):  # folding may undo the composed form, and the other way round
-        text = unicodedata.normalize("NFKC", text).casefold()
-    return unicodedata.normalize("NFKC", text)
+        text = normalize("NFKC", text).casefold()
+    return normalize("NFKC", text)
 
 
 def singular(word: str) -> str:
@@ -104,35 +112,30 @@ def folded(word: str) -> str:
 
 
 def words(text: str) -> str:
-    """Words of letters, their marks and digits, folded, a space on each side, so that `in` finds
-    whole words. Texts and tags are read alike:
+    """Words of letters, their marks and digits in one form, with a space on each side, so that `in`
+    finds whole words. Texts and tags are read alike:
 
-    match: Café (é of one sign or of two), Straße strasse, ﬁsh fish, dog Dogs, bus buses, child
-    children, leaf leaves, fly flies, rose roses, ship boats. No match: café cafe, İ i (its dot is
-    a mark), ñ n, plane plan, cat scatter. "dog's" is dog and s; other languages' plurals are not
-    known.
+    | match | Café (é as one sign or two), STRASSE straße, ﬁsh fish, dog Dogs, bus buses, rose
+    |       | roses, child children, leaf leaves, fly flies, man people, ships boat
+    | do not | café cafe, İ i (a dot is a mark), plane plan, car scarf, plurals that are not English
     """
-    marked = "".join(
-        c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in plain(text)
-    )
-    return " " + "".join(folded(w) + " " for w in re.findall(r"[^\W_]\S*", marked))
+    kept = (c if c.isalnum() or category(c)[0] == "M" else " " for c in plain(text))
+    return " " + "".join(folded(w) + " " for w in re.findall(r"[^\W_]\S*", "".join(kept)))
 
 
-def rough(completions: Sequence, tags: Any) -> list[tuple[str, list[str]]]:
+def rough(completions: Iterable, tags: Any) -> list[tuple[str, list[str]]]:
     """The rough understanding text of each completion ("" where there is none), with its entry of
     the column `tags`."""
-    columns = column("tags", tags, len(completions))
-    for i, names in enumerate(columns):
-        listed = hasattr(names, "__iter__") and not isinstance(names, str | Mapping)
-        if not listed or not all(isinstance(t, str) and words(t).strip() for t in names):
+    out, completions = [], list(completions)
+    for i, given in enumerate(column("tags", tags, len(completions))):
+        names = listed(given)
+        if names is None or not all(isinstance(t, str) and words(t).strip() for t in names):
             raise ValueError(
                 f"column 'tags', sample {i}: expected a list of words, such as ['bird', "
-                f"'grass'], got {short(names)}"
+                f"'grass'], got {short(given)}"
             )
-    return [
-        (vlcot.parse(text_of(c)).rough_understand or "", list(names))
-        for c, names in zip(completions, columns, strict=True)
-    ]
+        out.append((vlcot.parse(text_of(completions[i])).rough_understand or "", names))
+    return out
 
 
 def needs(*columns: str) -> Callable[[Reward], Reward]:
@@ -183,12 +186,12 @@ def degradation_reward(
 def understanding_reward(
     completions: Sequence, tags: Sequence[Sequence[str]] | None = None, **_
 ) -> list[float]:
-    """Share of the sample's tags that the rough understanding text names, as whole words, upper and
-    lower case alike.
+    """Share of the sample's tags that the rough understanding text names, as whole words; see
+    `words` for what matches.
 
     Paper: the same, with tags from Grounded-SAM; its example is 3/4 = 0.75. Released code: as
-    `ablations.rewards.substring_understanding_reward`. Words pass through SYNONYMS; a tag of
-    several words must stand as a whole; repeated tags count once; a sample without tags scores 0.
+    `ablations.rewards.substring_understanding_reward`. A tag of several
+    words must stand as a whole; repeated tags count once; a sample without tags scores 0.
     It is recall alone, so naming everything scores 1 (`ablations.rewards.understanding_f1_reward`
     mends that). Raises ValueError if the column is missing or an entry is not a list of words.
     """

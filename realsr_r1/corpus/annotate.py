@@ -128,9 +128,7 @@ def annotate(
     return count | {"known": len(files) - len(unknown)}
 
 
-def _note_all(
-    where: Path, files: list[str], captioner, path: Path, batch: int
-) -> dict[str, int]:
+def _note_all(where: Path, files: list[str], captioner, path: Path, batch: int) -> dict[str, int]:
     """Append the lines of photos to `path`, batch by batch, and count them."""
     count = {"new": 0, "known": 0, "left out": 0}
     with tqdm(total=len(files), desc=path.name, unit="photo", mininterval=5) as progress:

@@ -42,7 +42,7 @@ def pictures_in(folder: str | Path) -> tuple[list[Path], dict[str, str]]:
             why = _unfit(path)
             other = found.get(same_name(str(path)))
             if why is None and other:
-                why = f"has the name of {ascii(other.name)} but for the form of its accents"
+                why = f"has the name of {other.name!a} but for the form of its accents"
             if why:
                 left[str(path)] = why
             elif not path.is_dir():
@@ -76,7 +76,9 @@ def _unfit(path: Path) -> str | None:
 
 def remarks(left: dict[str, str]) -> list[str]:
     """What `pictures_in` left out, in words: other kinds of files counted, the rest one by one."""
-    kinds = Counter(Path(p).suffix.lower() or "no suffix" for p, why in left.items() if why == OTHER)
+    kinds = Counter(
+        Path(p).suffix.lower() or "no suffix" for p, why in left.items() if why == OTHER
+    )
     kinds.pop(".jsonl", None)  # our own captions
     some = f"{', '.join(sorted(kinds)[:8])}{', …' if len(kinds) > 8 else ''}"
     number = kinds.total()

@@ -42,7 +42,7 @@ def test_clipping_stops_what_leads_away(ratio, advantage, gradient):
     out.sum().backward()
     assert (logp.grad.abs().sum() > 0) == gradient
     limits = {(1.3, 1.0): 1.2, (0.7, -1.0): -0.8}
-    assert float(out) == pytest.approx(limits.get((ratio, advantage), ratio * advantage))
+    assert out.item() == pytest.approx(limits.get((ratio, advantage), ratio * advantage))
 
 
 def test_k3_is_unbiased_and_never_negative():

@@ -1,6 +1,7 @@
 """A tiny Chameleon with the real vocabulary, saved as the hub's checkpoints are: old-style
 configuration, one row of norms."""
 
+import hashlib
 import json
 import re
 
@@ -15,6 +16,7 @@ from transformers import ChameleonForConditionalGeneration, PreTrainedTokenizerF
 from realsr_r1 import images, vlcot
 from realsr_r1.cli import main
 from realsr_r1.reference import chameleon as C
+from realsr_r1.reference import llamagen
 from realsr_r1.reference import restoring as R
 from realsr_r1.reference.llamagen import LlamaGen, LlamaGenConfig
 from realsr_r1.sampling import Sampling
@@ -658,3 +660,128 @@ def test_command_line(small, tmp_path, monkeypatch, capsys):
     line = f"reference {tmp_path / 'x.png'} -o {out} --window 4"
     assert main(line.split()) == 2 and not asked
     assert "--window needs --sizes" in capsys.readouterr().err
+
+
+TINY = LlamaGenConfig(codes=32, base=32, multiplier=(1, 2), res_blocks=1, latent=32)
+
+
+def as_llamagen(model):
+    """A state dict with the names of LlamaGen's published checkpoints."""
+    names = {"block": "res", "block_1": "0", "attn_1": "1", "block_2": "2"}
+    theirs = {"quantize.codebook_used": torch.zeros(4)}
+    for key, value in model.state_dict().items():
+        p = key.split(".")
+        if p[1:2] in (["down"], ["up"]):
+            p[1], p[3] = "conv_blocks", names.get(p[3], p[3])
+        elif p[1:2] == ["mid"]:
+            p[2] = names[p[2]]
+        theirs[".".join(p).replace("quantize.weight", "quantize.embedding.weight")] = value.clone()
+    return theirs
+
+
+def test_llamagen_layout_loads_key_by_key():
+    ours = LlamaGen(TINY).eval()
+    theirs = as_llamagen(ours)
+    # Names as in LlamaGen's published state dict.
+    for known in (
+        "encoder.conv_blocks.0.res.0.conv1.weight",
+        "encoder.conv_blocks.0.downsample.conv.weight",
+        "encoder.mid.1.q.weight",
+        "decoder.conv_blocks.0.attn.0.proj_out.bias",
+        "decoder.conv_blocks.0.upsample.conv.weight",
+        "quant_conv.weight",
+        "quantize.embedding.weight",
+    ):
+        assert known in theirs
+    loaded = llamagen.load_llamagen({"model": theirs}, TINY)
+    x = torch.rand(1, 3, 32, 32)
+    assert torch.equal(loaded.encode(x), ours.encode(x)) and torch.allclose(
+        loaded.decode(ours.encode(x)), ours.decode(ours.encode(x)), atol=1e-5
+    )
+
+
+def test_llamagen_key_report_names_each_kind_in_one_message():
+    theirs = as_llamagen(LlamaGen(TINY))
+    theirs.pop("encoder.mid.1.q.weight")
+    theirs["encoder.mid.1.wrong"] = torch.zeros(1)
+    theirs["quantize.embedding.weight"] = torch.zeros(16, 8)
+    with pytest.raises(ValueError) as e:
+        llamagen.load_llamagen(theirs, TINY)
+    assert str(e.value) == (
+        "this is not LlamaGen's state dict for 2 levels: 1 missing "
+        "['encoder.mid.attn_1.q.weight']; "
+        "1 unexpected ['encoder.mid.attn_1.wrong']; 1 wrongly shaped ['quantize.weight (16, 8) "
+        "instead of (32, 8)']"
+    )
+    theirs.pop("quantize.embedding.weight")  # no codebook at all
+    with pytest.raises(
+        ValueError, match=r"2 missing \['encoder.mid.attn_1.q.weight', 'quantize.weight'\]"
+    ):
+        llamagen.load_llamagen(theirs, TINY)
+
+
+def test_llamagen_file_checksum_and_damage(tmp_path, capsys):
+    path = tmp_path / "vq_tiny.pt"
+    theirs = as_llamagen(LlamaGen(TINY))
+    torch.save({"model": theirs, "steps": 3}, path)
+    llamagen.load_llamagen(path, TINY)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert f"vq_tiny.pt: SHA-256 {digest}" in capsys.readouterr().out
+    llamagen.load_llamagen(str(path), TINY, sha256=digest.upper())
+    assert capsys.readouterr().out == ""  # nothing to say: it was checked
+    with pytest.raises(ValueError, match=f"has the SHA-256 {digest}, expected was {'0' * 64}"):
+        llamagen.load_llamagen(path, TINY, sha256="0" * 64)
+    whole = path.read_bytes()
+    for broken in (whole[:2000], b"not a checkpoint", b""):
+        path.write_bytes(broken)
+        with pytest.raises(
+            ValueError, match="is not a torch checkpoint of tensors, or is cut short"
+        ):
+            llamagen.load_llamagen(path, TINY)
+
+
+def test_llamagen_number_of_levels_is_read_from_the_names(monkeypatch):
+    for name, levels in (("DS8", 4), ("DS16", 5)):
+        config = LlamaGenConfig(
+            codes=16, base=32, multiplier=(1,) * levels, res_blocks=1, latent=32
+        )
+        monkeypatch.setattr(llamagen, name, config)
+        assert llamagen.load_llamagen(as_llamagen(LlamaGen(config))).factor == 2 ** (levels - 1)
+
+
+def test_llamagen_without_file_and_network_says_what_to_run(monkeypatch, tmp_path):
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    asked = []
+
+    def offline(repo, name):
+        asked.append((repo, name))
+        raise LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"run `hf download FoundationVision/LlamaGen vq_ds16_c2i\.pt --local-dir \.`",
+    ):
+        llamagen.load_llamagen("vq_ds16_c2i.pt")
+    assert asked == [("FoundationVision/LlamaGen", "vq_ds16_c2i.pt")]
+    with pytest.raises(FileNotFoundError, match=r"other.pt does not exist: download vq_ds8_c2i.pt"):
+        llamagen.load_llamagen(tmp_path / "other.pt")
+    assert len(asked) == 1  # only the two published names are looked for on the hub
+
+    torch.save(as_llamagen(LlamaGen(TINY)), tmp_path / "cached.pt")
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda repo, name: str(tmp_path / "cached.pt")
+    )
+    assert llamagen.load_llamagen("vq_ds8_c2i.pt", TINY).factor == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "factor", "millions"), [(llamagen.DS8, 8, 70), (llamagen.DS16, 16, 72)]
+)
+def test_llamagen_sizes_are_the_published_ones(config, factor, millions):
+    with torch.device("meta"):
+        model = LlamaGen(config)
+    assert model.factor == factor
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6) == millions
