@@ -42,6 +42,23 @@ def check_number(name: str, value: float, least: float, most: float = math.inf) 
     raise ValueError(f"{name} must be {'an integer' if whole else 'a number'} {span}, got {value}")
 
 
+def check_images(x: Tensor) -> Tensor:
+    """Images (b, 3, h, w) as floats in [0, 1], uint8 divided by 255; ValueError with one sentence
+    for anything else: a foreign range spoils what follows without a word."""
+    if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != 3 or not x.numel():
+        got = tuple(x.shape) if hasattr(x, "shape") else type(x).__name__
+        kind = "a tensor" if isinstance(x, Tensor) else "a torch tensor (torch.as_tensor)"
+        raise ValueError(f"expected {kind} of images (b, 3, h, w), got {got}")
+    if x.dtype == torch.uint8:
+        return x.float() / 255
+    if not x.is_floating_point() or not bool((x >= 0).all() and (x <= 1).all()):
+        raise ValueError(
+            f"expected uint8 or floats in [0, 1], got {x.dtype} from {x.min():g} to {x.max():g}: "
+            "scale the images first"
+        )
+    return x.float()
+
+
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
     """A path beside `path` to write to; moved there if all went well, removed if not, so that an

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from realsr_r1.common import check_images
+
 LEVELS = ("no", "light", "medium", "heavy")
 RESIZES = ("downsample", "keep", "upsample")
 LABELS = ("blur", "resize", "noise", "compression", "final_resize")
@@ -360,10 +362,10 @@ def _run(x: Tensor, op: dict) -> Tensor:
 
 def apply(hr: Tensor, draws: list[list[dict]]) -> Tensor:
     """Run recorded draws: (b, 3, h, w) in [0, 1] → LR (b, 3, h', w') in [0, 1], in 255ths."""
-    if hr.ndim != 4 or hr.shape[1] != 3 or len(draws) != hr.shape[0]:
-        shape = tuple(hr.shape)
-        raise ValueError(f"expected (b, 3, h, w) and b draws, got {shape} and {len(draws)} draws")
-    images = [functools.reduce(_run, ops, x) for x, ops in zip(hr.float(), draws, strict=True)]
+    hr = check_images(hr)
+    if len(draws) != len(hr):
+        raise ValueError(f"{len(hr)} images need as many draws, got {len(draws)}")
+    images = [functools.reduce(_run, ops, x) for x, ops in zip(hr, draws, strict=True)]
     return (torch.stack(images) * 255).round() / 255
 
 
@@ -425,12 +427,13 @@ def label(hr: Tensor, ops: list[dict]) -> dict[str, str]:
 def degrade(
     hr: Tensor, config: DegradationConfig | str = "paper", generator: torch.Generator | None = None
 ) -> Degraded:
-    """Degrade a batch (b, 3, h, w) in [0, 1]: LR images, draws and labels. `config` is a config or
-    a preset's name."""
+    """Degrade a batch (b, 3, h, w) of floats in [0, 1] or uint8: LR images, draws and labels.
+    `config` is a config or a preset's name. Raises ValueError, in one sentence, for other input."""
     if isinstance(config, str):
         if config not in PRESETS:
             raise ValueError(f"no preset {config!r}; choose one of {', '.join(PRESETS)}")
         config = PRESETS[config]
+    hr = check_images(hr)
     h, w = hr.shape[-2:]
     if h % config.scale or w % config.scale:
         raise ValueError(f"image of {w}x{h} pixels does not divide by {config.scale}: crop it")

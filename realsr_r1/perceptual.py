@@ -44,11 +44,19 @@ def lpips_alex(device: str = "cpu") -> nn.Module:
     return net.to(device).eval().requires_grad_(False)
 
 
+def _check_alike(x: Tensor, y: Tensor) -> None:
+    if x.shape != y.shape or x.ndim != 4 or not (x.is_floating_point() and y.is_floating_point()):
+        got = ", ".join(f"{z.dtype} {tuple(z.shape)}" for z in (x, y))
+        raise ValueError(f"expected two batches (b, 3, h, w) of floats in [0, 1], got {got}")
+
+
 def distance(x: Tensor, y: Tensor) -> Tensor:
     """LPIPS-alex of two batches (b, 3, h, w) in [0, 1] → (b,), 0 is identical."""
+    _check_alike(x, y)
     return lpips_alex(str(x.device))(x, y, normalize=True).flatten()
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
     """PSNR in dB over RGB of two batches (b, 3, h, w) in [0, 1] → (b,)."""
+    _check_alike(x, y)
     return -10 * torch.log10(((x - y) ** 2).mean((1, 2, 3)).clamp_min(1e-10))

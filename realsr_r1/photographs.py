@@ -33,7 +33,7 @@ COUNTS = {"one": "", "two": "two", "few": "a few", "many": "many"}
 # The words of the annotations, as data: backgrounds and places with how each is put into words (a
 # background without an entry is a color or a light); subjects with an own word, and the wider word
 # that stands for every other one; what else may be seen.
-_WORDS = json.loads((ASSETS / "words.json").read_text())
+_WORDS = json.loads((ASSETS / "words.json").read_text(encoding="utf-8"))
 BACKGROUNDS, PLACES = _WORDS["backgrounds"], _WORDS["places"]
 SUBJECTS, EXTRAS = tuple(_WORDS["subjects"]), tuple(_WORDS["extras"])
 FOLDED = {name.replace("-", " "): w for w, names in _WORDS["wider"].items() for name in names}
@@ -171,7 +171,9 @@ def load(split: str, where: str | Path | None = None) -> list[Photograph]:
     if sorted(where.glob("annotated-*.parquet")):
         return [from_row(r, Stored(r["image"])) for r in read_parquet(where, split)]
     table = where / "annotations.csv"
-    with (table if table.exists() else ASSETS / "annotations.csv").open(newline="") as f:
+    with (table if table.exists() else ASSETS / "annotations.csv").open(
+        newline="", encoding="utf-8-sig"
+    ) as f:
         rows = [r for r in csv.DictReader(f) if r["split"] == split]
     found = []
     for row in rows:

@@ -13,12 +13,16 @@ ASSETS = ROOT / "realsr_r1" / "assets"
 
 def pins() -> dict[str, str]:
     return dict(
-        re.findall(r"^\s+- ([A-Za-z0-9_.-]+)==(\S+)$", (ROOT / "environment.yml").read_text(), re.M)
+        re.findall(
+            r"^\s+- ([A-Za-z0-9_.-]+)==(\S+)$",
+            (ROOT / "environment.yml").read_text(encoding="utf-8"),
+            re.M,
+        )
     )
 
 
 def test_every_requirement_is_pinned_inside_its_range():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     requirements = [
         Requirement(r) for r in project["dependencies"] + project["optional-dependencies"]["dev"]
     ]
@@ -39,7 +43,7 @@ def test_torchvision_imports_beside_this_torch():
 
 
 def test_every_asset_is_credited_and_every_credit_is_shipped():
-    with (ASSETS / "CREDITS.csv").open() as f:
+    with (ASSETS / "CREDITS.csv").open(encoding="utf-8-sig") as f:
         rows = list(csv.DictReader(f))
     listed = [r["file"] for r in rows]
     shipped = {

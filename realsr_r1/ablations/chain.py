@@ -99,7 +99,7 @@ def run(model: RealSR, photos: list, s: Settings, machine: Machine) -> Path:
         tags = DIRECT if variant.startswith("direct") else sft.TAGS
         found = measure(model, policy, tags, photos)
         rows += [{"variant": variant, "seed": s.seed, **row} for row in found]
-        with path.open("w", newline="") as f:
+        with path.open("w", newline="", encoding="utf-8") as f:
             w = csv.DictWriter(f, list(rows[0]))
             w.writeheader()
             w.writerows(rows)
@@ -109,7 +109,9 @@ def run(model: RealSR, photos: list, s: Settings, machine: Machine) -> Path:
 def table(paths: list[Path]) -> str:
     """Markdown: every variant's LPIPS and PSNR over all seeds, and the chain's paired difference
     to each of the others."""
-    rows = [r for path in paths for r in csv.DictReader(path.open(newline=""))]
+    rows = [
+        r for path in paths for r in csv.DictReader(path.open(newline="", encoding="utf-8-sig"))
+    ]
 
     def of(variant: str, key: str) -> np.ndarray:
         return np.array([float(r[key]) for r in rows if r["variant"] == variant])

@@ -71,12 +71,12 @@ def measure(model: RealSR, policy: ChainPolicy, photos: list) -> dict[str, float
 def run(model: RealSR, photos: list, s: Settings, machine: Machine) -> dict:
     """Train, measure, and add a row to `out`/optimizer.csv."""
     policy = train(model, s, machine).eval()
-    log = list(csv.DictReader((s.out / s.name / "log.csv").open(newline="")))
+    log = list(csv.DictReader((s.out / s.name / "log.csv").open(newline="", encoding="utf-8-sig")))
     row = {"optimizer": s.name, "seed": s.seed, "steps": int(log[-1]["step"])}
     row |= measure(model, policy, photos)
     path = s.out / "optimizer.csv"
     new = not path.exists()
-    with path.open("a", newline="") as f:
+    with path.open("a", newline="", encoding="utf-8") as f:
         w = csv.DictWriter(f, list(row))
         if new:
             w.writeheader()

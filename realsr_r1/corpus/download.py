@@ -119,7 +119,7 @@ def unpack(path: Path, archive: Archive, out: Path) -> int:
     """Write the annotated photographs of a downloaded archive to `out`/<source>/; returns how many.
 
     Raises ValueError, in one sentence, for a damaged archive, which is removed."""
-    with (ASSETS / "annotations.csv").open(newline="") as f:
+    with (ASSETS / "annotations.csv").open(newline="", encoding="utf-8-sig") as f:
         wanted = {r["file"] for r in DictReader(f) if r["source"] == archive.source}
     count = 0
     try:

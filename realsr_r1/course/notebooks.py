@@ -338,7 +338,7 @@ def repository(root: Path = ROOT) -> str:
     """OWNER/REPO of this checkout. Raises ValueError if pyproject.toml names none."""
     pyproject = root / "pyproject.toml"
     urls = (
-        tomllib.loads(pyproject.read_text())["project"].get("urls", {})
+        tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"].get("urls", {})
         if pyproject.exists()
         else {}
     )
@@ -378,9 +378,9 @@ def set_address(new: str, root: Path = ROOT) -> list[Path]:
         *sorted((root / "notebooks").glob("*.ipynb")),
         *sorted((root / "notebooks").glob("*.md")),
     ]:
-        text = path.read_text() if path.exists() else ""
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
         if (fresh := old.sub(rf"\g<1>{new}", text)) != text:
-            path.write_text(fresh)
+            path.write_text(fresh, encoding="utf-8")
             changed.append(path)
     return changed
 

@@ -189,7 +189,11 @@ def read_notes(picture: Path) -> dict:
     """The notes kept beside a picture: key, cost, what the chain said, scores. Empty if either file
     is absent or cut short."""
     try:
-        return json.loads(picture.with_suffix(".json").read_text()) if picture.exists() else {}
+        return (
+            json.loads(picture.with_suffix(".json").read_text(encoding="utf-8"))
+            if picture.exists()
+            else {}
+        )
     except (ValueError, OSError):
         return {}
 
@@ -322,10 +326,10 @@ def fid_all(
             hashlib.sha1("".join(read_notes(f)["key"] for f in files).encode()).hexdigest(),
             folder / "fid.txt",
         )
-        if not kept.exists() or kept.read_text().split()[0] != key:
+        if not kept.exists() or kept.read_text(encoding="utf-8").split()[0] != key:
             sharp = [place(originals, i, item) for i, item in enumerate(data.items)]
             write(kept, f"{key} {metrics.fid(files, sharp, device)}")
-        found[method] = float(kept.read_text().split()[1])
+        found[method] = float(kept.read_text(encoding="utf-8").split()[1])
     return found
 
 

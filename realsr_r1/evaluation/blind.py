@@ -77,7 +77,7 @@ def read_answers(out: Path) -> dict[int, str]:
     path = out / "answers.csv"
     if not path.exists():
         return {}
-    with path.open(newline="") as f:
+    with path.open(newline="", encoding="utf-8-sig") as f:
         return {int(r["pair"]): r["choice"] for r in csv.DictReader(f)}
 
 
@@ -87,7 +87,7 @@ def answer(out: Path, pair: int, choice: str) -> None:
         raise ValueError(f"an answer is left, right or same, not {choice!r}")
     path = out / "answers.csv"
     new = not path.exists()
-    with path.open("a", newline="") as f:
+    with path.open("a", newline="", encoding="utf-8") as f:
         w = csv.writer(f)
         if new:
             w.writerow(["pair", "choice"])

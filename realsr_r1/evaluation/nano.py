@@ -189,7 +189,7 @@ def table(rows: list[dict]) -> str:
 def write(rows: list[dict], out: Path, note: str) -> None:
     """`out`.csv with every row and `out`.md with the table under a line that says how it came."""
     names = list(dict.fromkeys(k for r in rows for k in r))
-    with out.with_suffix(".csv").open("w", newline="") as f:
+    with out.with_suffix(".csv").open("w", newline="", encoding="utf-8") as f:
         w = csv.DictWriter(f, names)
         w.writeheader()
         w.writerows(

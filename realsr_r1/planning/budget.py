@@ -210,7 +210,7 @@ def reset_peak(device: torch.device) -> float:
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except OSError as e:
         raise RuntimeError(
             "peak memory is measured on CUDA, or on Linux, which resets a process's own count: "
@@ -223,7 +223,7 @@ def status(name: str) -> float:
     """A field of this process's memory, in bytes."""
     return next(
         int(line.split()[1]) * 1024.0
-        for line in Path("/proc/self/status").read_text().splitlines()
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         if line.startswith(name + ":")
     )
 

@@ -386,7 +386,7 @@ def free_bytes(device) -> float:
         return torch.cuda.mem_get_info(device)[0]
     if not Path("/proc/meminfo").exists():
         return float("inf")
-    lines = Path("/proc/meminfo").read_text().splitlines()
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemAvailable"))
 
 

@@ -90,7 +90,7 @@ class Fit:
     def log(self, row: dict) -> None:
         path = self.out / "log.csv"
         new = not path.exists()
-        with path.open("a", newline="") as f:
+        with path.open("a", newline="", encoding="utf-8") as f:
             w = csv.DictWriter(f, list(row))
             if new:
                 w.writeheader()

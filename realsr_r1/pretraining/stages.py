@@ -192,7 +192,8 @@ def finish(run: Path, part: nn.Module, weights: Path, settings: Settings) -> Non
     part.half().save_pretrained(weights)
     part.float()
     (weights / "README.md").unlink(missing_ok=True)  # the hub's empty card
-    (run / "settings.json").write_text(json.dumps(asdict(settings), default=str, indent=1))
+    text = json.dumps(asdict(settings), default=str, indent=1)
+    (run / "settings.json").write_text(text, encoding="utf-8")
     (run / "checkpoint.pt").unlink(missing_ok=True)
 
 

@@ -265,7 +265,7 @@ def read_config(folder: Path) -> ChameleonConfig:
         raise FileNotFoundError(
             f"no config.json in {folder.name}/: give a folder in the hub's format"
         )
-    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     if kind not in ("chameleon", "chameleon_xllmx"):
         raise ValueError(
             f"{folder.name}/ holds a model of class {kind!r}, not Chameleon: take nonwhy/PURE "

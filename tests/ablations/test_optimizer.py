@@ -16,5 +16,5 @@ def test_each_optimizer_gets_its_row(tmp_path):
         s = optimizer.Settings(None, tmp_path, muon=muon, steps=20)
         row = optimizer.run(model, photos, s, Machine("cpu", 1))
         assert row["steps"] == 20 and 4 < row["rough_image"] < 9
-    with (tmp_path / "optimizer.csv").open(newline="") as f:
+    with (tmp_path / "optimizer.csv").open(newline="", encoding="utf-8-sig") as f:
         assert [r["optimizer"] for r in csv.DictReader(f)] == ["muon-0.004-0", "adamw-0.004-0"]

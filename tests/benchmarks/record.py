@@ -52,7 +52,7 @@ class Record:
     def __post_init__(self):
         self.out.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            with self.path.open(newline="") as f:
+            with self.path.open(newline="", encoding="utf-8-sig") as f:
                 self.rows = [
                     r for r in csv.DictReader(f) if None not in r.values()
                 ]  # a line cut by a kill is left out
@@ -85,7 +85,7 @@ class Record:
         new = dict(zip(FIELDS, values, strict=True))
         fresh = not self.path.exists() or not self.path.stat().st_size
         broken = not fresh and not self.path.read_bytes().endswith(b"\n")
-        with self.path.open("a", newline="") as f:
+        with self.path.open("a", newline="", encoding="utf-8") as f:
             if broken:
                 f.write("\n")
             writer = csv.DictWriter(f, FIELDS, lineterminator="\n")
@@ -189,7 +189,7 @@ class Peak:
 
     def __enter__(self):
         try:
-            Path("/proc/self/clear_refs").write_text("5")
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
             self.exact = True
         except OSError:
             self.exact = False
@@ -197,7 +197,7 @@ class Peak:
 
     def __exit__(self, *_):
         if self.exact:
-            lines = Path("/proc/self/status").read_text().splitlines()
+            lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
             self.gib = (
                 next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**20
             )

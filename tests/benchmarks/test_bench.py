@@ -24,11 +24,11 @@ def test_rows_survive_a_stop_and_the_newest_counts(tmp_path):
     first = Record(tmp_path, "restore")
     first.row("a photo", "9 s", "restore", 64, 9)
     first.row("a larger photo", "36 s", "restore", 256, 36)
-    with first.path.open("a") as f:
+    with first.path.open("a", encoding="utf-8") as f:
         f.write("restore,half a r")  # a kill in the middle of a line
     again = Record(tmp_path, "restore")
     again.row("a photo", "3 s", "restore", 64, 3)
-    table = (tmp_path / "bench.md").read_text()
+    table = (tmp_path / "bench.md").read_text(encoding="utf-8")
     assert (
         "| a photo | 3 s |" in table
         and "9 s" not in table
@@ -36,7 +36,7 @@ def test_rows_survive_a_stop_and_the_newest_counts(tmp_path):
         and "half" not in table
     )
     assert Record(tmp_path).points("restore") == ([64.0, 256.0], [3.0, 36.0])
-    with first.path.open(newline="") as f:
+    with first.path.open(newline="", encoding="utf-8-sig") as f:
         assert [r["result"] for r in csv.DictReader(f) if r["result"]] == ["9 s", "36 s", "3 s"]
 
 
@@ -49,7 +49,7 @@ def test_the_figure_has_the_fitted_exponents(tmp_path):
     assert record.write_figure() == {"group": pytest.approx(0.5, abs=1e-4)}
     assert Image.open(tmp_path / "bench.webp").width > 200
     record.row("last", "")
-    assert "bench.webp" in (tmp_path / "bench.md").read_text()
+    assert "bench.webp" in (tmp_path / "bench.md").read_text(encoding="utf-8")
 
 
 def test_contestants_take_turns_and_warm_up():
@@ -95,14 +95,14 @@ def test_the_command_refuses_what_would_mislead(tmp_path, capsys):
 def test_a_section_by_itself_without_the_peer(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(peer_degradation, "load", lambda: None)
     main(["degradation", "--small", "--out", str(tmp_path)])
-    table = (tmp_path / "bench.md").read_text()
+    table = (tmp_path / "bench.md").read_text(encoding="utf-8")
     assert "ms each" in table and "not installed" in table
     assert "sampled tokens" not in table
 
 
 def test_rollouts_and_a_step_are_timed_part_by_part(tmp_path):
     main(["rollouts", "grpo", "growth", "--small", "--out", str(tmp_path)])
-    table = (tmp_path / "bench.md").read_text()
+    table = (tmp_path / "bench.md").read_text(encoding="utf-8")
     assert "2 groups of 2, the first words" in table and "exponent: sample a group" in table
     pattern = r"sampling (\d+)%, rewards (\d+)%, forward, backward and rest (\d+)%"
     shares = [int(x) for x in re.search(pattern, table).groups()]

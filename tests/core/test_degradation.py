@@ -142,10 +142,23 @@ def test_words_and_back():
     [
         (lambda x: D.degrade(x, "worst"), "no preset 'worst'; choose one of paper"),
         (lambda x: D.degrade(x[..., :126]), "does not divide by 4"),
-        (lambda x: D.apply(x, []), "expected"),
+        (lambda x: D.apply(x, []), "1 images need as many draws, got 0"),
+        (lambda x: D.degrade(x[0]), r"expected a tensor of images \(b, 3, h, w\)"),
+        (lambda x: D.degrade(x[:0]), "expected a tensor of images"),
+        (lambda x: D.degrade(x.numpy()), "torch.as_tensor"),
+        (lambda x: D.degrade(x * 255), "scale the images first"),
+        (lambda x: D.degrade(x * 2 - 1), "scale the images first"),
+        (lambda x: D.degrade(x * torch.nan), "scale the images first"),
+        (lambda x: D.degrade((x * 255).int()), "scale the images first"),
         (lambda x: D.apply(x, [[{"op": "melt"}]]), "unknown operation 'melt'"),
     ],
 )
 def test_bad_input_gets_one_sentence(call, message, hr):
     with pytest.raises(ValueError, match=message):
         call(hr[None])
+
+
+def test_bytes_are_divided_by_255(hr):
+    pixels = (hr[None] * 255).round().byte()
+    one, other = (D.degrade(x, "nano") for x in (pixels, pixels / 255))
+    assert torch.equal(one.lr, other.lr)

@@ -210,7 +210,12 @@ def test_ctrl_c_among_the_tiles_keeps_what_is_done(tmp_path):
     photo, out = tmp_path / "photo.png", tmp_path / "out.png"
     Image.fromarray(np.stack([RAMP] * 3, 2)).resize((160, 160)).save(photo)
     command = [sys.executable, "-m", "realsr_r1", "restore", str(photo), "-o", str(out)]
-    run = subprocess.Popen([*command, "--batch", "1"], stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        [*command, "--batch", "1"],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # off in background jobs
+    )
     said = ""
     while "1/" not in said:  # the bar says that the first tile is done
         said += run.stderr.read(1)

@@ -27,6 +27,26 @@ def imported(path: Path) -> set[str]:
     return names
 
 
+def opens_text(call: ast.Call) -> bool:
+    """Whether a call reads or writes a file of text."""
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else ""
+    if name != "open":
+        return name in ("read_text", "write_text")
+    owner = ast.unparse(call.func.value)
+    mode = [a.value for a in call.args[:1] if isinstance(a, ast.Constant)]
+    other = owner in ("tarfile", "Image", "os") or len(mode) < len(call.args[:1])
+    return not other and mode in ([], ["r"], ["w"], ["a"])
+
+
+def test_text_files_name_their_encoding():
+    """Else Python before 3.15 takes the system's, and that of Windows holds few signs."""
+    for path in PACKAGE.rglob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and opens_text(call):
+                named = any(k.arg == "encoding" for k in call.keywords)
+                assert named, f"{path.name}, line {call.lineno}"
+
+
 def test_every_core_module_has_its_place():
     assert {p.stem for p in PACKAGE.glob("*.py")} == {*ORDER, *TOP}
 

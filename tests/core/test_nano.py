@@ -338,7 +338,7 @@ def test_a_whole_photo(model, tmp_path):
     for tile in a.tiles:  # read once: every tile draws under the same texts
         assert tile.chain.final_understand == a.reading.final_understand
     a.save(tmp_path / "out.png", trace=tmp_path / "trace.json")
-    trace = json.loads((tmp_path / "trace.json").read_text())
+    trace = json.loads((tmp_path / "trace.json").read_text(encoding="utf-8"))
     assert trace["complete"] and len(trace["tiles"]) == len(a.tiles)
     assert trace["settings"]["seed"] == 1 and len(trace["tiles"][0]["final_image"]) == 16
     assert Image.open(tmp_path / "out.png").size == (200, 164)

@@ -72,14 +72,14 @@ def test_a_mirror_image_changes_sides_only():
 
 def test_every_caption_of_the_table_is_in_the_vocabulary():
     words = set(photographs.vocabulary())
-    with (photographs.ASSETS / "annotations.csv").open(newline="") as f:
+    with (photographs.ASSETS / "annotations.csv").open(newline="", encoding="utf-8-sig") as f:
         for row in csv.DictReader(f):
             used = set(" ".join(from_row(row).captions).split())
             assert used <= words, used - words
 
 
 def test_splits_share_no_flower_photographer():
-    with (photographs.ASSETS / "annotations.csv").open(newline="") as f:
+    with (photographs.ASSETS / "annotations.csv").open(newline="", encoding="utf-8-sig") as f:
         rows = [r for r in csv.DictReader(f) if r["source"] == "flower_photos"]
     authors = {s: {r["author"] for r in rows if r["split"] == s} for s in photographs.SPLITS}
     assert all(authors.values())
@@ -92,7 +92,7 @@ def test_a_folder_with_a_table_is_read(tmp_path):
         (tmp_path / name).write_bytes(picture((64, 48)))
     rows = [ROW | {"file": "1.png"}, ROW | {"file": "2.png", "split": "val"}]
     rows.append(ROW | {"file": "missing.png"})
-    with (tmp_path / "annotations.csv").open("w", newline="") as f:
+    with (tmp_path / "annotations.csv").open("w", newline="", encoding="utf-8") as f:
         w = csv.DictWriter(f, list(ROW))
         w.writeheader()
         w.writerows(rows)

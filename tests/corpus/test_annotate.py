@@ -383,7 +383,9 @@ def counts(new, known=0, left_out=0):
 
 def test_lines_are_what_is_read_later(folder):
     assert annotate.annotate(folder, Scripted(), batch=2) == counts(5)
-    lines = [json.loads(x) for x in (folder / "captions.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(x) for x in (folder / "captions.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert [x["file"] for x in lines] == ALL
     cleaned = ["A bird.", "A white bird on grass.", "A white bird on grass."]
     assert lines[0]["captions"] == cleaned and lines[0]["tags"] == ["bird", "grass"]

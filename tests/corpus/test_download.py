@@ -32,7 +32,7 @@ def tar(files: dict[str, bytes]) -> bytes:
 
 
 def annotated(source: str, n: int = 2) -> list[str]:
-    with (photographs.ASSETS / "annotations.csv").open(newline="") as f:
+    with (photographs.ASSETS / "annotations.csv").open(newline="", encoding="utf-8-sig") as f:
         rows = [r for r in csv.DictReader(f) if r["source"] == source and r["split"] == "train"]
     return [r["file"] for r in rows[:n]]
 

@@ -55,7 +55,7 @@ def lab(tmp_path):
         "JUPYTER_CONFIG_DIR": str(home),
         "JUPYTER_RUNTIME_DIR": str(home),
     }
-    log = (tmp_path / "lab.log").open("w")
+    log = (tmp_path / "lab.log").open("w", encoding="utf-8")
     server = subprocess.Popen(
         [sys.executable, "-m", "jupyterlab", *options], env=env, stdout=log, stderr=log
     )
@@ -66,7 +66,9 @@ def lab(tmp_path):
                 urllib.request.urlopen(f"{base}/api?token={token}", timeout=2)
                 break
             except OSError:
-                assert server.poll() is None, (tmp_path / "lab.log").read_text()[-2000:]
+                assert server.poll() is None, (tmp_path / "lab.log").read_text(encoding="utf-8")[
+                    -2000:
+                ]
                 time.sleep(0.5)
         yield f"{base}/lab/tree/start.ipynb?token={token}"
     finally:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from realsr_r1.course import checks
 from realsr_r1.course import notebooks as course
 
 PATHS = course.notebooks()
@@ -205,7 +206,7 @@ def test_address_moves_everywhere(tmp_path):
         nb.cells[0].source == badge.replace("OWNER/realsr-r1", "me/fork")
         and nb.cells[1].source == "'git+https://github.com/me/fork'"
     )
-    assert (tmp_path / "README.md").read_text().split() == [
+    assert (tmp_path / "README.md").read_text(encoding="utf-8").split() == [
         "https://github.com/me/fork/issues",
         "https://github.com/OWNER/realsr-r1-old",
         "https://github.com/a/b",
@@ -234,7 +235,7 @@ def test_execute_saves_outputs_with_the_fingerprint_and_tidies_them(tmp_path, ca
 def test_a_failing_notebook_stops_the_course_with_one_sentence(tmp_path, capsys, monkeypatch):
     path = tmp_path / "00_broken.ipynb"
     course.write(notebook(("md", "# Broken"), ("code", "x = 1"), ("code", "y = x / 0")), path)
-    before = path.read_text()
+    before = path.read_text(encoding="utf-8")
     monkeypatch.setattr(course, "notebooks", lambda: [path])
     assert course.main(["run"]) == 1
     out, err = capsys.readouterr()
@@ -243,7 +244,7 @@ def test_a_failing_notebook_stops_the_course_with_one_sentence(tmp_path, capsys,
         err
         == 'error: 00_broken stopped in cell 3 ("y = x / 0"): ZeroDivisionError: division by zero\n'
     )
-    assert path.read_text() == before
+    assert path.read_text(encoding="utf-8") == before
 
 
 def test_unknown_names_get_one_sentence(capsys):
@@ -276,3 +277,22 @@ def test_without_a_name_the_address_is_the_remotes(tmp_path):
     assert course.remote_address(tmp_path) == "me/my-fork"
     git("remote", "set-url", "origin", "https://github.com/you/course")
     assert course.remote_address(tmp_path) == "you/course"
+
+
+def test_a_foreign_not_implemented_error_is_not_taken_for_the_stub(capsys):
+    def student(n: int, side: int) -> int:
+        raise NotImplementedError("aten::frobnicate is not implemented for cpu")
+
+    assert not checks.tokens.image_tokens(student)
+    assert "NotImplementedError: aten::frobnicate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", [float, np.float32, np.float64, torch.tensor, np.array])
+def test_an_answer_may_be_any_kind_of_number(kind):
+    assert checks.number(kind(0.5), "a share") == 0.5
+
+
+@pytest.mark.parametrize("answer", [None, True, "0.5", [0.5], torch.tensor([0.5, 0.5])])
+def test_what_is_no_number_is_named(answer):
+    with pytest.raises(checks.Mistake, match=r"return one number|returns nothing"):
+        checks.number(answer, "a share")

@@ -203,7 +203,7 @@ def test_every_check_knows_three_mistakes_and_the_empty_stub(capsys):
 def test_the_notebook_s_solutions_pass(capsys):
     cells = [
         "".join(c["source"])
-        for c in json.loads(NOTEBOOK.read_text())["cells"]
+        for c in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
         if c["cell_type"] == "markdown"
     ]
     solutions = [

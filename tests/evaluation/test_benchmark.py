@@ -86,9 +86,10 @@ def test_scores_are_those_of_the_8_bit_outputs_and_intervals_are_over_photos(run
     assert record["methods"]["nearest"]["scores"]["psnr_rgb"] == pytest.approx(by_hand, abs=1e-4)
     assert (
         record["ids"] == [i.id for i in data.items]
-        and json.loads((tmp_path / "out" / "benchmark-toy.json").read_text()) == record
+        and json.loads((tmp_path / "out" / "benchmark-toy.json").read_text(encoding="utf-8"))
+        == record
     )
-    with (tmp_path / "out" / "benchmark-toy.csv").open() as f:
+    with (tmp_path / "out" / "benchmark-toy.csv").open(encoding="utf-8-sig") as f:
         rows = {(r["method"], r["measure"]): r for r in csv.DictReader(f)}
     photos = np.array(by_hand).reshape(3, 2).mean(1)
     row, base = rows["nearest", "psnr_rgb"], rows["gray", "psnr_rgb"]
@@ -154,7 +155,7 @@ def test_a_photo_that_cannot_be_read_is_no_methods_fault(run, data):
 
 def test_the_table_says_everything(run, tmp_path):
     run(measures=["psnr_rgb", "brisque", "fid", "niqe"])
-    text = (tmp_path / "out" / "benchmark-toy.md").read_text()
+    text = (tmp_path / "out" / "benchmark-toy.md").read_text(encoding="utf-8")
     assert (
         "| method | psnr_rgb ↑ | s / megapixel | peak MB |" in text
         and "| minus gray, paired | psnr_rgb ↑ |" in text
@@ -238,7 +239,7 @@ def test_fid_is_computed_once_for_each_method_of_enough_pictures(run, data, monk
         (data.items[2].read()[1] * 255).round().byte().permute(1, 2, 0).numpy(),
     )
     assert run(measures=["fid", "psnr_rgb"])["methods"]["nearest"]["fid"] == 2.0 and len(calls) == 2
-    assert "| fid ↓ |" in (tmp_path / "out" / "benchmark-toy.md").read_text()
+    assert "| fid ↓ |" in (tmp_path / "out" / "benchmark-toy.md").read_text(encoding="utf-8")
 
 
 # ---------------------------------------------------------------- going on
@@ -392,7 +393,7 @@ def test_accuracy_of_the_text_reaches_the_table(run, pairs, model, monkeypatch, 
     assert said["degradation"] == pytest.approx(np.mean(labels, axis=0).tolist())
     two = [said["subject"], said["background"]]
     assert said["understanding"] == pytest.approx(np.mean(two, axis=0).tolist())
-    text = (tmp_path / "out" / "benchmark-some.md").read_text()
+    text = (tmp_path / "out" / "benchmark-some.md").read_text(encoding="utf-8")
     assert (
         "| the chain says rightly | subject |" in text and "| degradation | understanding |" in text
     )
@@ -433,10 +434,9 @@ def test_methods_that_cannot_be_had_are_named_and_the_others_go_on(run, tmp_path
     record = run(
         {"gray": failing, "nearest": nearest}, cache=tmp_path / "second"
     )  # even the baseline
-    assert (
-        list(record["methods"]) == ["nearest"]
-        and "minus" not in (tmp_path / "out" / "benchmark-toy.md").read_text()
-    )
+    assert list(record["methods"]) == ["nearest"] and "minus" not in (
+        tmp_path / "out" / "benchmark-toy.md"
+    ).read_text(encoding="utf-8")
     with pytest.raises(
         ValueError, match="none of the methods can be had here: gray, left out, no ncnn"
     ):
@@ -469,7 +469,7 @@ def test_the_command_measures_a_folder_and_says_errors_in_a_sentence(tmp_path, c
     assert main(["eval", "benchmark", "--data", str(tmp_path / "mine"), *what, *rest]) == 0
     assert "| lanczos |" in capsys.readouterr().out
     (table,) = (tmp_path / "out").glob("benchmark-mine-*.csv")
-    record = json.loads(table.with_suffix(".json").read_text())
+    record = json.loads(table.with_suffix(".json").read_text(encoding="utf-8"))
     assert record["baseline"] == "bicubic"
     assert all(len(m["scores"]["niqe"]) == 2 for m in record["methods"].values())
     assert main(["eval", "benchmark", "--data", "nowhere", *rest]) == 2

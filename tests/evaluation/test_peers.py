@@ -53,10 +53,10 @@ class FakeNet:
         FakeNet.made.append(self)
 
     def load_param(self, path):
-        return 0 if Path(path).read_text() == "good" else -1
+        return 0 if Path(path).read_text(encoding="utf-8") == "good" else -1
 
     def load_model(self, path):
-        return 0 if Path(path).read_text() == "good" else -1
+        return 0 if Path(path).read_text(encoding="utf-8") == "good" else -1
 
     def create_extractor(self):
         given = {}
@@ -176,7 +176,7 @@ def test_an_absent_package_is_named_with_the_line_that_installs_it(nothing, name
         peers, "find_spec", lambda module: ModuleSpec(module, None) if module == "ncnn" else None
     )
     method = peers.METHODS[name]
-    with pytest.raises(RuntimeError, match=f"{method.package}.*realsr eval peers") as error:
+    with pytest.raises(RuntimeError, match=f"{method.package}.*realsr peers") as error:
         peers.load(name)
     assert "\n" not in str(error.value)
     assert ("realsr_r1[peers]" in str(error.value)) == (name != "realsr-df2k-jpeg")

@@ -179,6 +179,6 @@ def test_the_slurm_example_starts_every_machine():
 
 
 def test_the_configurations_are_shipped():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert "configs/*" in project["tool"]["setuptools"]["package-data"]["realsr_r1"]
     assert len(list(CONFIGS.glob("*"))) == 5

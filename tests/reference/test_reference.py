@@ -495,7 +495,9 @@ def damaged(folder, tmp_path):
             (tmp_path / path.name).write_bytes(path.read_bytes())
         if config:
             (tmp_path / "config.json").write_text(
-                json.dumps(json.loads((folder / "config.json").read_text()) | config)
+                json.dumps(
+                    json.loads((folder / "config.json").read_text(encoding="utf-8")) | config
+                )
             )
         if state:
             tensors = load_file(folder / "model.safetensors")

@@ -8,7 +8,14 @@ A check never raises and never blocks the notebook; it prints its verdict and re
 import contextlib
 import functools
 import io
+import math
+import numbers
 from collections.abc import Callable
+
+import numpy as np
+from torch import Tensor
+
+UNWRITTEN = "not written yet: fill in the function above, run it, and run this cell again"
 
 
 class Mistake(Exception):
@@ -31,6 +38,24 @@ def expect(condition: bool, sentence: str) -> None:
         raise Mistake(sentence)
 
 
+def number(out, what: str) -> float:
+    """The student's answer as a float; any kind of number will do, numpy's and one-element tensors
+    included."""
+    expect(out is not None, "your function returns nothing: end it with return")
+    if isinstance(out, Tensor | np.ndarray) and math.prod(out.shape) == 1:
+        out = out.item()
+    known = isinstance(out, numbers.Real | np.number) and not isinstance(out, bool)
+    expect(known, f"return one number ({what}), not {type(out).__name__}")
+    return float(out)
+
+
+def is_whole(out) -> bool:
+    """Whether the answer is an integer of any kind."""
+    if isinstance(out, Tensor):
+        return out.numel() == 1 and not out.is_floating_point()
+    return isinstance(out, numbers.Integral) and not isinstance(out, bool)
+
+
 def check(body: Callable[[Callable], None]) -> Callable[[Callable], Verdict]:
     """Make a check of a body that takes the student's function and raises `Mistake` where it is
     wrong."""
@@ -39,12 +64,12 @@ def check(body: Callable[[Callable], None]) -> Callable[[Callable], Verdict]:
     def run(student: Callable) -> Verdict:
         try:
             body(student)
-        except NotImplementedError:
-            verdict = "not written yet: fill in the function above, run it, and run this cell again"
         except Mistake as e:
             verdict = str(e)
         except Exception as e:  # whatever a student's code may do
             verdict = f"your function stopped with {type(e).__name__}: {e}"
+            if isinstance(e, NotImplementedError) and not e.args:  # the stub's; torch gives reasons
+                verdict = UNWRITTEN
         else:
             print(f"✓ {body.__name__}: right")
             return Verdict(True)

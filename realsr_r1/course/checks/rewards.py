@@ -9,7 +9,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from realsr_r1 import rewards, vlcot
-from realsr_r1.course.checks import Mistake, check, expect
+from realsr_r1.course.checks import Mistake, check, expect, number
 
 
 def form(completion: str) -> float:
@@ -52,15 +52,6 @@ def _part(tag: str, text: str) -> str:
     return f"<{tag}> {text} </{tag}>"
 
 
-def _number(out, what: str) -> float:
-    expect(out is not None, "your function returns nothing: end it with return")
-    expect(
-        isinstance(out, int | float) and not isinstance(out, bool),
-        f"return one number ({what}), not {type(out).__name__}",
-    )
-    return float(out)
-
-
 def _near(a: float, b: float) -> bool:
     return abs(a - b) < 1e-5
 
@@ -79,7 +70,7 @@ def in_form(student) -> None:
     tags, whole = vlcot.TAGS, _toy(*vlcot.TAGS)
 
     def one(text: str) -> float:
-        return _number(student(text), "1.0 or 0.0")
+        return number(student(text), "1.0 or 0.0")
 
     expect(one(whole) == 1, f"the seven parts in order are 1, you give {one(whole):g}")
     lines = whole.replace("> <", ">\n<")
@@ -107,7 +98,7 @@ def degradation_share(student) -> None:
     true = "medium blur, downsample, heavy noise, light compression, upsample"
 
     def share(said: str) -> float:
-        return _number(student(said, true), "the share of labels that are right")
+        return number(student(said, true), "the share of labels that are right")
 
     whole = share(true)
     expect(not _near(whole, 5), "you return the number of right labels: divide it by 5")
@@ -150,7 +141,7 @@ def tag_recall(student) -> None:
     """(text, tags) → share of the tags that the text names as whole words, synonyms replaced."""
 
     def recall(text: str, tags: list[str]) -> float:
-        return _number(student(text, tags), "the share of tags that are named")
+        return number(student(text, tags), "the share of tags that are named")
 
     three = recall("a man with a hat beside a car", ["man", "hat", "car", "tree"])
     expect(
@@ -327,8 +318,7 @@ def zero_spread_share(student) -> None:
     )
     out = student(table)
     expect(out is not None, "your function returns nothing: end it with return")
-    out = out.item() if isinstance(out, Tensor) and out.numel() == 1 else out
-    value = _number(out, "the share of dead groups")
+    value = number(out, "the share of dead groups")
     expect(
         not _near(value, 2), "you return the number of dead groups: divide by the number of groups"
     )

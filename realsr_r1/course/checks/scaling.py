@@ -6,16 +6,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from realsr_r1.course.checks import Mistake, check, expect
-
-
-def _number(out, what: str) -> float:
-    expect(out is not None, "your function returns nothing: end it with return")
-    expect(
-        isinstance(out, int | float) and not isinstance(out, bool),
-        f"return one number ({what}), not {type(out).__name__}",
-    )
-    return float(out)
+from realsr_r1.course.checks import Mistake, check, expect, is_whole, number
 
 
 def _near(a: float, b: float) -> bool:
@@ -95,7 +86,7 @@ def chain_budget(student) -> None:
     out = student(*case)
     expect(out is not None, "your function returns nothing: end it with return")
     expect(isinstance(out, tuple) and len(out) == 2, "return two numbers, (prompt, completion)")
-    prompt, completion = (_number(x, "a count of tokens") for x in out)
+    prompt, completion = (number(x, "a count of tokens") for x in out)
     images, lr, (p, c) = 276 + 1060 + 4164, 4164, _chain_budget(*case)
     expect(
         prompt != c or completion != p,
@@ -134,8 +125,7 @@ def chain_budget(student) -> None:
         f"the completion has {c:,} tokens: texts, images, end of turn; you say {completion:,.0f}",
     )
     expect(
-        not any(isinstance(x, float) for x in out),
-        "a count of tokens is an integer: divide with //, not with /",
+        all(is_whole(x) for x in out), "a count of tokens is an integer: divide with //, not with /"
     )
     for other in ((512, 5, [512], [], 8), (256, 20, [64, 128], [3, 4, 5], 16)):
         got, right = tuple(student(*other)), _chain_budget(*other)
@@ -203,7 +193,7 @@ def cache_bytes(student) -> None:
     """(layers, kv heads, head dimension, tokens, chains, bytes an element) → bytes of keys and
     values."""
     case = (3, 5, 7, 11, 13, 2)
-    got, right = _number(student(*case), "bytes"), _cache_bytes(*case)
+    got, right = number(student(*case), "bytes"), _cache_bytes(*case)
     if got != right:
         expect(
             got != right / 2 or student(*case[:5], 4) == 2 * got,
@@ -234,11 +224,11 @@ def zero_bytes(student) -> None:
     """(parameters, devices, stage 0…3) → bytes a device of weights, gradients and
     optimizer states."""
     n, d = 1_000_000, 8
-    got = [_number(student(n, d, s), "bytes a device") / n for s in range(4)]
+    got = [number(student(n, d, s), "bytes a device") / n for s in range(4)]
     right = [_zero_bytes(n, d, s) / n for s in range(4)]
     if all(_near(a, b) for a, b in zip(got, right, strict=True)):
         expect(
-            _near(_number(student(n, 1, 3), "bytes"), 16.0 * n),
+            _near(number(student(n, 1, 3), "bytes"), 16.0 * n),
             "on one device there is nothing to share: 16 bytes a parameter at any stage",
         )
         return
@@ -300,10 +290,7 @@ def accept_or_redraw(student) -> None:
                 student(p, q, x, u, v)
                 for v in ((0.1, 0.3, 0.5, 0.7, 0.9) if u * q[x] >= p[x] else (0.5,))
             ]
-            expect(
-                all(isinstance(e, int) for e in ends),
-                "return the word as an int: int(...) turns a tensor of one element into it",
-            )
+            expect(all(is_whole(e) for e in ends), "return the word as one integer")
             expect(all(0 <= e < 4 for e in ends), "a word is an index into p, from 0 on")
             kept[x] += sum(e == x for e in ends) / len(ends) / steps
             for e in ends:
@@ -362,7 +349,7 @@ def grpo_cost(student) -> None:
     out = student(*case)
     expect(out is not None, "your function returns nothing: end it with return")
     expect(isinstance(out, tuple) and len(out) == 2, "return two numbers, (hours, money)")
-    hours, money = (_number(x, "hours or money") for x in out)
+    hours, money = (number(x, "hours or money") for x in out)
     h, m = _grpo_cost(*case)
     if not _near(hours, h):
         expect(not _near(hours, h * 3600), "those are seconds: divide by 3,600")

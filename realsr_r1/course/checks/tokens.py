@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from realsr_r1.course.checks import Mistake, check, expect
+from realsr_r1.course.checks import Mistake, check, expect, is_whole
 from realsr_r1.vlcot import image_length
 
 
@@ -54,7 +54,7 @@ def image_tokens(student: Callable) -> None:
     expect(got != side + 2, "you count one row of codes: an image has n by n of them")
     expect(got != side * side, "you count the codes alone: add the start and the end token")
     expect(got != side * side + 1, "start and end are two tokens: you left one out")
-    expect(not isinstance(got, float), "a token count is an integer: divide with //, not with /")
+    expect(is_whole(got), "a token count is an integer: divide with //, not with /")
     for n, size in ((128, 8), (256, 8), (512, 8), (32, 8), (128, 16)):
         got, right = student(n, size), count_tokens(n, size)
         if got != right:
