@@ -1,14 +1,17 @@
 """What every module may need: the device, the table of all seeds, files that appear whole."""
 
+import json
 import math
 import numbers
 import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 # Whoever draws photographs has seeds of its own, so that no two of them meet the same crops.
@@ -69,6 +72,20 @@ def atomic(path: str | Path) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def whole(path: Path) -> bool:
+    """Whether a file of a checkpoint (safetensors, torch's zip, JSON, other) was written to its
+    end."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt"):
+                return True
+        if path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+        return path.suffix not in (".pt", ".pth") or zipfile.is_zipfile(path)
+    except (SafetensorError, OSError, ValueError):
+        return False
 
 
 def device_of(name: str | None) -> torch.device:

@@ -21,11 +21,10 @@ from datasets import Dataset
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import prepare_fsdp, unwrap_model_for_generation
 
-from realsr_r1.common import check_number, device_of
+from realsr_r1.common import check_number, device_of, whole
 from realsr_r1.objective import combined_advantages
 from realsr_r1.photographs import Pairs, Photograph
 from realsr_r1.policy import ChainPolicy
@@ -272,7 +271,7 @@ def arguments(out: Path, settings: GrpoSettings, device: str | None, length: int
         use_cpu=device_of(device).type == "cpu",
         logging_steps=1,
         save_steps=s.save_steps,
-        save_total_limit=1,
+        save_total_limit=2,
         report_to=[],
         remove_unused_columns=False,
         weight_decay=0.0,
@@ -312,6 +311,16 @@ def trainer_of(
     )
 
 
+def last_checkpoint(folder: Path) -> str | None:
+    """The last checkpoint in a folder that was saved to its end; None if there is none."""
+    found = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    for path in sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")), reverse=True):
+        if (path / "trainer_state.json").exists() and all(map(whole, path.glob("*.*"))):
+            return str(path)  # the state is the last file that transformers writes
+        print(f"{path.name} was cut short while it was saved: passed over", flush=True)
+    return None
+
+
 def train_grpo(
     policy: ChainPolicy,
     dataset: Dataset,
@@ -334,8 +343,7 @@ def train_grpo(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     trainer = trainer_of(policy, dataset, rewards, out, settings, device)
-    folder = out / "checkpoints"
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(out / "checkpoints"))
     here, trained = trainer.accelerator, trainer.policy
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         state = here.get_state_dict(trainer.model_wrapped)  # whole in the main process alone

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from realsr_r1 import vlcot
+from realsr_r1.common import check_number
 from realsr_r1.decoding import Decoder
 from realsr_r1.grammar import LayoutGrammar
 from realsr_r1.policy import CELLS, FIRST_CELL, ChainPolicy
@@ -29,8 +30,10 @@ class Sampling:
     num_generations: int = 1  # chains per LR photo
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0 or self.image_temperature <= 0:
-            raise ValueError("a temperature must be above 0: for greedy images take 0.01")
+        for name in ("temperature", "image_temperature"):
+            check_number(name, getattr(self, name), 0.001)
+        check_number("guidance", self.guidance, 0.0)
+        check_number("num_generations", self.num_generations, 1)
 
     @staticmethod
     def rollout(num_generations: int = 1) -> "Sampling":

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from realsr_r1.common import check_number
+from realsr_r1.common import check_number, whole
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,17 @@ class Fit:
         state = {"step": self.step, "seconds": self.seconds, "model": self.model.state_dict()}
         state |= {"optimizer": self.optimizer.state_dict(), "average": self.average.state_dict()}
         state["extra"] = {k: v.state_dict() for k, v in self.extra.items()}
+        last, before = self.out / "checkpoint.pt", self.out / "checkpoint.before.pt"
         torch.save(state, self.out / "checkpoint.part")
-        (self.out / "checkpoint.part").replace(self.out / "checkpoint.pt")
+        if last.exists():
+            last.replace(before)
+        (self.out / "checkpoint.part").replace(last)
 
     def resume(self) -> None:
-        """Go on from the last checkpoint, if there is one."""
-        path = self.out / "checkpoint.pt"
-        if not path.exists():
+        """Go on from the last checkpoint that is whole, if there is one."""
+        kept = [self.out / f"checkpoint{which}.pt" for which in ("", ".before")]
+        path = next((p for p in kept if p.exists() and whole(p)), None)
+        if path is None:
             (self.out / "log.csv").unlink(missing_ok=True)
             return
         device = next(self.model.parameters()).device

@@ -194,7 +194,8 @@ def finish(run: Path, part: nn.Module, weights: Path, settings: Settings) -> Non
     (weights / "README.md").unlink(missing_ok=True)  # the hub's empty card
     text = json.dumps(asdict(settings), default=str, indent=1)
     (run / "settings.json").write_text(text, encoding="utf-8")
-    (run / "checkpoint.pt").unlink(missing_ok=True)
+    for kept in run.glob("checkpoint*.pt"):
+        kept.unlink()
 
 
 def run(what: str, settings: Settings) -> None:

@@ -3,6 +3,7 @@
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from realsr_r1 import grpo, photographs
 from realsr_r1.grpo import ChainGRPOTrainer, GrpoSettings, arguments, part_advantages
@@ -141,6 +142,24 @@ def test_a_run_goes_on_from_its_checkpoint(rows, tmp_path):
     grpo.train_grpo(tiny(), rows, REWARDS, tmp_path, long, "cpu")
     log = pd.read_csv(tmp_path / "log.csv")
     assert log["reward"].notna().sum() == 2 and int(log["step"].max()) == 2
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
+def test_a_checkpoint_cut_short_is_passed_over(tmp_path, name, capsys):
+    (tmp_path / "checkpoint-tmp").mkdir()
+    for step in (9, 10):
+        place = tmp_path / f"checkpoint-{step}"
+        place.mkdir()
+        save_file({"x": torch.ones(100)}, place / "model.safetensors")
+        torch.save({"x": torch.ones(100)}, place / "optimizer.pt")
+        (place / "trainer_state.json").write_text('{"global_step": 9}')
+    assert grpo.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    path = tmp_path / "checkpoint-10" / name
+    path.write_bytes(path.read_bytes()[:-10])
+    assert grpo.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-9")
+    assert "checkpoint-10 was cut short" in capsys.readouterr().out
+    (tmp_path / "checkpoint-9" / "trainer_state.json").unlink()
+    assert grpo.last_checkpoint(tmp_path) is None
 
 
 def test_errors_come_before_anything_is_sampled(rows, tmp_path):
