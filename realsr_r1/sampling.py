@@ -31,7 +31,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name in ("temperature", "image_temperature"):
-            check_number(name, getattr(self, name), 0.001)
+            check_number(name, getattr(self, name), 1e-6)
         check_number("guidance", self.guidance, 0.0)
         check_number("num_generations", self.num_generations, 1)
 
@@ -140,11 +140,16 @@ def _collect(writer: _Writer, ids: Tensor, logprobs: Tensor) -> Samples:
     return Samples(ids, logprobs, chains, codes.unflatten(1, (GRIDS[-1], GRIDS[-1])))
 
 
-def _uniform(generator: torch.Generator | list[torch.Generator] | None, n: int) -> Tensor:
-    """Numbers (n,) in [0, 1)."""
+def _uniform(generator: torch.Generator | list[torch.Generator] | None, free: Tensor) -> Tensor:
+    """Numbers in [0, 1) for rows (b,). A photo's own generator gives some only where a token is
+    `free`, neither forced nor greedy: so images have the same noise under short and long texts."""
     if not isinstance(generator, list):
-        return torch.rand(n, generator=generator)
-    return torch.cat([torch.rand(n // len(generator), generator=g) for g in generator])
+        return torch.rand(len(free), generator=generator)
+    out = torch.zeros(len(generator), len(free) // len(generator))
+    for row, some, g in zip(out, free.cpu().view(out.shape), generator, strict=True):
+        if some.any():
+            row[:] = torch.rand(len(row), generator=g)
+    return out.flatten()
 
 
 @torch.no_grad()
@@ -176,7 +181,8 @@ def sample(
         mask, cell = grammar.allowed(state), grammar.cell[state]
         logits = writer.logits().masked_fill(~mask, float("-inf"))
         chosen = _guided(logits, blind, cell >= 0, sampling.guidance)
-        u = _uniform(generator, len(state)).to(policy.device)
+        free = ~grammar.forced[state] & ((cell >= 0) | (not sampling.greedy_text))
+        u = _uniform(generator, free).to(policy.device)
         token = _chosen(chosen, cell >= 0, sampling, vocabulary.first_code, u)
         if prefix is not None and i < prefix.shape[1]:
             token = prefix[:, i].to(policy.device)

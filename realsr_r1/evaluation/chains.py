@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from realsr_r1 import perceptual, sft
+from realsr_r1.common import generator
 from realsr_r1.evaluation.nano import cluster_of
 from realsr_r1.photographs import Pairs, Photograph
 from realsr_r1.pipeline import RealSR
@@ -58,11 +59,11 @@ def chain_metrics(policy: ChainPolicy, ids: Tensor, lr: Tensor) -> dict[str, Ten
 def under_texts(
     model: RealSR, lr: Tensor, texts: list[dict[str, str]], sampling: Sampling, seed: int
 ) -> Tensor:
-    """Pictures (b, 3, 128, 128) of LR photos (b, 3, 32, 32), each drawn under given texts."""
+    """Pictures (b, 3, 128, 128) of LR photos (b, 3, 32, 32), each drawn under given texts, a
+    photo with the same noise whatever they say."""
     out = []
     for i, (x, given) in enumerate(zip(lr.split(1), texts, strict=True)):
-        g = torch.Generator().manual_seed(seed * 1_000_003 + i)
-        codes = model.sample(x, sampling, g, given).codes
+        codes = model.sample(x, sampling, [generator(seed, i)], given).codes
         out.append(model.decode(codes, x).cpu())
     return torch.cat(out)
 
@@ -84,8 +85,8 @@ def report(
     ]
     sampling = Sampling(image_temperature=temperature)
     free = torch.cat([well_formed(model, x, seed) for x in lr.split(48)])
-    generator = torch.Generator().manual_seed(seed)
-    chains = [c for x in lr.split(48) for c in model.sample(x, sampling, generator).chains]
+    g = torch.Generator().manual_seed(seed)
+    chains = [c for x in lr.split(48) for c in model.sample(x, sampling, g).chains]
     own = [{t: getattr(c, t) for t in TEXT_TAGS} for c in chains]
     true = [dict(zip(TEXT_TAGS, (x["degradation"], *x["captions"]), strict=True)) for x in items]
     other = [

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from realsr_r1 import sft, vlcot
+from realsr_r1 import sampling, sft, vlcot
+from realsr_r1.common import generator
 from realsr_r1.decoding import Decoder
 from realsr_r1.evaluation.chains import chain_metrics
 from realsr_r1.pipeline import CODE, STRIDE, TILE, RealSR, decode_grid, origins, pad, put
@@ -202,6 +203,16 @@ def test_guidance_of_one_is_off_and_others_change_images(model, lr):
         return model.sample(lr, Sampling(guidance=w), torch.Generator().manual_seed(0)).codes
 
     assert torch.equal(draw(1.0), draw(1.0)) and not torch.equal(draw(1.0), draw(3.0))
+
+
+def test_images_have_the_same_noise_under_short_and_long_texts(model, lr, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(sampling, "choose", lambda logits, u: drawn.append(u) or choose(logits, u))
+    for text in ("a tulip", "a tulip in a field on a white background"):
+        given = dict.fromkeys(vlcot.TEXT_TAGS, text) | {"degradation": LABELS}
+        model.sample(lr[:1], Sampling(), [generator(3)], given)
+    numbers = [float(u) for u in drawn if float(u)]
+    assert len(numbers) == 2 * 336 and numbers[:336] == numbers[336:]
 
 
 def test_top_k_and_choice():

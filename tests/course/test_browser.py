@@ -1,5 +1,5 @@
-"""A real browser: JupyterLab opens the first notebook, runs it up to its slider, and moving the
-slider changes the picture.
+"""A real browser: JupyterLab opens a notebook, runs it, and moving a slider or pressing a button
+changes the picture.
 
 Runs where `chromium` and the Python package `playwright` are installed, and is skipped elsewhere.
 """
@@ -26,12 +26,12 @@ playwright = pytest.importorskip(
 
 
 @pytest.fixture
-def lab(tmp_path):
-    """A JupyterLab server on the first notebook, cut after its widget; yields the notebook's
-    address."""
-    nb = course.read(course.NOTEBOOKS / "00_start_here.ipynb")
-    at = next(i for i, c in enumerate(nb.cells) if "widget" in c.metadata.get("tags", []))
-    nb.cells = nb.cells[: at + 1]
+def lab(tmp_path, request):
+    """A JupyterLab server on a notebook, cut after its first cell tagged "widget" if it has one;
+    yields the notebook's address."""
+    nb = course.read(course.NOTEBOOKS / f"{request.param}.ipynb")
+    at = [i for i, c in enumerate(nb.cells) if "widget" in c.metadata.get("tags", [])]
+    nb.cells = nb.cells[: at[0] + 1] if at else nb.cells
     for cell in nb.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
@@ -80,7 +80,9 @@ def lab(tmp_path):
         log.close()
 
 
-def test_the_slider_moves_the_picture(lab):
+@pytest.fixture
+def page(lab):
+    """A page of the browser on the notebook, all its cells running."""
     with playwright.sync_playwright() as p:
         browser = p.chromium.launch(
             executable_path=CHROMIUM,
@@ -93,19 +95,55 @@ def test_the_slider_moves_the_picture(lab):
             page.locator(".jp-Notebook h1").first.wait_for()
             page.get_by_role("menuitem", name="Run", exact=True).click()
             page.get_by_text("Run All Cells", exact=True).click()
-            picture = page.locator(".jp-OutputArea .widget-image").first
-            picture.wait_for(state="attached", timeout=400_000)
-            picture.scroll_into_view_if_needed()
-            before, seen = picture.get_attribute("src"), picture.screenshot()
-            handle = page.locator(".jp-OutputArea .widget-slider .noUi-handle").first
-            handle.focus()
-            for _ in range(10):
-                handle.press("ArrowRight")
-            page.wait_for_function(
-                "([e, old]) => e.src !== old", arg=[picture.element_handle(), before]
+            page.locator(".jp-OutputArea .widget-image").first.wait_for(
+                state="attached", timeout=400_000
             )
-            page.wait_for_timeout(1500)
-            assert picture.screenshot() != seen
-            assert page.locator(".widget-slider .widget-readout").first.inner_text() == "60"
+            yield page
         finally:
             browser.close()
+
+
+def until_it_changes(page, picture, act) -> None:
+    """Do `act` and wait for another picture."""
+    before = picture.get_attribute("src")
+    act()
+    page.wait_for_function("([e, old]) => e.src !== old", arg=[picture.element_handle(), before])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lab", ["00_start_here"], indirect=True)
+def test_the_slider_moves_the_picture(page):
+    picture = page.locator(".jp-OutputArea .widget-image").first
+    picture.scroll_into_view_if_needed()
+    seen = picture.screenshot()
+    handle = page.locator(".jp-OutputArea .widget-slider .noUi-handle").first
+    handle.focus()
+    until_it_changes(page, picture, lambda: [handle.press("ArrowRight") for _ in range(10)])
+    page.wait_for_timeout(1500)
+    assert picture.screenshot() != seen
+    assert page.locator(".widget-slider .widget-readout").first.inner_text() == "60"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lab", ["playground"], indirect=True)
+def test_the_playground_is_played_with(page):
+    """Damage, write, other words, blind choice, save."""
+    pictures = page.locator(".jp-OutputArea .widget-image")
+    handle = page.locator(".jp-OutputArea .widget-slider .noUi-handle").nth(1)
+    handle.focus()
+    until_it_changes(page, pictures.nth(0), lambda: handle.press("ArrowRight"))
+    press = lambda name: page.get_by_role("button", name=name, exact=True).click()  # noqa: E731
+    until_it_changes(page, pictures.nth(4), lambda: press("write the chain"))
+    words = page.locator(".jp-OutputArea .widget-text input[type=text]").nth(1)
+    page.get_by_text("LPIPS to the truth").wait_for()
+    assert words.input_value()
+    words.fill("a yellow dandelion on grass")
+    words.press("Tab")
+    until_it_changes(page, pictures.nth(4), lambda: press("draw again under these words"))
+    page.get_by_text("to the picture before").wait_for()
+    press("compare blind")
+    page.get_by_text("which is better?").wait_for()
+    press("A is better")
+    page.get_by_text("so far: ").wait_for()
+    press("save")
+    page.get_by_text("saved as ").wait_for()
