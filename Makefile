@@ -4,7 +4,7 @@ VENV ?= .venv
 # Waiting threads must sleep: two that spin on a busy core slow each other down a hundredfold.
 RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python
 
-.PHONY: install course lab student solutions address demo test test-fast lint bench clean
+.PHONY: install course lab student solutions address demo test test-fast test-oldest lint bench clean
 
 install: $(VENV)/.installed
 
@@ -47,6 +47,15 @@ test-fast: install
 	$(RUN) -m ruff check .
 	$(RUN) -m pytest -m "not slow" tests/core
 
+# The core with the oldest versions that pyproject.toml allows (torch apart: it is the pinned one).
+test-oldest:
+	$(PYTHON) -m venv .oldest
+	sed -n 's/^ *- *\(torch[a-z]*==[^ ]*\).*/\1/p' environment.yml > .oldest/torch.txt
+	.oldest/bin/python -m pip install --quiet uv
+	.oldest/bin/uv pip compile --quiet pyproject.toml --extra dev --resolution lowest-direct -c .oldest/torch.txt -o .oldest/pins.txt
+	.oldest/bin/python -m pip install --quiet -r .oldest/pins.txt
+	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE .oldest/bin/python -m pytest -m "not slow" tests/core
+
 lint: install
 	$(RUN) -m ruff check --fix . && $(RUN) -m ruff format .
 
@@ -54,4 +63,4 @@ bench: install
 	$(RUN) tests/benchmarks/bench.py
 
 clean:
-	rm -rf $(VENV) runs editions
+	rm -rf $(VENV) .oldest runs editions
