@@ -54,6 +54,7 @@ test-oldest:
 	.oldest/bin/python -m pip install --quiet uv
 	.oldest/bin/uv pip compile --quiet pyproject.toml --extra dev --resolution lowest-direct -c .oldest/torch.txt -o .oldest/pins.txt
 	.oldest/bin/python -m pip install --quiet -r .oldest/pins.txt
+	.oldest/bin/python -m pip install --quiet --no-deps -e .
 	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE .oldest/bin/python -m pytest -m "not slow" tests/core
 
 lint: install

@@ -3,6 +3,7 @@
 import json
 import math
 import numbers
+import os
 import time
 import zipfile
 from collections.abc import Iterator
@@ -14,6 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+# torch's CPU kernels keep what they compiled for each shape of picture, up to 1,024 of them:
+# hundreds of MB after photos of many sizes.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 # Whoever draws photographs has seeds of its own, so that no two of them meet the same crops.
 SEEDS_EACH = 10_000
 SEEDS = {

@@ -127,7 +127,7 @@ def _chosen(logits: Tensor, inside: Tensor, sampling: Sampling, first: int, u: T
     if sampling.entropy_top_k and bool(inside.any()):
         some = scores[inside, first:]
         scores[inside, first:] = keep_top_k(some, entropy_top_k(some))
-    drawn = choose(scores, u)
+    drawn = choose(scores, u.to(scores.device))
     return torch.where(~inside & sampling.greedy_text, scores.argmax(-1), drawn)
 
 
@@ -140,14 +140,14 @@ def _collect(writer: _Writer, ids: Tensor, logprobs: Tensor) -> Samples:
     return Samples(ids, logprobs, chains, codes.unflatten(1, (GRIDS[-1], GRIDS[-1])))
 
 
-def _uniform(generator: torch.Generator | list[torch.Generator] | None, free: Tensor) -> Tensor:
-    """Numbers in [0, 1) for rows (b,). A photo's own generator gives some only where a token is
-    `free`, neither forced nor greedy: so images have the same noise under short and long texts."""
+def _uniform(generator: torch.Generator | list[torch.Generator] | None, settled: Tensor) -> Tensor:
+    """Numbers in [0, 1) for rows (b,). A photo's own generator gives none where the token is
+    `settled`, forced or greedy: so images have the same noise under short and long texts."""
     if not isinstance(generator, list):
-        return torch.rand(len(free), generator=generator)
-    out = torch.zeros(len(generator), len(free) // len(generator))
-    for row, some, g in zip(out, free.cpu().view(out.shape), generator, strict=True):
-        if some.any():
+        return torch.rand(len(settled), generator=generator)
+    out = torch.zeros(len(generator), len(settled) // len(generator))
+    for row, fixed, g in zip(out, settled.cpu().view(out.shape), generator, strict=True):
+        if not fixed.all():
             row[:] = torch.rand(len(row), generator=g)
     return out.flatten()
 
@@ -181,8 +181,7 @@ def sample(
         mask, cell = grammar.allowed(state), grammar.cell[state]
         logits = writer.logits().masked_fill(~mask, float("-inf"))
         chosen = _guided(logits, blind, cell >= 0, sampling.guidance)
-        free = ~grammar.forced[state] & ((cell >= 0) | (not sampling.greedy_text))
-        u = _uniform(generator, free).to(policy.device)
+        u = _uniform(generator, grammar.forced[state] | ((cell < 0) & sampling.greedy_text))
         token = _chosen(chosen, cell >= 0, sampling, vocabulary.first_code, u)
         if prefix is not None and i < prefix.shape[1]:
             token = prefix[:, i].to(policy.device)

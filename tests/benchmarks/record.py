@@ -123,8 +123,10 @@ class Record:
             lines.append(
                 "![How the cost grows, in log-log scale, with fitted exponents](bench.webp)\n"
             )
+        if (self.out / "fuzz.md").exists():
+            lines.append("What damaged files do to the reader of pictures: [fuzz.md](fuzz.md).\n")
         part = self.out / "bench.md.part"
-        part.write_text("\n".join(lines))
+        part.write_text("\n".join(lines), encoding="utf-8")
         part.replace(self.out / "bench.md")
 
     def write_figure(self) -> dict[str, float]:

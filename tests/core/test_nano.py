@@ -4,12 +4,14 @@ Random weights are enough: everything here is about form, not about quality."""
 
 import itertools
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from PIL import Image
 
-from realsr_r1 import sampling, sft, vlcot
+from realsr_r1 import images, sampling, sft, vlcot
 from realsr_r1.common import generator
 from realsr_r1.decoding import Decoder
 from realsr_r1.evaluation.chains import chain_metrics
@@ -443,3 +445,44 @@ def test_redrawn_codes_replace_image_cells_only(model, lr):
     assert torch.equal(final_codes(model.policy, ids)[0], true_chain(0).final_image)
     one = redraw(model.policy, ids, lr, share=torch.tensor([[1.0], [0.0]]))
     assert torch.equal(one[1], ids[1]) and not torch.equal(one[0], ids[0])
+
+
+def test_threads_and_batches_do_not_change_the_picture(model):
+    """The same codes; of the pixels, rounding may move one in 255."""
+    photo = Image.effect_noise((60, 44), 60).convert("RGB")
+    before, made = torch.get_num_threads(), []
+    for threads, batch in ((1, 48), (2, 48), (2, 1), (1, 3)):
+        torch.set_num_threads(threads)
+        made.append(model(photo, seed=5, batch=batch, progress=False))
+    torch.set_num_threads(before)
+    for other in made[1:]:
+        assert other.trace | {"settings": 0} == made[0].trace | {"settings": 0}
+        a, b = (images.to_tensor(m.image) * 255 for m in (made[0], other))
+        assert (a - b).abs().max() <= 1
+
+
+PEAK = """
+import resource, sys
+from realsr_r1.cli import main
+assert main(sys.argv[1:]) == 0
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.slow
+def test_many_photos_need_no_more_memory_than_a_few(model, tmp_path):
+    model.save_pretrained(tmp_path / "tiny")
+    (tmp_path / "out").mkdir()
+    photos = [tmp_path / f"{i}.png" for i in range(40)]
+    for i, path in enumerate(photos):
+        Image.effect_noise((32 + i, 32), 60).convert("RGB").save(path)
+
+    def peak(n: int) -> int:
+        """In MB."""
+        command = ["restore", *map(str, photos[:n]), "-o", str(tmp_path / "out"), "--model"]
+        command = [sys.executable, "-c", PEAK, *command, str(tmp_path / "tiny"), "--device", "cpu"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return int(done.stdout.split()[-1])
+
+    few, many = peak(4), peak(40)
+    assert many < few + 100, f"{few} MB for 4 photos, {many} MB for 40"
