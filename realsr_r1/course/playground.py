@@ -24,7 +24,7 @@ from realsr_r1.sampling import Samples, Sampling, sample
 from realsr_r1.vlcot import GRIDS, IMAGE_TAGS, TAGS, TEXT_TAGS
 
 SHOWN = 224  # pixels of a picture on the page
-HEADS = ("LR photo", "rough image", "middle image", "final image", "restored")
+HEADS = ("LR photo", "rough image", "middle image", "final image", "restored", "the truth")
 QUALITY = 101  # the JPEG slider's end: no JPEG
 WIDE = widgets.Layout(width="760px")
 
@@ -80,22 +80,29 @@ class Playground(widgets.VBox):
         self.choice = widgets.HBox(
             [widgets.VBox(x) for x in zip(self.sides, self.pick, strict=True)]
         )
+        self.choice.layout.display = "none"
         rows = [self.chooser, self.sliders, self.actions, strip, *self.texts.values()]
         super().__init__([*rows, self.again, self.said, self.blind, self.choice, self.download])
         self.damage()
 
     def _controls(self) -> None:
         def button(text: str, run: Callable[[], None]) -> widgets.Button:
-            b = widgets.Button(description=text, layout=widgets.Layout(width="auto"))
+            b = widgets.Button(
+                description=text, layout=widgets.Layout(width="auto", align_self="flex-start")
+            )
             b.on_click(lambda _: run())
             return b
 
-        self.photo = widgets.Dropdown(options=list(self.photos), description="photo")
+        style = {"description_width": "initial"}
+        first = next((n for n in self.photos if "periwinkle" in n), None)
+        self.photo = widgets.Dropdown(options=list(self.photos), value=first, description="photo")
         self.upload = widgets.FileUpload(accept="image/*", description="or your own")
         self.as_is = widgets.Checkbox(description="mine is damaged already", indent=False)
-        self.blur = widgets.FloatSlider(0.6, min=0, max=1.3, step=0.1, description="blur, LR px")
-        self.noise = widgets.IntSlider(8, 0, 28, description="noise, of 255")
-        self.jpeg = widgets.IntSlider(60, 18, QUALITY, description="JPEG quality")
+        self.blur = widgets.FloatSlider(
+            0.6, min=0, max=1.3, step=0.1, description="blur, LR px", style=style
+        )
+        self.noise = widgets.IntSlider(8, 0, 28, description="noise, of 255", style=style)
+        self.jpeg = widgets.IntSlider(60, 18, QUALITY, description="JPEG quality", style=style)
         self.seed = widgets.IntText(0, description="seed")
         for w in (self.photo, self.upload, self.as_is, self.blur, self.noise, self.jpeg):
             w.observe(lambda _: self.damage(), names="value")
@@ -181,7 +188,7 @@ class Playground(widgets.VBox):
         self.drawn = sample(policy, self.lr[None], Sampling(), own, grammar.to(policy.device))
         made, chain = self.restored(self.drawn), self.drawn.chains[0]
         steps = [self.model.decode(getattr(chain, t)[None])[0].cpu() for t in IMAGE_TAGS]
-        self.show([self.lr, *steps, made])
+        self.show([self.lr, *steps, made, *([] if self.hr is None else [self.hr])])
         for tag, box in self.texts.items():
             box.value = getattr(chain, tag)
         said = "drawn"
@@ -234,17 +241,17 @@ class Playground(widgets.VBox):
             return
         random.shuffle(self.order)
         made = {"restored": self.restored(self.drawn), "bicubic": self.bicubic()}
+        self.choice.layout.display = "flex"
         for side, name in zip(self.sides, self.order, strict=True):
             side.value = png(images.to_image(made[name]))
         self.tell("which is better?")
 
     def picked(self, i: int) -> None:
-        if self.sides[i].value:
+        if self.choice.layout.display == "flex":
             self.wins[self.order[i]] += 1
             count = ", ".join(f"{name} {n}" for name, n in self.wins.items())
             self.tell(f"{'AB'[i]} was {self.order[i]}; so far: {count}")
-            for side in self.sides:
-                side.value = b""
+            self.choice.layout.display = "none"
 
     def save(self) -> None:
         """Picture and chain go to the folder; the picture also becomes a link to download."""
