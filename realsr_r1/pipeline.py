@@ -32,7 +32,7 @@ from realsr_r1.vlcot import GRIDS, TEXT_TAGS, Chain
 
 WEIGHTS = Path(__file__).parent / "assets" / "nano"
 TILE = GRIDS[-1] * FACTOR // SCALE  # LR pixels
-STRIDE = 24  # LR pixels: a tile's outer two codes are drawn but not used, where it has neighbors
+STRIDE = 28  # LR pixels: a tile's outer codes are drawn but not used, where it has neighbors
 CODE = FACTOR // SCALE  # LR pixels per code
 MAX_PIXELS = 1024 * 1024  # of the LR photo: the result has 16 times as many
 WINDOW, MARGIN = 64, 8  # codes: the decoder's window on large photos, and what it sees around it
@@ -277,7 +277,7 @@ def origins(
     return [(x, y) for y in along(size[0]) for x in along(size[1])]
 
 
-def put(grid: Tensor, codes: Tensor, place: tuple[int, int], inner: int = 2) -> None:
+def put(grid: Tensor, codes: Tensor, place: tuple[int, int], inner: int = 1) -> None:
     """Write a tile's codes (16, 16) into the grid (h, w): its border of `inner` codes only where
     nothing has been written yet, since it has seen less of what lies around."""
     x, y = place[0] // CODE, place[1] // CODE

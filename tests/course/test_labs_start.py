@@ -15,7 +15,7 @@ def part_at(trace, x, y, tag):
 
 def tiles_needed(width, height):
     def along(n):
-        return 1 + math.ceil(max(0, n - 32) / 24)
+        return 1 + math.ceil(max(0, n - 32) / 28)
 
     return along(width) * along(height)
 
@@ -68,12 +68,12 @@ WRONG = [
     ("part_at", lambda t, x, y, tag: part_at(t, x, y, "rough_understand"), "whatever `tag` says"),
     ("part_at", lambda t, x, y, tag: None, "returned nothing"),
     ("part_at", lambda t, x, y, tag: t["tile"], "KeyError"),
-    ("tiles_needed", product(lambda n: 1 + max(0, n - 32) // 24), "rounded down"),
-    ("tiles_needed", product(lambda n: 1 + max(0, n - 32) / 24), "whole"),
+    ("tiles_needed", product(lambda n: 1 + max(0, n - 32) // 28), "rounded down"),
+    ("tiles_needed", product(lambda n: 1 + max(0, n - 32) / 28), "whole"),
     ("tiles_needed", product(lambda n: math.ceil(n / 32)), "forgot the overlap"),
-    ("tiles_needed", product(lambda n: math.ceil(n / 24)), "the first one brings 32"),
-    ("tiles_needed", product(lambda n: max(1, math.ceil((n - 32) / 24))), "takes 2 tiles"),
-    ("tiles_needed", product(lambda n: math.ceil((n - 32) / 24)), "smaller than a tile"),
+    ("tiles_needed", product(lambda n: math.ceil(n / 28)), "the first one brings 32"),
+    ("tiles_needed", product(lambda n: max(1, math.ceil((n - 32) / 28))), "takes 2 tiles"),
+    ("tiles_needed", product(lambda n: math.ceil((n - 32) / 28)), "smaller than a tile"),
     ("tiles_needed", lambda w, h: tiles_needed(4 * w, 4 * h), "pixels of the result"),
     ("tiles_needed", lambda w, h: tiles_needed(w, 32), "one row"),
     ("tiles_needed", lambda w, h: tiles_needed(w, 32) + tiles_needed(32, h), "multiply them"),

@@ -121,11 +121,11 @@ def tiles_needed(student) -> None:
     )
     expect(
         not mistake(lambda n: math.ceil(n / TILE)),
-        "you forgot the overlap: tiles start every 24 pixels, only the first one is 32 new ones",
+        "you forgot the overlap: tiles start every 28 pixels, only the first one is 32 new ones",
     )
     expect(
         not mistake(lambda n: math.ceil(n / STRIDE)),
-        "you counted 24 new pixels for every tile: the first one brings 32",
+        "you counted 28 new pixels for every tile: the first one brings 32",
     )
     expect(
         not mistake(lambda n: 1 + math.ceil(max(0, 4 * n - TILE) / STRIDE)),
