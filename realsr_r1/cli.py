@@ -50,8 +50,11 @@ def add_model(p: argparse.ArgumentParser) -> None:
 
 def model_of(a: argparse.Namespace):
     """The model that `add_model`'s options name."""
+    from transformers.utils import logging
+
     from realsr_r1.pipeline import RealSR
 
+    logging.disable_progress_bar()  # of reading weights: a moment
     return RealSR.from_pretrained(a.model, a.device, a.policy)
 
 

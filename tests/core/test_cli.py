@@ -165,6 +165,7 @@ def test_grpo_starts_from_a_folder_of_weights(tmp_path):
     assert (out / "policy-grpo" / "log.csv").exists() and again.policy.config.codes == 64
 
 
+@pytest.mark.slow
 def test_several_photos_and_one_that_cannot_be_read(tmp_path, capsys):
     for name in "ab":
         Image.new("RGB", (32, 32), "gray").save(tmp_path / f"{name}.jpg")

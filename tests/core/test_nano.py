@@ -374,6 +374,7 @@ def test_stopping_keeps_what_is_done(model, monkeypatch, capsys):
     )
 
 
+@pytest.mark.slow
 def test_memory_running_out_halves_the_batch(model, monkeypatch):
     photo = Image.effect_noise((80, 32), 60).convert("RGB")
     real, sizes = RealSR.sample, []
@@ -447,6 +448,7 @@ def test_redrawn_codes_replace_image_cells_only(model, lr):
     assert torch.equal(one[1], ids[1]) and not torch.equal(one[0], ids[0])
 
 
+@pytest.mark.slow
 def test_threads_and_batches_do_not_change_the_picture(model):
     """The same codes; of the pixels, rounding may move one in 255."""
     photo = Image.effect_noise((60, 44), 60).convert("RGB")

@@ -24,6 +24,7 @@ def lpips(y: torch.Tensor, hr: torch.Tensor) -> float:
     return float(perceptual.distance(y, hr).mean())
 
 
+@pytest.mark.slow
 def test_the_chain_beats_bicubic_and_confetti(model, pairs):
     lr, hr = pairs
     samples = model.sample(lr, Sampling(), torch.Generator().manual_seed(0))
