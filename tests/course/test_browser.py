@@ -27,11 +27,12 @@ playwright = pytest.importorskip(
 
 @pytest.fixture
 def lab(tmp_path, request):
-    """A JupyterLab server on a notebook, cut after its first cell tagged "widget" if it has one;
-    yields the notebook's address."""
-    nb = course.read(course.NOTEBOOKS / f"{request.param}.ipynb")
+    """A JupyterLab server on a notebook, whole or cut after its first cell tagged "widget"; yields
+    the notebook's address."""
+    name, whole = request.param
+    nb = course.read(course.NOTEBOOKS / f"{name}.ipynb")
     at = [i for i, c in enumerate(nb.cells) if "widget" in c.metadata.get("tags", [])]
-    nb.cells = nb.cells[: at[0] + 1] if at else nb.cells
+    nb.cells = nb.cells if whole else nb.cells[: at[0] + 1]
     for cell in nb.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
@@ -95,12 +96,16 @@ def page(lab):
             page.locator(".jp-Notebook h1").first.wait_for()
             page.get_by_role("menuitem", name="Run", exact=True).click()
             page.get_by_text("Run All Cells", exact=True).click()
-            page.locator(".jp-OutputArea .widget-image").first.wait_for(
-                state="attached", timeout=400_000
-            )
             yield page
         finally:
             browser.close()
+
+
+def pictures(page):
+    """The widgets' pictures, once there are some."""
+    found = page.locator(".jp-OutputArea .widget-image")
+    found.first.wait_for(state="attached", timeout=400_000)
+    return found
 
 
 def until_it_changes(page, picture, act) -> None:
@@ -111,9 +116,9 @@ def until_it_changes(page, picture, act) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lab", ["00_start_here"], indirect=True)
+@pytest.mark.parametrize("lab", [("00_start_here", False)], indirect=True)
 def test_the_slider_moves_the_picture(page):
-    picture = page.locator(".jp-OutputArea .widget-image").first
+    picture = pictures(page).first
     picture.scroll_into_view_if_needed()
     seen = picture.screenshot()
     handle = page.locator(".jp-OutputArea .widget-slider .noUi-handle").first
@@ -125,21 +130,21 @@ def test_the_slider_moves_the_picture(page):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lab", ["playground"], indirect=True)
+@pytest.mark.parametrize("lab", [("playground", True)], indirect=True)
 def test_the_playground_is_played_with(page):
     """Damage, write, other words, blind choice, save."""
-    pictures = page.locator(".jp-OutputArea .widget-image")
+    shown = pictures(page)
     handle = page.locator(".jp-OutputArea .widget-slider .noUi-handle").nth(1)
     handle.focus()
-    until_it_changes(page, pictures.nth(0), lambda: handle.press("ArrowRight"))
+    until_it_changes(page, shown.nth(0), lambda: handle.press("ArrowRight"))
     press = lambda name: page.get_by_role("button", name=name, exact=True).click()  # noqa: E731
-    until_it_changes(page, pictures.nth(4), lambda: press("write the chain"))
+    until_it_changes(page, shown.nth(4), lambda: press("write the chain"))
     words = page.locator(".jp-OutputArea .widget-text input[type=text]").nth(1)
     page.get_by_text("LPIPS to the truth").wait_for()
     assert words.input_value()
     words.fill("a yellow dandelion on grass")
     words.press("Tab")
-    until_it_changes(page, pictures.nth(4), lambda: press("draw again under these words"))
+    until_it_changes(page, shown.nth(4), lambda: press("draw again under these words"))
     page.get_by_text("to the picture before").wait_for()
     press("compare blind")
     page.get_by_text("which is better?").wait_for()
@@ -147,3 +152,22 @@ def test_the_playground_is_played_with(page):
     page.get_by_text("so far: ").wait_for()
     press("save")
     page.get_by_text("saved as ").wait_for()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "lab", [(p.stem, True) for p in course.notebooks()], indirect=True, ids=lambda x: x[0][:2]
+)
+def test_a_lesson_from_top_to_bottom(page, tmp_path):
+    """Every cell runs without an error in JupyterLab itself."""
+    page.get_by_text("| Busy").first.wait_for()
+    page.get_by_text("| Idle").first.wait_for(timeout=600_000)
+    page.keyboard.press("Control+s")
+    path = tmp_path / "course" / "start.ipynb"
+    for _ in range(60):
+        cells = [c for c in course.read(path).cells if c.cell_type == "code"]
+        if all(c.execution_count for c in cells):
+            break
+        page.wait_for_timeout(1000)
+    failed = [c.source[:80] for c in cells for o in c.outputs if o.output_type == "error"]
+    assert not failed and all(c.execution_count for c in cells)
