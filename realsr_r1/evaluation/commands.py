@@ -50,6 +50,26 @@ def chains(a: argparse.Namespace) -> None:
     print(chains.report(model_of(a), photos, a.severity, a.temperature, a.seed))
 
 
+def experts(a: argparse.Namespace) -> None:
+    from realsr_r1 import photographs
+    from realsr_r1.evaluation.nano import cluster_of
+    from realsr_r1.experts import load_expert
+    from realsr_r1.pretraining import expert
+    from realsr_r1.stats import clustered
+
+    photos, model = spread(photographs.load(a.split, a.photographs), a.n), model_of(a)
+    judges = {name: load_expert(name, model.device) for name in a.experts}  # before any work
+    data = photographs.Pairs(photos, "nano", seed=a.seed, training=False)
+    bank = expert.make_bank(model, data, len(photos), a.seed)
+    clusters = [
+        cluster_of({k: getattr(p, k) for k in ("source", "author", "file")}) for p in photos
+    ]
+    for name, judge in judges.items():
+        right = clustered(expert.in_order(judge, bank).numpy(), clusters)
+        rank = clustered(expert.agreement(judge, bank).numpy(), clusters)
+        print(f"{name}: pairs in LPIPS order {right}; Spearman among a photo's chains {rank}")
+
+
 def words(a: argparse.Namespace) -> None:
     from realsr_r1 import photographs
     from realsr_r1.evaluation import words
@@ -163,6 +183,13 @@ def register(sub) -> None:
     p.add_argument(
         "--severity", default="medium", choices=("light", "medium", "heavy"), help="of the damage"
     )
+    add_photographs(p, "val")
+    add_model(p)
+    p = leaf(
+        leaves, "experts", experts, "whether experts order pictures as LPIPS to the truth does"
+    )
+    p.add_argument("--experts", nargs="+", default=["nano", "niqe"], help="see experts.NAMES")
+    p.add_argument("-n", type=integer(), default=60, help="photographs, spread over the split")
     add_photographs(p, "val")
     add_model(p)
     p = leaf(leaves, "words", words, "whether policies' first words are right, greedy and sampled")

@@ -112,3 +112,12 @@ def agreement(expert: Expert, bank: Bank) -> Tensor:
     ranks = [torch.from_numpy(rankdata(x, axis=1)) for x in (scores, bank.away[:, -DRAWN:])]
     a, b = (r - r.mean(1, keepdim=True) for r in ranks)
     return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)).clamp(min=1e-9)
+
+
+@torch.no_grad()
+def in_order(expert: Expert, bank: Bank) -> Tensor:
+    """Share (n,) of the pairs of each photograph's pictures, more than 0.01 apart in LPIPS, of
+    which the expert prefers the better one: 0.5 is chance."""
+    scores = [expert(x.float() / 255).cpu() for x in bank.pictures]
+    pairs = zip(scores, bank.away, strict=True)
+    return torch.stack([ranking_loss(s[None], away[None])[1] for s, away in pairs])

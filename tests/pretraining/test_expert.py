@@ -44,3 +44,10 @@ def test_training_writes_a_file_that_loads(bank, tmp_path):
 def test_agreement_knows_a_perfect_judge(bank):
     away = iter(bank.away[:, -E.DRAWN :])
     assert torch.allclose(E.agreement(lambda x: -next(away), bank), -torch.ones(4).double())
+
+
+def test_pairs_in_order_know_a_perfect_judge_and_its_opposite(bank):
+    for sign, share in ((-1, 1.0), (1, 0.0)):
+        away = iter(bank.away)
+        found = E.in_order(lambda x, away=away, sign=sign: sign * next(away), bank)
+        assert torch.allclose(found, torch.full((4,), share))
