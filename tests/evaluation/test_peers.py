@@ -311,7 +311,7 @@ def test_archives_that_cannot_serve(nothing, tmp_path, capsys):
     with pytest.raises(ValueError, match="holds no weights of realesrgan"):
         peers.add(half)
     assert not (tmp_path / "hub").exists()
-    assert main(["eval", "peers", str(half)]) == 2
+    assert main(["peers", str(half)]) == 2
     assert "holds no weights" in capsys.readouterr().err
 
 
@@ -329,7 +329,7 @@ def test_a_cut_archive_is_damaged_and_leaves_nothing(nothing, tmp_path):
 
 def test_the_command_lists_every_method_with_its_state(fakes, monkeypatch, capsys):
     monkeypatch.setattr(peers, "missing", lambda name: "install it" if name == "span-x4" else None)
-    assert main(["eval", "peers"]) == 0
+    assert main(["peers"]) == 0
     text = capsys.readouterr().out
     assert "span-x4: install it" in text and text.count(": ready") == len(peers.METHODS) - 1
     assert text.count("licence:") == len(peers.METHODS)
