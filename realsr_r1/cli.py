@@ -161,7 +161,7 @@ def parser() -> argparse.ArgumentParser:
     r.add_argument("--temperature", type=real(), default=0.8, help="of the images' tokens")
     text = "1: off; see sampling.guided_logits"
     r.add_argument("--guidance", type=real(zero=True), default=1.0, help=text)
-    r.add_argument("--batch", type=integer(), default=48, help="tiles at a time")
+    r.add_argument("--batch", type=integer(), default=96, help="tiles at a time")
     r.add_argument("--max-megapixels", type=real(), default=1.0, help="refuse larger photos")
     text = "put a see-through photo on white instead of keeping its alpha"
     r.add_argument("--flatten", action="store_true", help=text)

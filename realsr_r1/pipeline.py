@@ -171,7 +171,7 @@ class RealSR:
         photo: images.Source,
         seed: int = 0,
         sampling: Sampling = Sampling(),
-        batch: int = 48,
+        batch: int = 96,
         progress: bool = True,
         max_pixels: int = MAX_PIXELS,
     ) -> Restoration:
