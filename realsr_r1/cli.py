@@ -129,14 +129,15 @@ def restore(a: argparse.Namespace) -> int:
         try:
             size = images.read(photo).image.size
         except ValueError as e:
-            if len(places) == 1:
+            if len(a.photos) == 1:
                 raise
             left_out.append(str(e))
             del places[photo]
             continue
         images.check_writable(out, a.trace, tuple(n * SCALE for n in size))
     sampling = Sampling(image_temperature=a.temperature, guidance=a.guidance)
-    model, most = model_of(a), round(a.max_megapixels * 1e6)
+    most = round(a.max_megapixels * 1e6)
+    model = model_of(a) if places else None
     for path, out in places.items():
         photo = images.read(path)
         photo = replace(photo, alpha=None) if a.flatten else photo

@@ -61,7 +61,7 @@ def entropy_top_k(logits: Tensor) -> Tensor:
 
 
 def _ascending(x: Tensor) -> Tensor:
-    """Rows in order. On a CPU by numpy, over 20 times faster: a tenth of a chain's time."""
+    """Rows in order; on a CPU by numpy, whose sort is many times faster than torch's."""
     return torch.from_numpy(np.sort(x.numpy())) if x.device.type == "cpu" else x.sort(-1).values
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from realsr_r1 import perceptual, sft
 from realsr_r1.common import generator
-from realsr_r1.evaluation.nano import cluster_of
+from realsr_r1.evaluation.nano import clusters_of
 from realsr_r1.photographs import Pairs, Photograph
 from realsr_r1.pipeline import RealSR
 from realsr_r1.policy import ChainPolicy
@@ -80,9 +80,7 @@ def report(
     data = Pairs(photos, f"nano-{severity}", seed=seed, training=False)
     items = [data[i] for i in range(len(data))]
     lr, hr = (torch.stack([x[k] for x in items]).float() / 255 for k in ("lr", "hr"))
-    clusters = [
-        cluster_of({k: getattr(p, k) for k in ("source", "author", "file")}) for p in photos
-    ]
+    clusters = clusters_of(photos)
     sampling = Sampling(image_temperature=temperature)
     free = torch.cat([well_formed(model, x, seed) for x in lr.split(48)])
     g = torch.Generator().manual_seed(seed)

@@ -52,7 +52,7 @@ def chains(a: argparse.Namespace) -> None:
 
 def experts(a: argparse.Namespace) -> None:
     from realsr_r1 import photographs
-    from realsr_r1.evaluation.nano import cluster_of
+    from realsr_r1.evaluation.nano import clusters_of
     from realsr_r1.experts import load_expert
     from realsr_r1.pretraining import expert
     from realsr_r1.stats import clustered
@@ -61,9 +61,7 @@ def experts(a: argparse.Namespace) -> None:
     judges = {name: load_expert(name, model.device) for name in a.experts}  # before any work
     data = photographs.Pairs(photos, "nano", seed=a.seed, training=False)
     bank = expert.make_bank(model, data, len(photos), a.seed)
-    clusters = [
-        cluster_of({k: getattr(p, k) for k in ("source", "author", "file")}) for p in photos
-    ]
+    clusters = clusters_of(photos)
     for name, judge in judges.items():
         right = clustered(expert.in_order(judge, bank).numpy(), clusters)
         rank = clustered(expert.agreement(judge, bank).numpy(), clusters)

@@ -143,6 +143,11 @@ def cluster_of(row: dict) -> str:
     return row["author"] if row["source"] == "flower_photos" else row["file"]
 
 
+def clusters_of(photos: list[Photograph]) -> list[str]:
+    """The cluster of each photograph."""
+    return [cluster_of(vars(p)) for p in photos]
+
+
 def interval(rows: list[dict], key: str, minus: list[dict] | None = None) -> Interval:
     """Mean of a column, or of its paired difference to other rows of the same order."""
     values = np.array([r[key] for r in rows])

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from realsr_r1 import rewards
-from realsr_r1.evaluation.nano import SEVERITIES, cluster_of
+from realsr_r1.evaluation.nano import SEVERITIES, clusters_of
 from realsr_r1.grpo import WORDS
 from realsr_r1.photographs import Pairs, Photograph
 from realsr_r1.policy import ChainPolicy
@@ -46,9 +46,7 @@ def measure(policy: ChainPolicy, photos: list[Photograph], seed: int = 0, batch:
     for severity in SEVERITIES:
         data = Pairs(photos, f"nano-{severity}", seed=seed, training=False)
         items += [data[i] for i in range(len(data))]
-        clusters += [
-            cluster_of({k: getattr(p, k) for k in ("source", "author", "file")}) for p in photos
-        ]
+        clusters += clusters_of(photos)
     grammar, scores = policy.grammar(WORDS), {}
     for mode, sampling in MODES.items():
         n, found = sampling.num_generations, {k: [] for k in NAMES}

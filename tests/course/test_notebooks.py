@@ -57,7 +57,9 @@ def test_there_are_notebooks():
     assert "00_start_here" in NAMES
 
 
-@each
+@pytest.mark.parametrize(
+    "path", [*PATHS, course.NOTEBOOKS / "playground.ipynb"], ids=lambda p: p.stem
+)
 def test_it_runs(path, monkeypatch):
     monkeypatch.setenv("QUICK", "1")
     nb = course.run_through(course.read(path), path.stem)
