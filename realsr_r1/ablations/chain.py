@@ -3,7 +3,8 @@ comes before it in a chain, on the same photographs and with the same decoder.
 
 Two comparisons: equal pairs (the direct policy sees as many photographs) and equal compute (as many
 tokens: its sequences are shorter, so it sees more photographs). The ablation "1-D positions" takes
-the aligned inputs away (`PolicyConfig.aligned`).
+the aligned inputs away (`PolicyConfig.aligned`). "eye alone" is the control below both: every code
+is drawn from the LR photo, knowing none of the other codes.
 """
 
 import csv
@@ -12,22 +13,31 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from realsr_r1 import perceptual, photographs, sft
 from realsr_r1.common import seed_of
+from realsr_r1.evaluation.chains import chain_metrics
 from realsr_r1.evaluation.nano import cluster_of
 from realsr_r1.pipeline import RealSR
 from realsr_r1.policy import ChainPolicy, PolicyConfig
 from realsr_r1.pretraining import recipes
 from realsr_r1.pretraining.loop import FitConfig
 from realsr_r1.pretraining.recipes import Machine, PolicyLoss
+from realsr_r1.pretraining.redraw import blank_codes, final_codes, redraw
 from realsr_r1.sampling import Sampling, sample
 from realsr_r1.stats import clustered
 from realsr_r1.vlcot import GRIDS, IMAGE_TAGS, PATCH_TOKENS, image_length
 
 DIRECT = (IMAGE_TAGS[-1],)
 SEVERITIES = ("medium", "heavy")
-VARIANTS = ("chain", "direct, equal pairs", "direct, equal compute", "chain, 1-D positions")
+VARIANTS = (
+    "chain",
+    "direct, equal pairs",
+    "direct, equal compute",
+    "eye alone, equal pairs",
+    "chain, 1-D positions",
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +50,27 @@ class Settings:
     seed: int = 0
     lr: float = 3e-3
     reuse: float = 1.0
-    variants: tuple[str, ...] = VARIANTS[:3]
+    hidden: int = 224  # width of the policy; its other widths in proportion
+    layers: int = 6
+    variants: tuple[str, ...] = VARIANTS[:4]
+
+    def policy(self, codes: int, aligned: bool) -> PolicyConfig:
+        """The policies' shape: at `hidden` 224 the shipped one's."""
+        hidden = self.hidden
+        return PolicyConfig(
+            codes=codes,
+            hidden_size=hidden,
+            layers=self.layers,
+            mlp=hidden * 18 // 7,
+            eye_width=hidden * 3 // 7,
+            dropout=0.0,  # a short run does not overfit, and attention without it is twice as fast
+            aligned=aligned,
+        )
+
+
+def tags_of(variant: str) -> tuple[str, ...]:
+    """The parts of a chain that a variant writes."""
+    return sft.TAGS if variant.startswith("chain") else DIRECT
 
 
 def length_ratio(words: int = 40) -> float:
@@ -52,10 +82,8 @@ def length_ratio(words: int = 40) -> float:
 def train(model: RealSR, variant: str, s: Settings, machine: Machine) -> ChainPolicy:
     """One policy from scratch."""
     torch.manual_seed(s.seed)
-    tags = DIRECT if variant.startswith("direct") else sft.TAGS
     aligned = variant != "chain, 1-D positions"
-    config = PolicyConfig(codes=model.tokenizer.config.codes, dropout=0.05, aligned=aligned)
-    policy = ChainPolicy(config)
+    policy = ChainPolicy(s.policy(model.tokenizer.config.codes, aligned))
     policy.start_from(model.tokenizer, s.seed)
     steps = round(s.steps * (length_ratio() if variant.endswith("compute") else 1))
     data = photographs.Pairs(
@@ -63,28 +91,42 @@ def train(model: RealSR, variant: str, s: Settings, machine: Machine) -> ChainPo
     )
     out = s.out / f"{variant.replace(', ', '-').replace(' ', '-')}-{s.seed}"
     fit = FitConfig(minutes=10**6, steps=steps, lr=s.lr, ema=0.99, seed=s.seed)
-    loss = PolicyLoss(tags=tags, reuse=s.reuse)
+    loss = PolicyLoss(tags=tags_of(variant), reuse=s.reuse, blank=variant.startswith("eye"))
     return recipes.train_policy(policy, model.tokenizer, data, out, machine, fit, loss)
 
 
 @torch.no_grad()
-def measure(model: RealSR, policy: ChainPolicy, tags: tuple[str, ...], photos: list) -> list[dict]:
-    """LPIPS and PSNR of drawn final images, decoded beside the LR photo; one row a photograph."""
-    rows, device = [], model.device
+def draw(policy: ChainPolicy, ids: Tensor, lr: Tensor, variant: str) -> tuple[Tensor, Tensor]:
+    """Codes (b, 16, 16) of final images drawn for LR photos (b, 3, 32, 32), and the loss per code
+    (b,) of the true ones in chains `ids` (b, n), given those before them."""
+    if variant.startswith("eye"):
+        seen = blank_codes(policy, ids)
+        drawn = redraw(policy, seen, lr, Sampling().image_temperature)
+        return final_codes(policy, drawn), chain_metrics(policy, ids, lr, seen)[IMAGE_TAGS[-1]]
+    g = torch.Generator().manual_seed(0)
+    codes = sample(policy, lr, Sampling(), g, policy.grammar(tags_of(variant))).codes
+    return codes, chain_metrics(policy, ids, lr)[IMAGE_TAGS[-1]]
+
+
+def measure(model: RealSR, policy: ChainPolicy, variant: str, photos: list) -> list[dict]:
+    """LPIPS and PSNR of drawn final images, decoded beside the LR photo, and the loss of the true
+    ones in nats a code; one row a photograph."""
+    rows, device, collate = [], model.device, sft.collate(policy.vocabulary, tags_of(variant))
     for severity in SEVERITIES:
-        data = photographs.Pairs(photos, f"nano-{severity}", training=False, labels=False)
+        data = photographs.Pairs(photos, f"nano-{severity}", training=False)
         for first in range(0, len(data), 48):
             items = [data[i] for i in range(first, min(first + 48, len(data)))]
-            lr, hr = (torch.stack([x[k] for x in items]).float() / 255 for k in ("lr", "hr"))
-            g = torch.Generator().manual_seed(first)
-            codes = sample(policy, lr.to(device), Sampling(), g, policy.grammar(tags)).codes
-            made, hr = model.decode(codes, lr), hr.to(device)
-            for item, d, p in zip(
-                items, perceptual.distance(made, hr), perceptual.psnr(made, hr), strict=True
-            ):
+            batch = {k: v.to(device) for k, v in collate(items).items()}
+            lr, hr = (batch[k].float() / 255 for k in ("lr", "hr"))
+            ids = sft.fill(policy, batch["ids"], model.tokenizer.encode_steps(hr))
+            codes, nats = draw(policy, ids, lr, variant)
+            made = model.decode(codes, lr)
+            figures = (perceptual.distance(made, hr), perceptual.psnr(made, hr), nats)
+            for item, d, p, n in zip(items, *figures, strict=True):
                 photo = photos[item["index"]]
                 row = {k: getattr(photo, k) for k in ("source", "file", "author")}
-                rows.append(row | {"severity": severity, "lpips": float(d), "psnr": float(p)})
+                row |= {"severity": severity, "lpips": float(d), "psnr": float(p)}
+                rows.append(row | {"nats": float(n)})
     return rows
 
 
@@ -96,8 +138,7 @@ def run(model: RealSR, photos: list, s: Settings, machine: Machine) -> Path:
     rows: list[dict] = []
     for variant in s.variants:
         policy = train(model, variant, s, machine)
-        tags = DIRECT if variant.startswith("direct") else sft.TAGS
-        found = measure(model, policy, tags, photos)
+        found = measure(model, policy, variant, photos)
         rows += [{"variant": variant, "seed": s.seed, **row} for row in found]
         with path.open("w", newline="", encoding="utf-8") as f:
             w = csv.DictWriter(f, list(rows[0]))
@@ -118,11 +159,15 @@ def table(paths: list[Path]) -> str:
 
     variants = list(dict.fromkeys(r["variant"] for r in rows))
     clusters = [cluster_of(r) for r in rows if r["variant"] == variants[0]]
-    out = ["| from scratch | LPIPS ↓ | PSNR ↑ | chain minus it, LPIPS |", "|---|---|---|---|"]
+    out = [
+        "| from scratch | LPIPS ↓ | PSNR ↑ | nats per final code ↓ | chain minus it, LPIPS |",
+        "|---|---|---|---|---|",
+    ]
     for v in variants:
         difference = clustered(of(variants[0], "lpips") - of(v, "lpips"), clusters)
         last = "" if v == variants[0] else str(difference)
-        out.append(f"| {v} | {of(v, 'lpips').mean():.3f} | {of(v, 'psnr').mean():.2f} | {last} |")
+        lpips, psnr, nats = (of(v, key).mean() for key in ("lpips", "psnr", "nats"))
+        out.append(f"| {v} | {lpips:.3f} | {psnr:.2f} | {nats:.2f} | {last} |")
     return "\n".join(out) + "\n"
 
 

@@ -13,9 +13,9 @@ def chain(a: argparse.Namespace) -> None:
     from realsr_r1.pretraining.recipes import Machine
 
     model = model_of(a)
-    names = ("photographs", "out", "steps", "seed", "lr", "reuse")
+    names = ("photographs", "out", "steps", "seed", "lr", "reuse", "hidden", "layers")
     settings = ablation.Settings(
-        **{k: getattr(a, k) for k in names}, variants=tuple(a.variants or ablation.VARIANTS[:3])
+        **{k: getattr(a, k) for k in names}, variants=tuple(a.variants or ablation.VARIANTS[:4])
     )
     machine = Machine(model.device.type, a.batch, a.workers)
     photos = spread(photographs.load(a.split, a.photographs), a.n)
@@ -49,6 +49,8 @@ def register(sub) -> None:
     p.add_argument("--batch", type=integer(), default=12, help="chains per step")
     p.add_argument("--lr", type=real(), default=3e-3, help="peak learning rate")
     p.add_argument("--reuse", type=real(), default=1.0, help="as in realsr train policy")
+    p.add_argument("--hidden", type=integer(28), default=224, help="width of the policies")
+    p.add_argument("--layers", type=integer(), default=6, help="of the policies")
     p.add_argument("--workers", type=integer(0), default=0, help="processes that prepare data")
     p.add_argument("--split", default="test", choices=("val", "test"), help="what is measured")
     p.add_argument("-n", type=integer(), default=200, help="photographs, spread over the split")

@@ -35,10 +35,12 @@ def well_formed(model: RealSR, lr: Tensor, seed: int = 0) -> Tensor:
 
 
 @torch.no_grad()
-def chain_metrics(policy: ChainPolicy, ids: Tensor, lr: Tensor) -> dict[str, Tensor]:
+def chain_metrics(
+    policy: ChainPolicy, ids: Tensor, lr: Tensor, seen: Tensor | None = None
+) -> dict[str, Tensor]:
     """Per chain (b,): cross-entropy of each image's codes, in nats a code, and the share of words
-    of each text guessed right given the true chain before them."""
-    loss, logits, target = sft.token_losses(policy, ids, lr)
+    of each text guessed right given the true chain before them, or what is `seen` of it."""
+    loss, logits, target = sft.token_losses(policy, ids, lr, seen)
     right = logits.argmax(-1) == target
     vocabulary = policy.vocabulary
     words = torch.zeros(len(vocabulary), dtype=torch.bool, device=ids.device)

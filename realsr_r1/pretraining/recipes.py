@@ -15,7 +15,7 @@ from realsr_r1.policy import ChainPolicy
 from realsr_r1.pretraining import losses
 from realsr_r1.pretraining.loop import Fit, FitConfig
 from realsr_r1.pretraining.muon import MuonAdamW
-from realsr_r1.pretraining.redraw import redraw
+from realsr_r1.pretraining.redraw import blank_codes, redraw
 from realsr_r1.sampling import Sampling, sample
 from realsr_r1.tokenizer import VQModel
 from realsr_r1.vlcot import PAD
@@ -257,6 +257,7 @@ class PolicyLoss:
     reuse: float = 1.0  # how often each pair is used
     tags: tuple[str, ...] = sft.TAGS
     muon: bool = True
+    blank: bool = False  # it sees no code before the one it draws (a control)
 
 
 def _chains(policy: ChainPolicy, tokenizer: VQModel, batches: Iterator[dict]) -> Iterator[dict]:
@@ -303,7 +304,9 @@ def train_policy(
         ids = ids[:, : int((ids != policy.vocabulary.ids[PAD]).sum(1).max())]
         seen = ids
         with autocast(policy.device):
-            if done >= loss.own_from:
+            if loss.blank:
+                seen = blank_codes(policy, ids)
+            elif done >= loss.own_from:
                 share = torch.rand(len(ids), 1, device=ids.device) / 2
                 share = share * (torch.rand_like(share) < loss.own)
                 seen = redraw(policy, ids, lr, share=share)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from realsr_r1.policy import CELLS, ChainPolicy
-from realsr_r1.vlcot import GRIDS
+from realsr_r1.vlcot import GRIDS, PAD
 
 
 @torch.no_grad()
@@ -25,6 +25,11 @@ def redraw(
     out, new = ids.clone(), torch.rand(drawn.shape, device=ids.device) < share
     out[:, 1:] = torch.where(new, drawn, ids[:, 1:])
     return out
+
+
+def blank_codes(policy: ChainPolicy, ids: Tensor) -> Tensor:
+    """Chains (b, n) that show none of their codes: whoever reads them has the LR photo alone."""
+    return torch.where(ids >= policy.vocabulary.first_code, policy.vocabulary.ids[PAD], ids)
 
 
 def final_codes(policy: ChainPolicy, ids: Tensor) -> Tensor:

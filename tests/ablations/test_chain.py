@@ -12,9 +12,9 @@ def test_variants_of_a_seed_are_trained_and_measured_side_by_side(tmp_path):
     photos = photographs.load("test")[:2]
     paths = chain.seeds(model, photos, settings, Machine(batch=2), 1)
     text = chain.table(paths)
-    for variant in chain.VARIANTS[:3]:
+    for variant in chain.VARIANTS[:4]:
         assert f"| {variant} |" in text
-    assert text.count("[") == 2  # a paired difference for each but the first
+    assert text.count("[") == 3  # a paired difference for each but the first
 
 
 def test_a_chain_is_longer_than_a_direct_sequence():
