@@ -11,12 +11,11 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from realsr_r1.version import __version__
 
-GROUPS = ("pretraining", "evaluation", "ablations", "corpus", "planning", "reference", "course")
+GROUPS = "files pretraining evaluation ablations corpus planning reference course".split()
 
 
 STOPPED = 130  # the exit status of what Ctrl-C ended
@@ -101,73 +100,10 @@ def place(text: str) -> Path:
     return Path(filled(text))
 
 
-def outputs(photos: list[Path], out: Path, trace: Path | None) -> dict[Path, Path]:
-    """Where each photo's result goes: to `out`, or into the folder `out`. Raises ValueError where
-    two results would have one name."""
-    if len(photos) == 1 and not out.is_dir():
-        return {photos[0]: out}
-    if trace:
-        raise ValueError("--trace is for one photo whose -o is a file: leave it out")
-    if not out.is_dir():
-        raise ValueError(f"{len(photos)} photos need a folder that exists for -o, not {out}")
-    places = {p: out / f"{p.stem}.png" for p in dict.fromkeys(photos)}
-    twice = [p.name for p in places if list(places.values()).count(places[p]) > 1]
-    if twice:
-        raise ValueError(f"{' and '.join(twice)} would get one name in {out}: rename one of them")
-    return places
-
-
-def restore(a: argparse.Namespace) -> int:
-    """Inputs and outputs are looked at before any work; of several photos those that cannot be
-    read are left out, said at the end, and make the exit status 2."""
-    from realsr_r1 import images
-    from realsr_r1.sampling import Sampling
-    from realsr_r1.tokenizer import SCALE
-
-    places, left_out = outputs(a.photos, a.out, a.trace), []
-    for photo, out in list(places.items()):
-        try:
-            size = images.read(photo).image.size
-        except ValueError as e:
-            if len(a.photos) == 1:
-                raise
-            left_out.append(str(e))
-            del places[photo]
-            continue
-        images.check_writable(out, a.trace, tuple(n * SCALE for n in size))
-    sampling = Sampling(image_temperature=a.temperature, guidance=a.guidance)
-    most = round(a.max_megapixels * 1e6)
-    model = model_of(a) if places else None
-    for path, out in places.items():
-        photo = images.read(path)
-        photo = replace(photo, alpha=None) if a.flatten else photo
-        result = model(photo, a.seed, sampling, batch=a.batch, max_pixels=most)
-        result.save(out, a.trace, a.keep_gps)
-        print(f"{result.reading.final_understand}: {out}")
-        if not result.complete:
-            return STOPPED
-    print(*(f"left out: {said}" for said in left_out), sep="\n", end="\n" * bool(left_out))
-    return 2 if left_out else 0
-
-
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="realsr", description="RealSR-R1, the course.")
     p.add_argument("--version", action="version", version=f"realsr {__version__}")
     sub = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    r = leaf(sub, "restore", restore, "restore photos, four times larger")
-    r.add_argument("photos", type=place, nargs="+", help="any pictures that Pillow opens")
-    text = "the result, e.g. out.png, or a folder"
-    r.add_argument("-o", "--out", type=place, required=True, help=text)
-    r.add_argument("--trace", type=place, help="write the chains of thought as JSON")
-    r.add_argument("--temperature", type=real(), default=0.8, help="of the images' tokens")
-    text = "1: off; see sampling.guided_logits"
-    r.add_argument("--guidance", type=real(zero=True), default=1.0, help=text)
-    r.add_argument("--batch", type=integer(), default=96, help="tiles at a time")
-    r.add_argument("--max-megapixels", type=real(), default=1.0, help="refuse larger photos")
-    text = "put a see-through photo on white instead of keeping its alpha"
-    r.add_argument("--flatten", action="store_true", help=text)
-    r.add_argument("--keep-gps", action="store_true", help="keep where the photo was taken")
-    add_model(r)
     for group in GROUPS:
         importlib.import_module(f"realsr_r1.{group}.commands").register(sub)
     return p

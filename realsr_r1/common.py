@@ -4,11 +4,9 @@ import json
 import math
 import numbers
 import os
-import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -107,22 +105,3 @@ def device_of(name: str | None) -> torch.device:
             f"install a torch built for it"
         )
     return torch.device(name)
-
-
-@lru_cache(maxsize=4)
-def fast_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 pays here: on CUDA, and on CPUs with units for it (measured: a CPU without
-    emulates it, up to hundreds of times slower than float32)."""
-    if device.type != "cpu":
-        return device.type == "cuda"
-
-    def seconds(x: Tensor) -> float:
-        best = math.inf
-        for _ in range(3):
-            started = time.perf_counter()
-            x @ x
-            best = min(best, time.perf_counter() - started)
-        return best
-
-    x = torch.randn(192, 192)
-    return seconds(x.bfloat16()) < seconds(x)

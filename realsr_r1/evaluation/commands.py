@@ -52,13 +52,13 @@ def chains(a: argparse.Namespace) -> None:
 
 def experts(a: argparse.Namespace) -> None:
     from realsr_r1 import photographs
+    from realsr_r1.evaluation import quality
     from realsr_r1.evaluation.nano import clusters_of
-    from realsr_r1.experts import load_expert
     from realsr_r1.pretraining import expert
     from realsr_r1.stats import clustered
 
     photos, model = spread(photographs.load(a.split, a.photographs), a.n), model_of(a)
-    judges = {name: load_expert(name, model.device) for name in a.experts}  # before any work
+    judges = {name: quality.expert(name, model.device) for name in a.experts}  # before any work
     data = photographs.Pairs(photos, "nano", seed=a.seed, training=False)
     bank = expert.make_bank(model, data, len(photos), a.seed)
     clusters = clusters_of(photos)
@@ -186,7 +186,7 @@ def register(sub) -> None:
     p = leaf(
         leaves, "experts", experts, "whether experts order pictures as LPIPS to the truth does"
     )
-    p.add_argument("--experts", nargs="+", default=["nano", "niqe"], help="see experts.NAMES")
+    p.add_argument("--experts", nargs="+", default=["nano", "niqe"], help="see quality.NAMES")
     p.add_argument("-n", type=integer(), default=60, help="photographs, spread over the split")
     add_photographs(p, "val")
     add_model(p)

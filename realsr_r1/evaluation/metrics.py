@@ -26,7 +26,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from realsr_r1 import experts, perceptual
+from realsr_r1 import perceptual
+from realsr_r1.evaluation import quality
 
 Score = Callable[[Tensor, Tensor | None], Tensor]
 
@@ -43,14 +44,14 @@ class Metric:
     smallest: int = 1  # pixels of the shorter side
     files: tuple[
         str, ...
-    ] = ()  # as in experts.METRICS: in torch's hub folder, or timm/… in the Hugging Face cache
+    ] = ()  # as in quality.METRICS: in torch's hub folder, or timm/… in the Hugging Face cache
     options: dict = field(default_factory=dict)
     whole_set: bool = False  # one number for a set, not for a picture
 
 
 def _blind(what: str, pyiqa: str, smallest: int = 32) -> Metric:
-    """A metric without the original: its direction and its files are those of `experts.METRICS`."""
-    zero, one, files = experts.METRICS[pyiqa]
+    """A metric without the original: its direction and its files are those of `quality.METRICS`."""
+    zero, one, files = quality.METRICS[pyiqa]
     return Metric(what, pyiqa, one > zero, False, smallest, files)
 
 
@@ -95,8 +96,8 @@ def missing_files(name: str) -> list[str]:
     """The files that a metric of the table needs and does not find, each with the folder where it
     goes."""
     metric = named(name)
-    files = experts.METRICS[metric.pyiqa][2] if metric.pyiqa in experts.METRICS else metric.files
-    return experts.absent(files)
+    files = quality.METRICS[metric.pyiqa][2] if metric.pyiqa in quality.METRICS else metric.files
+    return quality.absent(files)
 
 
 def named(name: str) -> Metric:
@@ -168,7 +169,7 @@ def load(name: str, device: str | torch.device = "cpu") -> Score:
     # NIQE computes in double precision, and so does SSIM; Apple's GPUs do not have that.
     device = torch.device("cpu" if torch.device(device).type == "mps" else device)
     compare = (
-        experts.create(metric.pyiqa, device, **metric.options)
+        quality.create(metric.pyiqa, device, **metric.options)
         if metric.pyiqa
         else perceptual.distance
     )
@@ -181,7 +182,7 @@ def load(name: str, device: str | torch.device = "cpu") -> Score:
             warnings.filterwarnings(
                 "ignore", "cov"
             )  # torch's word on a flat picture's one block; the result is NaN
-            return experts.numbers(
+            return quality.numbers(
                 compare, *(p.to(device).float().clamp(0, 1) for p in pictures)
             ).cpu()
 
@@ -226,7 +227,7 @@ def fid(
             for i, path in enumerate(files):
                 shutil.copyfile(path, side / f"{i:06d}{Path(path).suffix}")
         return float(
-            experts.create("fid", torch.device(device))(
+            quality.create("fid", torch.device(device))(
                 *map(str, sides), mode="clean", num_workers=0, verbose=False
             )
         )

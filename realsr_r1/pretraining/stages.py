@@ -248,7 +248,7 @@ def reinforce(
         "format": lambda: rewards.format_reward,
         "degradation": lambda: rewards.degradation_reward,
         "understanding": lambda: rewards.understanding_reward,
-        "generation": lambda: rewards.GenerationReward(load_expert("nano"), start.tokenizer),
+        "generation": lambda: rewards.GenerationReward(load_expert(), start.tokenizer),
         "reference": lambda: variants.ReferenceReward(start.tokenizer),
     }
     photos = photographs.load("train", folder)

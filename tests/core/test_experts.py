@@ -8,7 +8,7 @@ from realsr_r1.pipeline import RealSR
 
 @pytest.fixture(scope="module")
 def nano():
-    return experts.load_expert("nano")
+    return experts.load_expert()
 
 
 @pytest.fixture(scope="module")
@@ -52,36 +52,10 @@ def test_the_shipped_expert_knows_better_from_worse(nano, hr):
         assert scores == sorted(scores, reverse=True), f"{kind}: {scores}"
 
 
-def test_piqe_needs_no_file_and_prefers_the_sharp_picture(hr):
-    piqe = experts.load_expert("piqe")
-    score = piqe(torch.cat([hr[:3], soft(hr[:3], 2.0), torch.zeros(1, 3, 128, 128)]))
-    assert (score[:3] > score[3:6]).all() and score[6] == 0
-    assert torch.allclose(score[:3], 1 - piqe.raw(hr[:3])["piqe"] / 100)
-
-
-@pytest.mark.filterwarnings("ignore:cov")
-def test_niqe_and_a_flat_picture_that_does_not_take_the_batch(hr):
-    niqe = experts.load_expert("niqe")
-    score = niqe(torch.cat([hr[:2], torch.full((1, 3, 128, 128), 0.5)]))
-    assert (score[:2] > 0).all() and score[2] == 0
-    with pytest.raises(ValueError, match="NIQE needs pictures of 96 px or more, got 64x64"):
-        niqe(torch.rand(1, 3, 64, 64))
-
-
 def test_what_is_missing_is_one_sentence(tmp_path):
-    before = torch.hub.get_dir()
-    torch.hub.set_dir(str(tmp_path))
-    try:
-        with pytest.raises(FileNotFoundError, match="nothing is downloaded, so put") as e:
-            experts.load_expert("paper")
-        assert "musiq_koniq_ckpt-e95806b9.pth" in str(e.value) and "\n" not in str(e.value)
-    finally:
-        torch.hub.set_dir(before)
-    with pytest.raises(ValueError, match="no expert 'best'; choose one of nano, niqe"):
-        experts.load_expert("best")
     with pytest.raises(FileNotFoundError, match=r"none\.safetensors are missing"):
-        experts.load_expert("nano", path=tmp_path / "none.safetensors")
+        experts.load_expert(path=tmp_path / "none.safetensors")
     broken = tmp_path / "expert.safetensors"
     broken.write_bytes(b"no weights")
     with pytest.raises(ValueError, match="cut short or damaged"):
-        experts.load_expert("nano", path=broken)
+        experts.load_expert(path=broken)

@@ -10,9 +10,9 @@ from PIL import Image
 from scipy.io import loadmat
 from scipy.ndimage import correlate1d
 
-from realsr_r1 import experts, perceptual
 from realsr_r1 import images as photos
-from realsr_r1.evaluation import metrics
+from realsr_r1 import perceptual
+from realsr_r1.evaluation import metrics, quality
 from realsr_r1.photographs import ASSETS
 
 READY = (
@@ -143,7 +143,7 @@ def test_heavy_noise_is_worse_without_the_original_too(name):
 
 
 def test_niqe_ships_in_double_precision_and_gives_what_the_calibrated_one_gave(hub):
-    found = loadmat(experts.NIQE)
+    found = loadmat(quality.NIQE)
     mean, cov = (torch.from_numpy(found[k]) for k in ("mu_prisparam", "cov_prisparam"))
     assert (
         mean.shape == (1, 36) and cov.shape == (36, 36) and mean.dtype == cov.dtype == torch.float64
@@ -310,7 +310,7 @@ def test_fid_hands_over_two_folders_of_every_picture_and_warns(tmp_path, monkeyp
         return np.float64(12.5)
 
     monkeypatch.setattr(metrics, "missing_files", lambda name: [])
-    monkeypatch.setattr(metrics.experts, "create", lambda name, device: fake)
+    monkeypatch.setattr(metrics.quality, "create", lambda name, device: fake)
     with pytest.warns(UserWarning, match="FID of 100 pictures is biased"):
         assert (
             metrics.fid([tmp_path / "out" / "same.png"] * 100, [tmp_path / "hr" / "same.png"] * 120)

@@ -34,7 +34,7 @@ def test_ranking_loss_by_hand():
 def test_training_writes_a_file_that_loads(bank, tmp_path):
     fit = FitConfig(steps=2, warmup=1, log_every=1)
     trained = E.train_expert(bank, tmp_path, fit, width=3)
-    again = load_expert("nano", path=tmp_path / "expert.safetensors")
+    again = load_expert(path=tmp_path / "expert.safetensors")
     x = bank.pictures[:, 0].float() / 255
     with torch.no_grad():
         assert torch.allclose(trained(x), again(x), atol=2e-2)  # the file is in half precision

@@ -28,7 +28,7 @@ def tags_named(text: str, tags: list[str]) -> float:
 
 
 def to_unit(values: Tensor, zero: float, one: float) -> Tensor:
-    """Values (b,) of a metric on a scale from 0 to 1, as `experts.PyiqaExpert` puts them."""
+    """Values (b,) of a metric on a scale from 0 to 1, as `quality.PyiqaExpert` puts them."""
     return ((values - zero) / (one - zero)).nan_to_num(0.0).clamp(0, 1)
 
 

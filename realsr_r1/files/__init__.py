@@ -1,0 +1,1 @@
+"""Restoring photos from files to files."""
