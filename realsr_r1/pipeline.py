@@ -3,7 +3,7 @@
 The photo scaled down to one tile gives the reading: what it shows, in three texts. Each tile then
 names its own degradation and draws its images under these texts. The codes of all tiles make one
 grid, from which the decoder, being convolutional, decodes the whole picture beside the LR photo: so
-no tile border can show.
+no tile border can show. Where tiles name next to no damage, the result is held to the LR photo.
 """
 
 import contextlib
@@ -34,6 +34,7 @@ WEIGHTS = Path(__file__).parent / "assets" / "nano"
 TILE = GRIDS[-1] * FACTOR // SCALE  # LR pixels
 STRIDE = 28  # LR pixels: a tile's outer codes are drawn but not used, where it has neighbors
 CODE = FACTOR // SCALE  # LR pixels per code
+HOLD = 0.6  # of the gap to an LR photo that is read as clean, how much is closed
 MAX_PIXELS = 1024 * 1024  # of the LR photo: the result has 16 times as many
 WINDOW, MARGIN = 64, 8  # codes: the decoder's window on large photos, and what it sees around it
 
@@ -158,6 +159,12 @@ class RealSR:
         parts = [None if x is None else x.to(self.device) for x in (codes, lr)]
         return self.tokenizer.decode(*parts)
 
+    def finish(self, chains: list[Chain], lr: Tensor) -> Tensor:
+        """The pictures (b, 3, 128, 128) that chains for LR tiles (b, 3, 32, 32) end with."""
+        made = self.decode(torch.stack([c.final_image for c in chains]), lr).cpu()
+        clean = torch.tensor([reads_clean(c) for c in chains])
+        return hold(made, lr.cpu(), HOLD * clean[:, None, None, None])
+
     def read(self, lr: Tensor, sampling: Sampling, generator: torch.Generator) -> Chain:
         """The reading of a whole LR photo (3, h, w), from its middle square at one tile's size."""
         side = min(lr.shape[-2:])
@@ -200,7 +207,8 @@ class RealSR:
                 put(grid, chain.final_image, place)
         except KeyboardInterrupt:
             print(f"stopped after {len(tiles)} of {len(places)} tiles: the rest is without a chain")
-        out = decode_grid(self, grid, lr)[:, : h * SCALE, : w * SCALE]
+        clean = sum(reads_clean(t.chain) for t in tiles) / len(places)
+        out = decode_grid(self, grid, lr, HOLD * clean)[:, : h * SCALE, : w * SCALE]
         settings = {"model": self.name, "seed": int(seed), "device": str(self.device)}
         settings |= {"lr_size": [w, h], "tile": TILE, "stride": STRIDE, "scale": SCALE}
         alpha = photo.alpha and photo.alpha.resize((w * SCALE, h * SCALE), Image.Resampling.BICUBIC)
@@ -289,9 +297,24 @@ def put(grid: Tensor, codes: Tensor, place: tuple[int, int], inner: int = 1) -> 
     here[:] = torch.where(keep, here, codes)
 
 
-def decode_grid(model: RealSR, grid: Tensor, lr: Tensor) -> Tensor:
+def reads_clean(chain: Chain) -> bool:
+    """Whether a chain names blur, noise and compression, and none of them above light."""
+    named = (chain.labels.get(k) for k in ("blur", "noise", "compression"))
+    return all(level in ("no", "light") for level in named)
+
+
+def hold(made: Tensor, lr: Tensor, strength: float | Tensor = HOLD) -> Tensor:
+    """Pictures (b, 3, 4h, 4w) moved towards what LR photos (b, 3, h, w) say of them: `strength` of
+    a step of back-projection (Irani and Peleg 1991). For clean photos: it brings damage back."""
+    gap = lr - F.interpolate(made, size=lr.shape[-2:], mode="area")
+    gap = F.interpolate(gap, size=made.shape[-2:], mode="bicubic", align_corners=False)
+    return (made + strength * gap).clamp(0, 1)
+
+
+def decode_grid(model: RealSR, grid: Tensor, lr: Tensor, strength: float = 0.0) -> Tensor:
     """The whole picture (3, 4h, 4w) from the code grid (h/2, w/2) and the LR photo (3, h, w), in
-    windows where it is large. Where the grid holds -1 the decoder has the LR photo alone."""
+    windows where it is large. Where the grid holds -1 the decoder has the LR photo alone.
+    `strength`: see `hold`."""
     known, codes = grid >= 0, grid.clamp(min=0)
     out = torch.zeros(3, *(n * SCALE for n in lr.shape[-2:]))
     for y in range(0, grid.shape[0], WINDOW):
@@ -306,6 +329,7 @@ def decode_grid(model: RealSR, grid: Tensor, lr: Tensor) -> Tensor:
                 alone = model.decode(None, seen)[0].cpu()
                 mask = missing.repeat_interleave(FACTOR, 0).repeat_interleave(FACTOR, 1)
                 whole = torch.where(mask, alone, whole)
+            whole = hold(whole[None], seen, strength)[0]
             cut = whole[:, (y - top) * FACTOR :, (x - left) * FACTOR :]
             cut = cut[:, : WINDOW * FACTOR, : WINDOW * FACTOR]
             at = slice(y * FACTOR, y * FACTOR + cut.shape[1])

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from realsr_r1.common import check_number
+
 
 @dataclass(frozen=True)
 class TokenizerConfig:
@@ -26,6 +28,10 @@ class TokenizerConfig:
     lr_width: int = 48
     blocks: int = 2  # residual blocks at 1/8 and 1/4
     commitment: float = 0.25
+    trust: float = 0.7  # of a code's vector beside an LR photo; the rest is that for "no codes"
+
+    def __post_init__(self) -> None:
+        check_number("trust", self.trust, 0.0, 1.0)
 
 
 FACTOR = 8  # HR pixels per code, per axis
@@ -209,9 +215,16 @@ class VQModel(nn.Module, PyTorchModelHubMixin):
         ]
         return [self.encode(x) for x in images]
 
-    def decode(self, codes: Tensor | None = None, lr: Tensor | None = None) -> Tensor:
-        """Codes (b, h, w), the LR photo (b, 3, 2h, 2w), or both → (b, 3, 8h, 8w) in [0, 1]."""
+    def decode(
+        self, codes: Tensor | None = None, lr: Tensor | None = None, trust: float | None = None
+    ) -> Tensor:
+        """Codes (b, h, w), the LR photo (b, 3, 2h, 2w), or both → (b, 3, 8h, 8w) in [0, 1].
+
+        Where there are both, codes count for `trust` alone (None: the configuration's): a drawn
+        code is a guess."""
         if codes is None and lr is None:
             raise ValueError("decode needs codes, an LR photo, or both")
         q = None if codes is None else self.codebook.embed(codes)
+        if q is not None and lr is not None:
+            q = torch.lerp(self.decoder.no_codes, q, self.config.trust if trust is None else trust)
         return self.decoder(q, lr).float().clamp(0, 1)

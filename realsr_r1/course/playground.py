@@ -177,8 +177,8 @@ class Playground(widgets.VBox):
         self.tell(f"{html.unescape(self.said.value)}; to the picture before: {moved:.3f}")
 
     def restored(self, drawn: Samples) -> Tensor:
-        """(3, 128, 128): the final image's codes beside the LR photo."""
-        return self.model.decode(drawn.codes, self.lr[None])[0].cpu()
+        """(3, 128, 128): what the chain ends with."""
+        return self.model.finish(drawn.chains, self.lr[None])[0]
 
     def _draw(self, texts: dict[str, str] | None) -> None:
         policy = self.model.policy

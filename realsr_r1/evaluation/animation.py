@@ -37,7 +37,7 @@ class Shown:
 def shown(model: RealSR, lr: Tensor, seed: int = 0) -> list[Shown]:
     """Chains for LR photos (b, 3, 32, 32) in [0, 1], with their pictures."""
     samples = model.sample(lr, Sampling(), torch.Generator().manual_seed(seed))
-    restored, out = model.decode(samples.codes, lr).cpu(), []
+    restored, out = model.finish(samples.chains, lr), []
     for x, y, chain in zip(lr, restored, samples.chains, strict=True):
         steps = [model.decode(getattr(chain, t)[None])[0].cpu() for t in IMAGE_TAGS]
         pictures = [sheets.fit_side(images.to_image(p), SIDE) for p in (x, *steps, y)]

@@ -89,7 +89,7 @@ def chain_method(model: RealSR, sampling: Sampling = Sampling(), plain: bool = F
     def call(lr: Tensor, seed: int) -> tuple[Tensor, list[list[vlcot.Chain]]]:
         if lr.shape[-2:] == (TILE, TILE):
             drawn = model.sample(lr, sampling, torch.Generator().manual_seed(seed))
-            made = model.decode(drawn.codes, None if plain else lr).cpu()
+            made = model.decode(drawn.codes).cpu() if plain else model.finish(drawn.chains, lr)
             return made, [[c] for c in drawn.chains]
         if plain:
             raise ValueError("plain is measured on photos of one tile: take another set")

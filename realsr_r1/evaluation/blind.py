@@ -31,8 +31,8 @@ def method(name: str, model: RealSR, seed: int = 0, sampling: Sampling = Samplin
     if name == "chain":
 
         def chain(lr: Tensor) -> Tensor:
-            drawn = model.sample(lr, sampling, torch.Generator().manual_seed(seed)).codes
-            return model.decode(drawn, lr).cpu()
+            drawn = model.sample(lr, sampling, torch.Generator().manual_seed(seed))
+            return model.finish(drawn.chains, lr)
 
         return chain
     if name == "LR alone":

@@ -65,8 +65,7 @@ def under_texts(
     photo with the same noise whatever they say."""
     out = []
     for i, (x, given) in enumerate(zip(lr.split(1), texts, strict=True)):
-        codes = model.sample(x, sampling, [generator(seed, i)], given).codes
-        out.append(model.decode(codes, x).cpu())
+        out.append(model.finish(model.sample(x, sampling, [generator(seed, i)], given).chains, x))
     return torch.cat(out)
 
 

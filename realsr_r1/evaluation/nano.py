@@ -1,8 +1,8 @@
 """The nano model on held-out photographs: the chain beside its controls, by severity.
 
-Controls: the LR photo alone through the same decoder (what the chain must beat), random codes
-(confetti scores well on LPIPS), the true codes (the ceiling of the tokenizer), plain codes without
-the LR photo (the paper's way), bicubic.
+Controls: codes in full (`TokenizerConfig.trust` 1, no `pipeline.hold`); the LR photo alone through
+the same decoder (what the chain must beat); random codes (confetti scores well on LPIPS); the true
+codes (the ceiling of the tokenizer); plain codes without the LR photo (the paper's way); bicubic.
 """
 
 import csv
@@ -29,6 +29,7 @@ METHODS = (
     "bicubic",
     "LR alone",
     "chain",
+    "chain, codes in full",
     "chain, plain decode",
     "its middle image",
     "its rough image",
@@ -73,10 +74,12 @@ def pictures(model: RealSR, lr: Tensor, hr: Tensor, chains: list[vlcot.Chain]) -
     confetti = torch.randint(0, model.tokenizer.config.codes, drawn.shape, generator=g)
     with torch.no_grad():
         true = model.tokenizer.encode(hr.to(model.device))
+        whole = model.tokenizer.decode(drawn.to(model.device), lr.to(model.device), trust=1.0)
     return {
         "bicubic": bicubic(lr),
         "LR alone": model.decode(lr=lr).cpu(),
-        "chain": model.decode(drawn, lr).cpu(),
+        "chain": model.finish(chains, lr),
+        "chain, codes in full": whole.cpu(),
         "chain, plain decode": model.decode(drawn).cpu(),
         "its middle image": enlarged(model.decode(middle).cpu(), hr.shape[-1]),
         "its rough image": enlarged(model.decode(rough).cpu(), hr.shape[-1]),

@@ -11,11 +11,22 @@ import pytest
 import torch
 from PIL import Image
 
-from realsr_r1 import images, sampling, sft, vlcot
+from realsr_r1 import images, perceptual, sampling, sft, vlcot
 from realsr_r1.common import generator
 from realsr_r1.decoding import Decoder
 from realsr_r1.evaluation.chains import chain_metrics
-from realsr_r1.pipeline import CODE, STRIDE, TILE, RealSR, decode_grid, origins, pad, put
+from realsr_r1.pipeline import (
+    CODE,
+    STRIDE,
+    TILE,
+    RealSR,
+    decode_grid,
+    hold,
+    origins,
+    pad,
+    put,
+    reads_clean,
+)
 from realsr_r1.policy import CELLS, PARENTS, ChainPolicy, PolicyConfig
 from realsr_r1.pretraining.redraw import final_codes, redraw
 from realsr_r1.sampling import Sampling, choose, keep_top_k, logprobs_of, sample
@@ -302,6 +313,17 @@ def test_one_decoder_three_uses(model, lr):
         model.tokenizer.encode(torch.rand(1, 3, 20, 16))
 
 
+def test_codes_count_for_trust_alone(model, lr):
+    tokenizer = model.tokenizer
+    codes = torch.randint(0, 64, (2, 16, 16), generator=torch.Generator().manual_seed(2))
+    alone = tokenizer.decode(lr=lr)
+    gaps = [(tokenizer.decode(codes, lr, t) - alone).abs().mean().item() for t in (0, 0.7, 1)]
+    assert gaps[0] < 1e-6 < gaps[1] and gaps[1] != gaps[2]
+    torch.testing.assert_close(tokenizer.decode(codes, lr), tokenizer.decode(codes, lr, 0.7))
+    with pytest.raises(ValueError, match="trust must be a number from 0"):
+        TokenizerConfig(trust=1.5)
+
+
 def test_masked_inputs_are_the_absent_ones(model, lr):
     """In training a batch mixes the three uses; each sample gets what it would get alone."""
     decoder, q = model.tokenizer.decoder, torch.randn(2, 8, 16, 16)
@@ -331,9 +353,35 @@ def test_windows_decode_as_the_whole(model, monkeypatch):
     """A large photo is decoded in windows; no seam may show where they meet."""
     lr = torch.rand(3, 96, 80, generator=torch.Generator().manual_seed(0))
     grid = torch.randint(0, 64, (48, 40), generator=torch.Generator().manual_seed(1))
-    whole = decode_grid(model, grid, lr)
+    whole = decode_grid(model, grid, lr, 0.6)
     monkeypatch.setattr("realsr_r1.pipeline.WINDOW", 16)
-    torch.testing.assert_close(decode_grid(model, grid, lr), whole, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(decode_grid(model, grid, lr, 0.6), whole, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("words", "clean"),
+    [
+        ("no blur, downsample, light noise, no compression, downsample", True),
+        ("medium blur, downsample, no noise, no compression, downsample", False),
+        ("no blur, downsample, no noise, heavy compression, downsample", False),
+        ("no blur, downsample", False),  # not named is not clean
+        (None, False),
+    ],
+)
+def test_what_reads_as_clean_is_held_to_the_photo(model, lr, words, clean):
+    codes = torch.randint(0, 64, (16, 16), generator=torch.Generator().manual_seed(2))
+    chain = Chain(degradation=words, final_image=codes)
+    assert reads_clean(chain) == clean
+    made, plain = model.finish([chain], lr[:1]), model.decode(codes[None], lr[:1])
+
+    def consistency(x: torch.Tensor) -> float:
+        return float(perceptual.psnr(torch.nn.functional.avg_pool2d(x, 4), lr[:1]))
+
+    if clean:
+        assert consistency(made) > consistency(plain) + 1
+    else:
+        assert torch.equal(made, plain)
+    torch.testing.assert_close(hold(plain, lr[:1], 0.0), plain)
 
 
 def test_missing_codes_are_decoded_from_the_photo_alone(model):
