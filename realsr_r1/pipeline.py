@@ -218,7 +218,10 @@ class RealSR:
     def _drawer(
         self, lr: Tensor, places: list, reading: Chain, how: tuple[Sampling, int]
     ) -> Callable[[int, int], list[Chain]]:
-        """What `in_batches` calls: the chains of some tiles, under the texts of the reading."""
+        """What `in_batches` calls: the chains of some tiles, under the texts of the reading; of a
+        photo of one tile the reading itself."""
+        if len(places) == 1:
+            return lambda first, size: [reading]
         texts, (sampling, seed) = {t: getattr(reading, t) for t in TEXT_TAGS[1:]}, how
 
         def draw(first: int, size: int) -> list[Chain]:
