@@ -20,7 +20,7 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 SEEDS_EACH = 10_000
 SEEDS = {
     use: i * SEEDS_EACH
-    for i, use in enumerate("measure tokenizer policy decoder grpo chain optimizer expert".split())
+    for i, use in enumerate("measure tokenizer policy decoder grpo chain optimizer expert labels".split())
 }
 
 

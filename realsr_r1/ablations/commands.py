@@ -35,6 +35,23 @@ def optimizer(a: argparse.Namespace) -> None:
     print(ablation.run(model, photos, settings, Machine(model.device.type, a.batch)))
 
 
+def labels(a: argparse.Namespace) -> None:
+    from realsr_r1 import photographs
+    from realsr_r1.ablations import labels as ablation
+    from realsr_r1.common import device_of, seed_of
+    from realsr_r1.evaluation.commands import spread
+    from realsr_r1.pretraining.loop import FitConfig
+    from realsr_r1.pretraining.recipes import Machine
+
+    photos = spread(photographs.load(a.split, a.photographs), a.n)
+    seed = seed_of("labels", a.seed)
+    data = photographs.Pairs(photographs.load("train", a.photographs), seed=seed)
+    fit = FitConfig(minutes=a.minutes, steps=a.steps, lr=a.lr, ema=0.99, seed=a.seed)
+    machine = Machine(device_of(a.device).type, a.batch, a.workers)
+    namer = ablation.train(data, a.out, machine, fit, a.reuse)
+    print(ablation.report(ablation.measure(namer, photos), a.table))
+
+
 def register(sub) -> None:
 
     text = "leave a part of the method out and measure"
@@ -66,3 +83,19 @@ def register(sub) -> None:
     p.add_argument("--batch", type=integer(), default=12, help="chains per step")
     p.add_argument("-n", type=integer(), default=120, help="validation photographs")
     add_model(p)
+
+    text = "how well a CNN names the degradation: a yardstick for the chain's first sentence"
+    p = leaf(leaves, "labels", labels, text)
+    p.add_argument("--photographs", type=place, help="a folder of annotated photographs")
+    p.add_argument("--out", type=place, default=Path("runs/labels"), help="log and checkpoint")
+    p.add_argument("--minutes", type=real(), default=30.0, help="of training")
+    p.add_argument("--steps", type=integer(), default=10**9, help="at most so many steps")
+    p.add_argument("--batch", type=integer(), default=32, help="photos per step")
+    p.add_argument("--lr", type=real(), default=2e-3, help="peak learning rate")
+    p.add_argument("--reuse", type=real(), default=2.0, help="how often each pair is used")
+    p.add_argument("--workers", type=integer(0), default=0, help="processes that prepare data")
+    p.add_argument("--table", type=place, help="a CSV of realsr eval table, to compare with")
+    p.add_argument("--split", default="val", choices=("val", "test"), help="what is measured")
+    p.add_argument("-n", type=integer(), help="so many photographs, spread over the split")
+    p.add_argument("--seed", type=integer(0), default=0, help="of weights and photographs")
+    p.add_argument("--device", help="cpu, cuda or mps; the best there is if left out")

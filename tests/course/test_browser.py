@@ -155,6 +155,37 @@ def test_the_playground_is_played_with(page):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("lab", [("06_evaluation", True)], indirect=True)
+def test_blind_pairs_are_judged(page):
+    """Each press answers a pair and shows the next; after six the share is told."""
+    shown = pictures(page).first
+    shown.scroll_into_view_if_needed()
+    for name in ("left", "right", "same"):
+        button = page.get_by_role("button", name=name, exact=True)
+        until_it_changes(page, shown, button.click)
+    for _ in range(3):
+        page.get_by_role("button", name="right", exact=True).click()
+        page.wait_for_timeout(500)
+    page.get_by_text("preferred").last.wait_for()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lab", [("07_scaling_up", True)], indirect=True)
+def test_more_gpus_need_less_memory_each(page):
+    told = page.locator(".jp-OutputArea .widget-html-content", has_text=" GB: ").first
+    told.wait_for(state="attached", timeout=400_000)
+    told.scroll_into_view_if_needed()
+    before = told.inner_text()
+    handle = page.locator(".jp-OutputArea .widget-slider .noUi-handle").first
+    handle.focus()
+    for _ in range(8):
+        handle.press("ArrowRight")
+    page.wait_for_function("([e, old]) => e.innerText !== old", arg=[told.element_handle(), before])
+    gigabytes = [int(x.split(" GB")[0]) for x in (told.inner_text(), before)]
+    assert gigabytes[0] < gigabytes[1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lab", [(p.stem, True) for p in course.notebooks()], indirect=True, ids=lambda x: x[0][:2]
 )

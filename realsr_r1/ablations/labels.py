@@ -1,0 +1,125 @@
+"""How well can the five degradation labels be named at all? A yardstick for the chain's first
+sentence: a plain CNN, trained on the LR photo's pixels for nothing but these labels.
+"""
+
+import csv
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from realsr_r1 import photographs
+from realsr_r1.degradation import LABELS, LEVELS, RESIZES, from_words
+from realsr_r1.evaluation.nano import SEVERITIES, cluster_of
+from realsr_r1.eye import Eye
+from realsr_r1.pretraining.loop import Fit, FitConfig
+from realsr_r1.pretraining.recipes import Counting, Machine, Replay, autocast, forever
+from realsr_r1.stats import clustered
+
+CLASSES = {name: RESIZES if name.endswith("resize") else LEVELS for name in LABELS}
+
+
+class Namer(nn.Module):
+    """LR photos (b, 3, 32, 32) in [0, 1] → logits of the five labels, side by side (b, 18). The
+    policy's eye, then mean and standard deviation of each feature."""
+
+    def __init__(self, width: int = 96, blocks: int = 4):
+        super().__init__()
+        self.eye = Eye(width, width, blocks)
+        sizes = sum(map(len, CLASSES.values()))
+        self.head = nn.Sequential(nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, sizes))
+
+    def forward(self, lr: Tensor) -> Tensor:
+        x = self.eye(lr).flatten(2).float()
+        return self.head(torch.cat([x.mean(-1), x.std(-1)], 1))
+
+    def parts(self, lr: Tensor) -> list[Tensor]:
+        """The logits label by label, in the order of LABELS."""
+        return list(self(lr).split([len(c) for c in CLASSES.values()], 1))
+
+
+def targets(items: list[dict]) -> Tensor:
+    """The true labels of pairs as class numbers (b, 5)."""
+    named = [from_words(x["degradation"]) for x in items]
+    return torch.tensor([[CLASSES[k].index(x[k]) for k in LABELS] for x in named])
+
+
+def _collate(items: list[dict]) -> dict:
+    out = {k: torch.stack([x[k] for x in items]) for k in ("hr", "lr")}
+    return out | {"labels": targets(items)}
+
+
+def _small(batches: Iterator[dict]) -> Iterator[dict]:
+    for batch in batches:
+        yield {"lr": (batch["lr"] * 255).round().byte(), "labels": batch["labels"]}
+
+
+def train(data: Dataset, out: Path, machine: Machine, fit: FitConfig, reuse: float = 2.0) -> Namer:
+    """Cross-entropy on damaged photographs, each pair used about `reuse` times; returns the
+    averaged weights."""
+    torch.manual_seed(fit.seed)
+    model = Namer().to(machine.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=fit.lr, weight_decay=0.02)
+    source = Replay(_small(forever(data, machine, Counting(), _collate)), machine.batch, reuse)
+
+    def loss_of(step: int, done: float) -> tuple[Tensor, dict[str, Tensor]]:
+        batch = next(source)
+        with autocast(machine.device):
+            parts = model.parts(batch["lr"].float() / 255)
+        each = zip(parts, batch["labels"].unbind(1), strict=True)
+        return sum(F.cross_entropy(p.float(), t) for p, t in each), {}
+
+    return Fit(model, optimizer, out, fit).run(loss_of).eval()
+
+
+@dataclass(frozen=True)
+class Right:
+    """Whether each label of one photo was named right, 1 or 0, and which photo it was."""
+
+    severity: str
+    file: str
+    cluster: str
+    labels: dict[str, float]
+
+
+@torch.no_grad()
+def measure(model: Namer, photos: list, seed: int = 0) -> list[Right]:
+    """The pairs of `realsr eval table` with the same seed, so that the two can be compared."""
+    rows, device = [], next(model.parameters()).device
+    for severity in SEVERITIES:
+        data = photographs.Pairs(photos, f"nano-{severity}", seed=seed, training=False)
+        for i, photo in enumerate(photos):
+            item = data[i]
+            parts = model.parts(item["lr"][None].to(device).float() / 255)
+            found, true = [int(p.argmax()) for p in parts], targets([item])[0].tolist()
+            right = {k: float(a == b) for k, a, b in zip(LABELS, found, true, strict=True)}
+            rows.append(Right(severity, photo.file, cluster_of(vars(photo)), right))
+    return rows
+
+
+def report(rows: list[Right], table: Path | None = None) -> str:
+    """Markdown: the share of each label that is named right; beside the chain's share and its
+    paired difference where `table`, a CSV of `realsr eval table`, has the same photos."""
+    said = {}
+    if table:
+        with table.open(newline="", encoding="utf-8-sig") as f:
+            said = {(r["severity"], r["file"]): r for r in csv.DictReader(f) if r.get("blur")}
+        missing = [r.file for r in rows if (r.severity, r.file) not in said]
+        if missing:
+            raise ValueError(f"{table} lacks {missing[0]}: measure the same photographs")
+    head = ["label", "CNN on the LR pixels"] + ["the chain", "chain minus CNN"] * bool(said)
+    out = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    clusters = [r.cluster for r in rows]
+    for k in LABELS:
+        cnn = [r.labels[k] for r in rows]
+        cells = [k, str(clustered(cnn, clusters))]
+        if said:
+            chain = [float(said[r.severity, r.file][k]) for r in rows]
+            minus = [a - b for a, b in zip(chain, cnn, strict=True)]
+            cells += [str(clustered(chain, clusters)), str(clustered(minus, clusters))]
+        out.append(f"| {' | '.join(cells)} |")
+    return "\n".join(out) + "\n"
