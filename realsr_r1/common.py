@@ -18,10 +18,8 @@ from torch import Tensor
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 # Whoever draws photographs has seeds of its own, so that no two of them meet the same crops.
 SEEDS_EACH = 10_000
-SEEDS = {
-    use: i * SEEDS_EACH
-    for i, use in enumerate("measure tokenizer policy decoder grpo chain optimizer expert labels".split())
-}
+USES = "measure tokenizer policy decoder grpo chain optimizer expert labels".split()
+SEEDS = {use: i * SEEDS_EACH for i, use in enumerate(USES)}
 
 
 def seed_of(use: str, seed: int = 0) -> int:
