@@ -6,7 +6,7 @@
 import base64
 import csv
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,25 +16,23 @@ from PIL import Image
 from torch import Tensor
 
 from realsr_r1 import images
-from realsr_r1.evaluation.nano import bicubic
-from realsr_r1.photographs import Pairs, Photograph
+from realsr_r1.evaluation.benchmark import chain_method
+from realsr_r1.evaluation.nano import SEVERITIES, bicubic, cluster_of
+from realsr_r1.photographs import ASSETS, Pairs, Photograph
 from realsr_r1.pipeline import RealSR
 from realsr_r1.sampling import Sampling
 from realsr_r1.stats import Interval, clustered
 
 Method = Callable[[Tensor], Tensor]  # LR (b, 3, h, w) in [0, 1] → (b, 3, 4h, 4w)
 GAP = 12  # pixels between the two
+CROP = 64  # LR pixels a side, of real photos
 
 
 def method(name: str, model: RealSR, seed: int = 0, sampling: Sampling = Sampling()) -> Method:
     """A method by name: chain, LR alone, bicubic, or one of `peers.METHODS`."""
     if name == "chain":
-
-        def chain(lr: Tensor) -> Tensor:
-            drawn = model.sample(lr, sampling, torch.Generator().manual_seed(seed))
-            return model.finish(drawn.chains, lr)
-
-        return chain
+        call = chain_method(model, sampling)
+        return lambda lr: call(lr, seed)[0]
     if name == "LR alone":
         return lambda lr: model.decode(lr=lr).cpu()
     if name == "bicubic":
@@ -47,29 +45,58 @@ def method(name: str, model: RealSR, seed: int = 0, sampling: Sampling = Samplin
     return peers.load(name)
 
 
-def prepare(photos: list[Photograph], methods: dict[str, Method], out: Path, seed: int = 0) -> None:
-    """Write one picture per photograph to `out`, two methods side by side in an order that only
-    `out`/key.sealed knows; the severities take turns. Raises ValueError unless there are two
-    methods, or where `out` already holds a comparison."""
+@dataclass(frozen=True)
+class Asked:
+    """One question: an LR photo (3, h, w) in [0, 1], whose picture it is, what happened to it."""
+
+    lr: Tensor
+    cluster: str
+    severity: str = "real"
+
+
+def damaged(photos: list[Photograph], seed: int = 0) -> Iterator[Asked]:
+    """One question per photograph; the severities take turns."""
+    sets = [Pairs(photos, f"nano-{s}", seed=seed, training=False) for s in SEVERITIES]
+    for i, photo in enumerate(photos):
+        k = i % len(SEVERITIES)
+        lr = sets[k][i]["lr"].float() / 255
+        yield Asked(lr, cluster_of(vars(photo)), SEVERITIES[k])
+
+
+def real(n: int, seed: int = 0, side: int = CROP) -> Iterator[Asked]:
+    """`n` random squares of `side` pixels of the real photos that ship, which take turns."""
+    rng, paths = np.random.default_rng(seed), sorted((ASSETS / "real_lr").glob("*.webp"))
+    for i in range(n):
+        path = paths[i % len(paths)]
+        photo = images.to_tensor(images.open_photo(path))
+        y, x = (int(rng.integers(0, size - side + 1)) for size in photo.shape[-2:])
+        yield Asked(photo[:, y : y + side, x : x + side], path.stem)
+
+
+def prepare(
+    asked: list[Photograph] | Iterable[Asked], methods: dict[str, Method], out: Path, seed: int = 0
+) -> int:
+    """Write one picture per question to `out`, two methods side by side in an order that only
+    `out`/key.sealed knows; returns how many. Photographs are `damaged` first. Raises ValueError
+    unless there are two methods, or where `out` already holds a comparison."""
     if len(methods) != 2:
         raise ValueError(f"a blind comparison has two methods, got {len(methods)}")
     if (out / "key.sealed").exists():
         raise ValueError(f"{out} already holds a comparison: choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     rng, key = np.random.default_rng(seed), []
-    severities = ("light", "medium", "heavy")
-    sets = {s: Pairs(photos, f"nano-{s}", seed=seed, training=False) for s in severities}
-    for i, photo in enumerate(photos):
-        severity = severities[i % len(severities)]
-        lr = sets[severity][i]["lr"][None].float() / 255
+    if isinstance(asked, list) and isinstance(asked[0], Photograph):
+        asked = damaged(asked, seed)
+    for i, question in enumerate(asked):
         names = [str(n) for n in rng.permutation(list(methods))]
-        pair = [methods[n](lr)[0].clamp(0, 1) for n in names]
+        pair = [methods[n](question.lr[None])[0].clamp(0, 1) for n in names]
         gap = torch.ones(3, pair[0].shape[1], GAP)
         images.to_image(torch.cat([pair[0], gap, pair[1]], 2)).save(out / f"{i:03d}.png")
-        cluster = photo.author if photo.source == "flower_photos" else photo.file
-        key.append({"left": names[0], "right": names[1], "cluster": cluster, "severity": severity})
+        about = {"cluster": question.cluster, "severity": question.severity}
+        key.append({"left": names[0], "right": names[1]} | about)
     sealed = base64.b64encode(json.dumps({"methods": list(methods), "pairs": key}).encode())
     (out / "key.sealed").write_bytes(sealed)  # so that nobody reads it by accident
+    return len(key)
 
 
 def read_answers(out: Path) -> dict[int, str]:

@@ -110,12 +110,15 @@ def blind(a: argparse.Namespace) -> None:
     from realsr_r1 import photographs
     from realsr_r1.sampling import Sampling
 
-    photos = spread(photographs.load(a.split, a.photographs), a.n)
+    if a.real:
+        asked = blind.real(a.n, a.seed)
+    else:
+        asked = spread(photographs.load(a.split, a.photographs), a.n)
     model, sampling = model_of(a), Sampling(image_temperature=a.temperature)
     methods = {n: blind.method(n, model, a.seed, sampling) for n in a.methods}
-    blind.prepare(photos, methods, a.out, a.seed)
+    n = blind.prepare(asked, methods, a.out, a.seed)
     print(
-        f"{len(photos)} pairs in {a.out}. In a notebook: "
+        f"{n} pairs in {a.out}. In a notebook: "
         f"from realsr_r1.evaluation import blind; blind.page({str(a.out)!r})"
     )
 
@@ -204,6 +207,8 @@ def register(sub) -> None:
     names = "chain, 'LR alone', bicubic, or a peer such as realesrgan-x4plus"
     p.add_argument("--methods", nargs=2, default=["chain", "bicubic"], help=names)
     p.add_argument("-n", type=integer(), default=60, help="photographs, spread over the split")
+    text = "squares of the shipped real photos instead, as they are"
+    p.add_argument("--real", action="store_true", help=text)
     p.add_argument("--report", action="store_true", help="open the key and count the answers")
     p.add_argument(
         "-o", "--out", type=place, default=Path("runs/blind"), help="folder of the pairs"

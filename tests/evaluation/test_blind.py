@@ -78,3 +78,14 @@ def test_errors_are_one_sentence(comparison, tmp_path):
         blind.answer(comparison, 0, "both")
     with pytest.raises(ValueError, match="no method 'magic'"):
         blind.method("magic", None)
+
+
+def test_squares_of_real_photos_take_turns(tmp_path):
+    enlarge = {"large": lambda lr: torch.nn.functional.interpolate(lr, scale_factor=4)}
+    methods = enlarge | {"dark": lambda lr: torch.zeros(1, 3, 256, 256)}
+    assert blind.prepare(blind.real(9), methods, tmp_path / "pairs") == 9
+    sealed = (tmp_path / "pairs" / "key.sealed").read_bytes()
+    key = json.loads(base64.b64decode(sealed))["pairs"]
+    assert len({k["cluster"] for k in key}) == 7 and {k["severity"] for k in key} == {"real"}
+    first, again = (next(iter(blind.real(1, seed=4))).lr for _ in range(2))
+    assert torch.equal(first, again) and first.shape == (3, 64, 64)
