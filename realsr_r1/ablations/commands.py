@@ -52,6 +52,19 @@ def labels(a: argparse.Namespace) -> None:
     print(ablation.report(ablation.measure(namer, photos), a.table))
 
 
+def words(a: argparse.Namespace) -> None:
+    from realsr_r1 import photographs
+    from realsr_r1.ablations import words as ablation
+    from realsr_r1.evaluation.commands import spread
+    from realsr_r1.evaluation.words import table
+
+    model = model_of(a)
+    names = ("photographs", "out", "cold", "steps", "lr", "f1", "seed")
+    settings = ablation.Settings(**{k: getattr(a, k) for k in names})
+    photos = spread(photographs.load(a.split, a.photographs), a.n)
+    print(table(ablation.run(model, photos, settings)))
+
+
 def register(sub) -> None:
 
     text = "leave a part of the method out and measure"
@@ -99,3 +112,16 @@ def register(sub) -> None:
     p.add_argument("-n", type=integer(), help="so many photographs, spread over the split")
     p.add_argument("--seed", type=integer(0), default=0, help="of weights and photographs")
     p.add_argument("--device", help="cpu, cuda or mps; the best there is if left out")
+
+    text = "whether GRPO makes first words righter than more fine-tuning does, from a short start"
+    p = leaf(leaves, "words", words, text)
+    p.add_argument("--photographs", type=place, help="a folder of annotated photographs")
+    p.add_argument("--out", type=place, default=Path("runs/words"), help="logs and policies")
+    p.add_argument("--cold", type=integer(), default=100, help="steps of fine-tuning at first")
+    p.add_argument("--steps", type=integer(), default=120, help="of GRPO")
+    p.add_argument("--lr", type=real(), default=1e-4, help="of GRPO")
+    text = "understanding as F1, or the paper's recall"
+    p.add_argument("--f1", action=argparse.BooleanOptionalAction, default=True, help=text)
+    p.add_argument("--split", default="val", choices=("val", "test"), help="what is measured")
+    p.add_argument("-n", type=integer(), default=60, help="photographs, spread over the split")
+    add_model(p)

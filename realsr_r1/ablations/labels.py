@@ -15,26 +15,28 @@ from torch.utils.data import Dataset
 from realsr_r1 import photographs
 from realsr_r1.degradation import LABELS, LEVELS, RESIZES, from_words
 from realsr_r1.evaluation.nano import SEVERITIES, cluster_of
-from realsr_r1.eye import Eye
+from realsr_r1.experts import NanoExpert
 from realsr_r1.pretraining.loop import Fit, FitConfig
 from realsr_r1.pretraining.recipes import Counting, Machine, Replay, autocast, forever
 from realsr_r1.stats import clustered
+from realsr_r1.tokenizer import ResBlock
 
 CLASSES = {name: RESIZES if name.endswith("resize") else LEVELS for name in LABELS}
 
 
 class Namer(nn.Module):
-    """LR photos (b, 3, 32, 32) in [0, 1] → logits of the five labels, side by side (b, 18). The
-    policy's eye, then mean and standard deviation of each feature."""
+    """LR photos (b, 3, 32, 32) in [0, 1] → logits of the five labels, side by side (b, 18). It sees
+    what the nano expert sees, local contrast included; no norm, for levels of noise must stay."""
 
-    def __init__(self, width: int = 96, blocks: int = 4):
+    def __init__(self, width: int = 128, blocks: int = 4):
         super().__init__()
-        self.eye = Eye(width, width, blocks)
+        parts = [ResBlock(width, norm=False) for _ in range(blocks)]
+        self.body = nn.Sequential(nn.Conv2d(7 * 16, width, 3, padding=1), *parts, nn.SiLU())
         sizes = sum(map(len, CLASSES.values()))
         self.head = nn.Sequential(nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, sizes))
 
     def forward(self, lr: Tensor) -> Tensor:
-        x = self.eye(lr).flatten(2).float()
+        x = self.body(NanoExpert.inputs(lr)).flatten(2).float()
         return self.head(torch.cat([x.mean(-1), x.std(-1)], 1))
 
     def parts(self, lr: Tensor) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 Controls: codes in full (`TokenizerConfig.trust` 1, no `pipeline.hold`); the LR photo alone through
 the same decoder (what the chain must beat); random codes (confetti scores well on LPIPS); the true
-codes (the ceiling of the tokenizer); plain codes without the LR photo (the paper's way); bicubic.
+codes in full (the ceiling); plain codes without the LR photo (the paper's way); bicubic.
 """
 
 import csv
@@ -74,17 +74,20 @@ def pictures(model: RealSR, lr: Tensor, hr: Tensor, chains: list[vlcot.Chain]) -
     confetti = torch.randint(0, model.tokenizer.config.codes, drawn.shape, generator=g)
     with torch.no_grad():
         true = model.tokenizer.encode(hr.to(model.device))
-        whole = model.tokenizer.decode(drawn.to(model.device), lr.to(model.device), trust=1.0)
+        seen = lr.to(model.device)
+        in_full = [
+            model.tokenizer.decode(c, seen, trust=1.0) for c in (drawn.to(seen.device), true)
+        ]
     return {
         "bicubic": bicubic(lr),
         "LR alone": model.decode(lr=lr).cpu(),
         "chain": model.finish(chains, lr),
-        "chain, codes in full": whole.cpu(),
+        "chain, codes in full": in_full[0].cpu(),
         "chain, plain decode": model.decode(drawn).cpu(),
         "its middle image": enlarged(model.decode(middle).cpu(), hr.shape[-1]),
         "its rough image": enlarged(model.decode(rough).cpu(), hr.shape[-1]),
         "random codes": model.decode(confetti, lr).cpu(),
-        "true codes": model.decode(true, lr).cpu(),
+        "true codes": in_full[1].cpu(),
         "true codes, plain decode": model.decode(true).cpu(),
     }
 
