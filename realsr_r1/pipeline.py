@@ -192,10 +192,8 @@ class RealSR:
             max_pixels: refuse larger photos.
         Raises ValueError, in one sentence, for unreadable or too large photos. On Ctrl-C what is
         done so far is kept and the rest comes from the LR photo alone."""
-        photo = photo if isinstance(photo, images.Photo) else images.read(photo)
+        photo = _opened(photo, max_pixels)
         w, h = photo.image.size
-        if w * h > max_pixels:
-            raise ValueError(f"{w}x{h} pixels rarely need ×4: scale it down, or raise max_pixels")
         lr = pad(images.to_tensor(photo.image))
         reading = self.read(lr, sampling, generator(seed))
         tiles, places = [], origins(lr.shape[-2:])
@@ -230,6 +228,14 @@ class RealSR:
             return self.sample(torch.stack(some), sampling, own, texts).chains
 
         return draw
+
+
+def _opened(photo: images.Source | images.Photo, max_pixels: int) -> images.Photo:
+    photo = photo if isinstance(photo, images.Photo) else images.read(photo)
+    w, h = photo.image.size
+    if w * h > max_pixels:
+        raise ValueError(f"{w}x{h} pixels rarely need ×4: scale it down, or raise max_pixels")
+    return photo
 
 
 def in_batches(
