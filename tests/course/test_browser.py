@@ -174,14 +174,18 @@ def test_blind_pairs_are_judged(page):
 def test_more_gpus_need_less_memory_each(page):
     told = page.locator(".jp-OutputArea .widget-html-content", has_text=" GB: ").first
     told.wait_for(state="attached", timeout=400_000)
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=400_000)
     told.scroll_into_view_if_needed()
-    before = told.inner_text()
+    before = told.text_content()
     handle = page.locator(".jp-OutputArea .widget-slider .noUi-handle").first
     handle.focus()
     for _ in range(8):
         handle.press("ArrowRight")
-    page.wait_for_function("([e, old]) => e.innerText !== old", arg=[told.element_handle(), before])
-    gigabytes = [int(x.split(" GB")[0]) for x in (told.inner_text(), before)]
+    for _ in range(40):  # the cell may be drawn anew, so its text is looked up each time
+        if told.text_content() != before:
+            break
+        page.wait_for_timeout(500)
+    gigabytes = [int(x.split(" GB")[0]) for x in (told.text_content(), before)]
     assert gigabytes[0] < gigabytes[1]
 
 
