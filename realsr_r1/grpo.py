@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
+from datasets import Array3D, Dataset, Features, List, Value
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig, TrainerCallback
@@ -78,13 +78,15 @@ class GrpoSettings:
 
 def prompts(photos: list[Photograph], n: int, preset: str = "nano", seed: int = 0) -> Dataset:
     """Rows for the trainer: lr (3, 32, 32) uint8, and for the rewards degradation, tags, hr."""
-    data = Pairs(photos, preset, seed=seed)
-    rows = []
-    for i in range(n):
-        item = data[i]
+    data, rows = Pairs(photos, preset, seed=seed), []
+    for item in (data[i] for i in range(n)):
         row = {"prompt": "<restore>", "degradation": item["degradation"], "tags": item["tags"]}
         rows.append(row | {k: item[k].numpy() for k in ("lr", "hr")})
-    return Dataset.from_list(rows)
+    # As arrays: lists of lists of numbers would take longer to read than a step does.
+    pictures = {k: Array3D(rows[0][k].shape, "uint8") for k in ("lr", "hr")}
+    words = {"prompt": Value("string"), "degradation": Value("string")}
+    features = Features(**words, **pictures, tags=List(Value("string")))
+    return Dataset.from_list(rows, features=features)
 
 
 def part_advantages(

@@ -205,9 +205,10 @@ class RealSR:
                 put(grid, chain.final_image, place)
         except KeyboardInterrupt:
             print(f"stopped after {len(tiles)} of {len(places)} tiles: the rest is without a chain")
-        clean = sum(reads_clean(t.chain) for t in tiles) / len(places)
-        out = decode_grid(self, grid, lr, HOLD * clean)[:, : h * SCALE, : w * SCALE]
+        held = HOLD * sum(reads_clean(t.chain) for t in tiles) / len(places)
+        out = decode_grid(self, grid, lr, held)[:, : h * SCALE, : w * SCALE]
         settings = {"model": self.name, "seed": int(seed), "device": str(self.device)}
+        settings |= {"trust": self.tokenizer.config.trust, "held": held}
         settings |= {"lr_size": [w, h], "tile": TILE, "stride": STRIDE, "scale": SCALE}
         alpha = photo.alpha and photo.alpha.resize((w * SCALE, h * SCALE), Image.Resampling.BICUBIC)
         parts = settings | asdict(sampling), len(tiles) == len(places), alpha, photo.exif

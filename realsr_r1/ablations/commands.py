@@ -15,7 +15,7 @@ def chain(a: argparse.Namespace) -> None:
     model = model_of(a)
     names = ("photographs", "out", "steps", "seed", "lr", "reuse", "hidden", "layers")
     settings = ablation.Settings(
-        **{k: getattr(a, k) for k in names}, variants=tuple(a.variants or ablation.VARIANTS[:4])
+        **{k: getattr(a, k) for k in names}, variants=tuple(a.variants or ablation.MEASURED)
     )
     machine = Machine(model.device.type, a.batch, a.workers)
     photos = spread(photographs.load(a.split, a.photographs), a.n)
@@ -59,7 +59,7 @@ def words(a: argparse.Namespace) -> None:
     from realsr_r1.evaluation.words import table
 
     model = model_of(a)
-    names = ("photographs", "out", "cold", "steps", "lr", "f1", "seed")
+    names = "photographs out cold steps prompts group lr reuse f1 seed".split()
     settings = ablation.Settings(**{k: getattr(a, k) for k in names})
     photos = spread(photographs.load(a.split, a.photographs), a.n)
     print(table(ablation.run(model, photos, settings)))
@@ -119,7 +119,10 @@ def register(sub) -> None:
     p.add_argument("--out", type=place, default=Path("runs/words"), help="logs and policies")
     p.add_argument("--cold", type=integer(), default=100, help="steps of fine-tuning at first")
     p.add_argument("--steps", type=integer(), default=120, help="of GRPO")
+    p.add_argument("--prompts", type=integer(), default=8, help="groups per step of GRPO")
+    p.add_argument("--group", type=integer(2), default=8, help="chains per group")
     p.add_argument("--lr", type=real(), default=1e-4, help="of GRPO")
+    p.add_argument("--reuse", type=real(), default=1.0, help="as in realsr train policy")
     text = "understanding as F1, or the paper's recall"
     p.add_argument("--f1", action=argparse.BooleanOptionalAction, default=True, help=text)
     p.add_argument("--split", default="val", choices=("val", "test"), help="what is measured")

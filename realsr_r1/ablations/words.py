@@ -4,6 +4,7 @@ two cores. The control is as many sequences of more supervised fine-tuning.
 """
 
 import copy
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +33,10 @@ class Settings:
     out: Path
     cold: int = 100
     steps: int = 120
+    prompts: int = 8  # groups per step of GRPO
+    group: int = 8
     lr: float = 1e-4  # of GRPO
+    reuse: float = 1.0  # of each pair in fine-tuning; see `PolicyLoss`
     f1: bool = True  # understanding as F1; else the paper's recall, which listing words earns
     seed: int = 0
 
@@ -45,13 +49,13 @@ class Settings:
     def run(self) -> grpo.GrpoSettings:
         return grpo.GrpoSettings(
             steps=self.steps,
-            prompts=8,
-            group=8,
-            micro_batch=64,
+            prompts=self.prompts,
+            group=self.group,
+            micro_batch=math.gcd(64, self.prompts * self.group),
             lr=self.lr,
             beta=0.01,
             parts=grpo.WORDS,
-            save_steps=max(1, self.steps),
+            save_steps=100,
             seed=self.seed,
         )
 
@@ -73,7 +77,7 @@ def fine_tune(
     fit = FitConfig(
         minutes=10**6, steps=steps, lr=3e-3, ema=0.97, warmup=20, seed=s.seed, log_every=20
     )
-    loss = PolicyLoss(tags=grpo.WORDS, own=0.0)
+    loss = PolicyLoss(tags=grpo.WORDS, own=0.0, reuse=s.reuse)
     out, machine = s.out / f"{name}-{s.seed}", Machine(policy.device.type, BATCH)
     start = copy.deepcopy(policy)
     return recipes.train_policy(start, model.tokenizer, data, out, machine, fit, loss).eval()
@@ -82,11 +86,15 @@ def fine_tune(
 def run(model: RealSR, photos: list, s: Settings) -> dict[str, words.Words]:
     """Cold start, GRPO and its control, of one seed, measured on `photos`; the policies and the
     log go to `out`."""
-    torch.manual_seed(s.seed)
-    blank = ChainPolicy(PolicyConfig(codes=model.tokenizer.config.codes, **SMALL))
-    blank.start_from(model.tokenizer, s.seed)
-    start = fine_tune(model, blank.to(model.device), s.cold, "cold", s)
-    start.save_pretrained(s.out / f"start-{s.seed}")
+    kept = s.out / f"start-{s.seed}"
+    if (kept / "model.safetensors").exists():  # of a run that was stopped
+        start = ChainPolicy.from_pretrained(kept).to(model.device).eval()
+    else:
+        torch.manual_seed(s.seed)
+        blank = ChainPolicy(PolicyConfig(codes=model.tokenizer.config.codes, **SMALL))
+        blank.start_from(model.tokenizer, s.seed)
+        start = fine_tune(model, blank.to(model.device), s.cold, "cold", s)
+        start.save_pretrained(kept)
     found = {"cold start": words.measure(start, photos)}
     other = halves(photographs.load("train", s.photographs))[1]
     g = s.run
@@ -96,5 +104,6 @@ def run(model: RealSR, photos: list, s: Settings) -> dict[str, words.Words]:
     )
     found["GRPO"] = words.measure(trained.to(model.device), photos)
     more = fine_tune(model, start, g.steps * g.prompts * g.group // BATCH, "more", s)
+    more.save_pretrained(s.out / f"more-{s.seed}")
     found["more fine-tuning"] = words.measure(more, photos)
     return found

@@ -50,6 +50,16 @@ def chains(a: argparse.Namespace) -> None:
     print(chains.report(model_of(a), photos, a.severity, a.temperature, a.seed))
 
 
+def trust(a: argparse.Namespace) -> None:
+    from realsr_r1 import photographs
+    from realsr_r1.evaluation import trust
+    from realsr_r1.sampling import Sampling
+
+    photos = spread(photographs.load(a.split, a.photographs), a.n)
+    sampling = Sampling(image_temperature=a.temperature)
+    print(trust.report(model_of(a), photos, sampling, a.seed))
+
+
 def experts(a: argparse.Namespace) -> None:
     from realsr_r1 import photographs
     from realsr_r1.evaluation import quality
@@ -184,6 +194,10 @@ def register(sub) -> None:
     p.add_argument(
         "--severity", default="medium", choices=("light", "medium", "heavy"), help="of the damage"
     )
+    add_photographs(p, "val")
+    add_model(p)
+    p = leaf(leaves, "trust", trust, "the same chains decoded with more and less trust in codes")
+    p.add_argument("-n", type=integer(), default=64, help="photographs, spread over the split")
     add_photographs(p, "val")
     add_model(p)
     p = leaf(

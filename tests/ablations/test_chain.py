@@ -1,8 +1,11 @@
 """The chain against the final image alone, on a tiny scale."""
 
-from realsr_r1 import photographs
+import torch
+
+from realsr_r1 import photographs, sft
 from realsr_r1.ablations import chain
 from realsr_r1.pipeline import RealSR
+from realsr_r1.pretraining import redraw
 from realsr_r1.pretraining.recipes import Machine
 
 
@@ -12,9 +15,22 @@ def test_variants_of_a_seed_are_trained_and_measured_side_by_side(tmp_path):
     photos = photographs.load("test")[:2]
     paths = chain.seeds(model, photos, settings, Machine(batch=2), 1)
     text = chain.table(paths)
-    for variant in chain.VARIANTS[:4]:
+    for variant in chain.MEASURED:
         assert f"| {variant} |" in text
     assert text.count("[") == 3  # a paired difference for each but the first
+
+
+def test_the_eye_alone_sees_no_code():
+    """Chains that differ in their codes alone look the same to it, and their places stay known."""
+    model = RealSR.from_pretrained("nano", "cpu")
+    data = photographs.Pairs(photographs.load("test")[:2], training=False)
+    policy, items = model.policy, [data[0], data[1]]
+    ids = sft.collate(policy.vocabulary, chain.DIRECT)(items)["ids"]
+    hr = torch.stack([x["hr"] for x in items]) / 255
+    true = sft.fill(policy, ids, model.tokenizer.encode_steps(hr))
+    assert not torch.equal(true[0], ids[0])
+    assert torch.equal(redraw.blank_codes(policy, true), redraw.blank_codes(policy, ids))
+    assert torch.equal(policy.cells(redraw.blank_codes(policy, true)), policy.cells(true))
 
 
 def test_a_chain_is_longer_than_a_direct_sequence():

@@ -2,7 +2,7 @@
 
 from realsr_r1 import photographs
 from realsr_r1.ablations import words
-from realsr_r1.evaluation.words import table
+from realsr_r1.evaluation import words as evaluation
 from realsr_r1.pipeline import RealSR
 
 
@@ -11,10 +11,26 @@ def test_a_start_a_run_and_its_control_are_measured_alike(tmp_path):
     settings = words.Settings(None, tmp_path, cold=2, steps=1)
     found = words.run(model, photographs.load("test")[:2], settings)
     assert list(found) == ["cold start", "GRPO", "more fine-tuning"]
-    text = table(found)
-    assert text.count("| its gain |") == 4
+    text = evaluation.table(found)
+    assert text.count("| its gain |") == 4 and evaluation.SHUFFLED in text
     assert "| understanding, more fine-tuning |" in text
     assert (tmp_path / "start-0" / "model.safetensors").exists()
+
+
+def test_who_says_the_truth_earns_it_from_his_own_photo_alone():
+    """The control: a list for everybody would earn the same from both."""
+    data = photographs.Pairs(photographs.load("test")[:6], training=False)
+    items = [data[i] for i in range(6)]
+    true = [
+        f"<degradation> {x['degradation']} </degradation> "
+        f"<rough_understand> {' '.join(x['tags'])} </rough_understand>"
+        for x in items
+    ]
+    own, other = (
+        evaluation._scored(true, some, "greedy") for some in (items, items[3:] + items[:3])
+    )
+    for name in evaluation.NAMES:
+        assert own["greedy", name].mean() == 1 > other["greedy", name].mean()
 
 
 def test_the_two_halves_share_no_photograph():

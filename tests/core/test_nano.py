@@ -405,6 +405,19 @@ def test_a_whole_photo(model, tmp_path):
     assert Image.open(tmp_path / "out.png").size == (200, 164)
 
 
+def test_a_photo_of_one_tile_is_read_and_drawn_by_one_chain(model, monkeypatch):
+    drawn, real = [], RealSR.sample
+
+    def count(self, lr, *args, **options):
+        drawn.append(len(lr))
+        return real(self, lr, *args, **options)
+
+    monkeypatch.setattr(RealSR, "sample", count)
+    out = model(Image.effect_noise((32, 29), 60).convert("RGB"), progress=False)
+    assert drawn == [1] and out.tiles[0].chain is out.reading and out.image.size == (128, 116)
+    assert out.settings["trust"] == 0.7 and out.settings["held"] in (0.0, 0.6)
+
+
 def test_stopping_keeps_what_is_done(model, monkeypatch, capsys):
     photo = Image.effect_noise((80, 32), 60).convert("RGB")
     real, calls = RealSR.sample, []

@@ -166,7 +166,9 @@ def test_blind_pairs_are_judged(page):
     for _ in range(3):
         page.get_by_role("button", name="right", exact=True).click()
         page.wait_for_timeout(500)
-    page.get_by_text("preferred").last.wait_for()
+    told = page.locator(".widget-label", has_text="preferred to")
+    told.wait_for()
+    assert "6 of 6 pairs answered" in told.inner_text()
 
 
 @pytest.mark.slow

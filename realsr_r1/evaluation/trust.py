@@ -1,0 +1,59 @@
+"""How far to trust drawn codes, and which photos to hold to their LR photo: the same chains,
+decoded in several ways. What `TokenizerConfig.trust` and `pipeline.HOLD` were chosen by.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
+
+from realsr_r1 import perceptual
+from realsr_r1.evaluation.nano import SEVERITIES
+from realsr_r1.photographs import Pairs, Photograph
+from realsr_r1.pipeline import HOLD, RealSR, hold, reads_clean
+from realsr_r1.sampling import Sampling
+from realsr_r1.tokenizer import SCALE
+from realsr_r1.vlcot import Chain
+
+WAYS = {  # trust, and which photos are held
+    **{f"trust {t}": (t, "none") for t in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)},
+    "trust 0.7, those read as clean are held": (0.7, "clean"),
+    "trust 0.7, all are held": (0.7, "all"),
+}
+
+
+@torch.no_grad()
+def decoded(model: RealSR, chains: list[Chain], lr: Tensor, trust: float, held: str) -> Tensor:
+    """Pictures (b, 3, 128, 128) of chains for LR photos (b, 3, 32, 32), on the CPU; `held`: none,
+    clean or all."""
+    codes = torch.stack([c.final_image for c in chains]).to(model.device)
+    made = model.tokenizer.decode(codes, lr.to(model.device), trust).cpu()
+    which = torch.tensor([held == "all" or (held == "clean" and reads_clean(c)) for c in chains])
+    return hold(made, lr, HOLD * which[:, None, None, None])
+
+
+def report(
+    model: RealSR,
+    photos: list[Photograph],
+    sampling: Sampling = Sampling(),
+    seed: int = 0,
+    batch: int = 48,
+) -> str:
+    """Markdown: LPIPS, and consistency with the LR photo in dB, of every way by severity."""
+    found: dict[str, list[str]] = {name: [] for name in WAYS}
+    for severity in SEVERITIES:
+        data = Pairs(photos, f"nano-{severity}", seed=seed, training=False, labels=False)
+        items = [data[i] for i in range(len(data))]
+        lr, hr = (torch.stack([x[k] for x in items]).float() / 255 for k in ("lr", "hr"))
+        chains = []
+        for i, some in enumerate(lr.split(batch)):
+            g = torch.Generator().manual_seed(seed * 1_000_003 + i * batch)
+            chains += model.sample(some, sampling, g).chains
+        for name, how in WAYS.items():
+            made = decoded(model, chains, lr, *how)
+            away = torch.cat(
+                [perceptual.distance(*x) for x in zip(made.split(48), hr.split(48), strict=True)]
+            )
+            agrees = perceptual.psnr(avg_pool2d(made, SCALE), lr)
+            found[name].append(f"{away.mean():.4f} / {agrees.mean():.1f}")
+    out = [f"| LPIPS ↓ / consistency, dB ↑ | {' | '.join(SEVERITIES)} |", "|---|---|---|---|"]
+    return "\n".join([*out, *(f"| {k} | {' | '.join(v)} |" for k, v in found.items())]) + "\n"
