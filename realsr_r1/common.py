@@ -46,8 +46,8 @@ def check_number(name: str, value: float, least: float, most: float = math.inf) 
 
 
 def check_images(x: Tensor) -> Tensor:
-    """Images (b, 3, h, w) as floats in [0, 1], uint8 divided by 255; ValueError with one sentence
-    for anything else: a foreign range spoils what follows without a word."""
+    """Images (b, 3, h, w) as floats in [0, 1], uint8 divided by 255; ValueError for anything else:
+    a foreign range spoils what follows without a word."""
     if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != 3 or not x.numel():
         got = tuple(x.shape) if hasattr(x, "shape") else type(x).__name__
         kind = "a tensor" if isinstance(x, Tensor) else "a torch tensor (torch.as_tensor)"
@@ -98,8 +98,6 @@ def device_of(name: str | None) -> torch.device:
     if kind not in ("cpu", "cuda", "mps"):
         raise ValueError(f"no device {name!r}: choose cpu, cuda or mps")
     if kind != "cpu" and (best is None or best.type != kind):
-        raise ValueError(
-            f"device {name!r} was asked for but torch finds none here: use --device cpu, or "
-            f"install a torch built for it"
-        )
+        what = f"device {name!r} was asked for but torch finds none here"
+        raise ValueError(f"{what}: use --device cpu, or install a torch built for it")
     return torch.device(name)

@@ -1,13 +1,12 @@
 """Second-order degradation synthesis, its five labels, and words for them.
 
 A degradation is a list of plain dicts, one per operation: the *draw*. `draw` samples it, `apply`
-runs it, `label` reads the five labels off the photo by replaying parts of it. Because everything
-random is in the draw (noise by its seed), the same draw gives the same LR image again, bit for bit;
-CPU and CUDA differ only by floating-point rounding before the final 8-bit rounding.
+runs it, `label` reads the five labels off the photo by replaying parts of it. Everything random is
+in the draw (noise by its seed), so the same draw gives the same LR image again, bit for bit.
 
-Model and ranges: Real-ESRGAN (Wang et al. 2021, arXiv 2107.10833), whose practical model PURE and
-RealSR-R1 use. Simplifications: JPEG is the real codec (Pillow), not the differentiable
-approximation of Real-ESRGAN's code; the HR photo is not sharpened (USM) first.
+Model and ranges: Real-ESRGAN (Wang et al. 2021, arXiv 2107.10833), as in PURE and RealSR-R1.
+Simplifications: JPEG is the real codec (Pillow), not a differentiable approximation; the HR photo
+is not sharpened (USM) first.
 """
 
 import functools
@@ -72,12 +71,9 @@ class Stage:
 
 @dataclass(frozen=True)
 class DegradationConfig:
-    """One or two stages, then the resize to LR size.
-
-    Two stages end with [resize and sinc] and JPEG in either order (Real-ESRGAN, section 3.4), one
-    stage with the resize, or with the JPEG where `jpeg_last`. `antialias`: downsample as cameras
-    and programs do; Real-ESRGAN does not.
-    """
+    """One or two stages, then the resize to LR size. Two stages end with [resize and sinc] and JPEG
+    in either order (Real-ESRGAN, section 3.4), one stage with the resize, or with the JPEG where
+    `jpeg_last`. `antialias`: downsample as cameras do; Real-ESRGAN does not."""
 
     stages: tuple[Stage, ...] = (
         Stage(),
@@ -96,9 +92,8 @@ class DegradationConfig:
     antialias: bool = False
 
 
-# Soft enough that a person still sees what most photos show; a third of the
-# photos light, medium and heavy over all. Both resizes vary, so that their labels carry
-# information.
+# Soft enough that a person still sees what most photos show. Both resizes vary, so that their
+# labels carry information.
 NANO_LEVELS = Levels(
     blur=(None, (0.35, 0.55), (0.65, 0.9), (1.0, 1.3)),
     noise=(None, (3, 6), (9, 15), (19, 28)),
@@ -150,11 +145,8 @@ def gaussian_kernel(
     size: int, sigma_x: float, sigma_y: float, theta: float, kind: str = "aniso", beta: float = 1.0
 ) -> Tensor:
     """(size, size) kernel that sums to 1; `kind` is one of KERNELS, `theta` radians, sigmas in
-    pixels.
-
-    Generalized: exp(-r^(2β)/2); plateau: 1/(1 + r^(2β)), with r the Mahalanobis radius
-    (Real-ESRGAN, section 3.1).
-    """
+    pixels. Generalized: exp(-r^(2β)/2); plateau: 1/(1 + r^(2β)), with r the Mahalanobis radius
+    (Real-ESRGAN, section 3.1)."""
     axis = torch.arange(size, dtype=torch.float64) - size // 2
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     u, v = x * math.cos(theta) + y * math.sin(theta), -x * math.sin(theta) + y * math.cos(theta)
@@ -378,10 +370,9 @@ def _detail(x: Tensor) -> float:
 def visible(hr: Tensor, ops: list[dict]) -> dict[str, float]:
     """What can be seen of each operation in the LR photo, found by replaying the draw without it.
 
-    blur: share of the fine detail that is gone, in [0, 1] (neither run has noise or JPEG). noise:
-    root mean square, of 255, of what was added, times the share of it that JPEG left standing.
-    compression: root mean square of what JPEG changed. So noise that a later blur, resize or JPEG
-    wiped out does not count, and blur on a flat picture does not either."""
+    blur: share of the fine detail that is gone, in [0, 1]. noise: root mean square, of 255, of what
+    was added, times the share that JPEG left standing. compression: that of what JPEG changed. So
+    noise that was wiped out later does not count, and blur on a flat picture does not either."""
     kinds = [op["op"] for op in ops]
     shared = next((i for i, kind in enumerate(kinds) if kind in ("noise", "jpeg")), len(ops))
     start = functools.reduce(_run, ops[:shared], hr)  # what all replays but the sharp one share
@@ -408,9 +399,7 @@ def visible(hr: Tensor, ops: list[dict]) -> dict[str, float]:
 
 def label(hr: Tensor, ops: list[dict]) -> dict[str, str]:
     """The five labels of a draw on the (3, h, w) image in [0, 1] that it is for; see `visible`.
-
-    resize: the first resize against the HR size; final_resize: the last one against what came in.
-    """
+    resize: the first resize against the HR size; final_resize: the last against what came in."""
     size, directions = hr.shape[-1], []
     for op in ops:
         if op["op"] == "resize":
@@ -444,15 +433,12 @@ def degrade(
 
 
 def to_words(labels: dict[str, str]) -> str:
-    """The paper's sentence, e.g. "medium blur, downsample, heavy noise, light compression,
-    upsample"."""
-    parts = [labels[k] + ("" if k.endswith("resize") else f" {k}") for k in LABELS]
-    return ", ".join(parts)
+    """The paper's sentence: "medium blur, downsample, heavy noise, light compression, upsample"."""
+    return ", ".join(labels[k] + ("" if k.endswith("resize") else f" {k}") for k in LABELS)
 
 
 def from_words(text: str) -> dict[str, str]:
-    """Read the sentence back. Parts that are missing or malformed are left out, so a reward can
-    count what is right."""
+    """Read the sentence back; parts that are missing or malformed are left out."""
     out = {}
     for name, part in zip(LABELS, text.lower().split(","), strict=False):
         word, *rest = part.split() or [""]

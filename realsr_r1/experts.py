@@ -92,20 +92,14 @@ def load_expert(
     ValueError for a file that does not hold them."""
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(
-            f"weights {path.name} are missing in {path.parent.name}/: train them (realsr train "
-            "expert) or reinstall"
-        )
+        where = f"weights {path.name} are missing in {path.parent.name}/"
+        raise FileNotFoundError(f"{where}: train them (realsr train expert) or reinstall")
     try:
         with safe_open(path, "pt") as f:
-            meta = f.metadata() or {}
-        state = load_file(path, device=str(device))
-    except (SafetensorError, OSError) as e:
+            model = NanoExpert(**json.loads(f.metadata()["config"]))
+        model.load_state_dict(load_file(path))
+    except (SafetensorError, OSError, TypeError, KeyError, RuntimeError) as e:
         raise ValueError(
-            f"weights {path.name} are cut short or damaged: copy or train them again"
+            f"weights {path.name} are damaged or not the nano expert's: copy or train them again"
         ) from e
-    if meta.get("class") != "NanoExpert":
-        raise ValueError(f"weights {path.name} are not the nano expert's: point to the right file")
-    model = NanoExpert(**json.loads(meta["config"]))
-    model.load_state_dict({k: v.float() for k, v in state.items()})
     return model.to(device).eval().requires_grad_(False)

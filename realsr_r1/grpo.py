@@ -92,14 +92,9 @@ def prompts(photos: list[Photograph], n: int, preset: str = "nano", seed: int = 
 def part_advantages(
     rewards: Tensor, weights: Tensor, decided: list[Tensor], settings: GrpoSettings
 ) -> Tensor:
-    """Advantage of every token (n, t): of the rewards that are still open when it is written.
-
-    Args:
-        rewards: (n, k), the chains of a prompt adjacent.
-        weights: (k,).
-        decided: for each reward (n,), the place of the last token that it depends on.
-        settings: for the group's size and how rewards are combined.
-    """
+    """Advantage of every token (n, t): of the rewards (n, k), weighted (k,), that are still open
+    when it is written. `decided`: for each reward the place (n,) of the last token that it depends
+    on; the chains of a prompt are adjacent."""
     length = int(torch.stack(decided).max()) + 1
     place = torch.arange(length, device=rewards.device)
     open_ = torch.stack([place[None] <= d[:, None] for d in decided], 2)  # (n, t, k)
@@ -335,11 +330,8 @@ def train_grpo(
 
     Args:
         policy: where to start; it is also the reference of the KL, and is trained in place.
-        dataset: of `prompts`, with the columns that the rewards need.
-        rewards: as TRL calls them; see `rewards`.
+        dataset, rewards: of `prompts`, with the columns that the rewards need.
         out: a folder. A killed run goes on from its last checkpoint there.
-        settings: of the run.
-        device: cpu, cuda or mps; None takes the best there is.
     Of several processes that share the weights (FSDP2, ZeRO-3), the main one returns the policy.
     Raises ValueError, in one sentence, for a missing column or a reward that misbehaves."""
     out = Path(out)

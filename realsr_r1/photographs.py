@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -118,21 +119,11 @@ def from_row(row: dict, read: Callable[[], bytes] | None = None) -> Photograph:
     """A row of the table (strings, lists joined by +) → Photograph, rare words folded."""
     many = {k: tuple(filter(None, row[k].split("+"))) for k in ("colors", "background", "extras")}
     subject = row["subject"] if row["subject"] in SUBJECTS else FOLDED.get(row["subject"], "thing")
-    extras = [SINGULAR.get(e, e) for e in many["extras"]]
-    return Photograph(
-        source=row.get("source", "shipped"),
-        file=row["file"],
-        split=row["split"],
-        subject=subject,
-        count=row["count"],
-        view=row["view"],
-        colors=many["colors"][:2],
-        place=row["place"],
-        background=many["background"][:2],
-        author=row.get("author") or row["file"],
-        extras=tuple(e for e in extras if e in EXTRAS)[:2],
-        read=read,
-    )
+    many["extras"] = tuple(x for e in many["extras"] if (x := SINGULAR.get(e, e)) in EXTRAS)
+    fields = {k: row[k] for k in ("file", "split", "count", "view", "place")}
+    fields |= {k: words[:2] for k, words in many.items()}
+    fields |= {"source": row.get("source", "shipped"), "author": row.get("author") or row["file"]}
+    return Photograph(subject=subject, read=read, **fields)
 
 
 def vocabulary() -> list[str]:
@@ -169,11 +160,9 @@ def load(split: str, where: str | Path | None = None) -> list[Photograph]:
         raise ValueError(f"no split {split!r}; choose one of {', '.join(SPLITS)}")
     where = Path(where or ASSETS)
     if sorted(where.glob("annotated-*.parquet")):
-        return [from_row(r, Stored(r["image"])) for r in read_parquet(where, split)]
-    table = where / "annotations.csv"
-    with (table if table.exists() else ASSETS / "annotations.csv").open(
-        newline="", encoding="utf-8-sig"
-    ) as f:
+        return [from_row(r, partial(bytes, r["image"])) for r in read_parquet(where, split)]
+    table = next(p for w in (where, ASSETS) if (p := w / "annotations.csv").exists())
+    with table.open(newline="", encoding="utf-8-sig") as f:
         rows = [r for r in csv.DictReader(f) if r["split"] == split]
     found = []
     for row in rows:
@@ -194,11 +183,10 @@ def crop(
     where the picture is large enough, for fine texture."""
     short = min(image.size)
     side = rng.uniform(max(0.75, size / 2 / short), 1.0) * short if short > size / 2 else short
-    if native and short >= size:
-        side = size
+    native = native and short >= size
+    side = size if native else side
     x, y = (rng.uniform(0, n - side) for n in image.size)
-    if native and short >= size:
-        x, y = round(x), round(y)
+    x, y = (round(x), round(y)) if native else (x, y)
     box = (x, y, x + side, y + side)
     cut = image.resize((size, size), Image.Resampling.LANCZOS, box=box)
     flip = bool(rng.random() < 0.5)
@@ -268,13 +256,3 @@ class Pairs(Dataset):
             words = degradation.to_words(degradation.label(hr, ops))
             item |= {"degradation": words, "captions": photo.captions, "tags": photo.tags}
         return item
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Bytes in memory, called as a file is read; unlike a closure it can go to worker processes."""
-
-    data: bytes
-
-    def __call__(self) -> bytes:
-        return self.data

@@ -105,21 +105,16 @@ class RealSR:
     def from_pretrained(
         cls, name: str | Path = "nano", device: str | None = None, policy: str = "policy-sft"
     ) -> "RealSR":
-        """Weights by the shipped name "nano", by folder, or by hub id.
-
-        Args:
-            device: cpu, cuda or mps; None takes the best there is.
-            policy: which of the folder's policies.
-        Raises ValueError or FileNotFoundError, in one sentence, where they cannot be had."""
+        """Weights by the shipped name "nano", by folder, or by hub id; `policy`: which of the
+        folder's. Raises ValueError or FileNotFoundError, in one sentence, where they cannot be
+        had."""
         dev = device_of(device)
         folder = find_weights(name)
         parts = folder / "tokenizer", folder / policy
         for part in parts:
             if not (part / "model.safetensors").exists():
-                raise FileNotFoundError(
-                    f"weights {part.name} are missing in {folder.name}/: train them "
-                    "(realsr train --help) or reinstall"
-                )
+                where = f"weights {part.name} are missing in {folder.name}/"
+                raise FileNotFoundError(f"{where}: train them (realsr train --help) or reinstall")
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # the hub's mixin says what it does
                 tokenizer = VQModel.from_pretrained(parts[0])
@@ -186,12 +181,11 @@ class RealSR:
 
         Args:
             photo: whatever `images.read` takes: a path, bytes, a PIL image, an array.
-            seed: the same seed gives the same picture.
-            sampling: how tokens are chosen.
+            seed, sampling: how tokens are chosen; the same seed gives the same picture.
             batch: tiles at a time, halved where memory runs out; progress: show a bar.
             max_pixels: refuse larger photos.
         Raises ValueError, in one sentence, for unreadable or too large photos. On Ctrl-C what is
-        done so far is kept and the rest comes from the LR photo alone."""
+        done is kept and the rest comes from the LR photo alone."""
         photo = _opened(photo, max_pixels)
         w, h = photo.image.size
         lr = pad(images.to_tensor(photo.image))
@@ -322,9 +316,8 @@ def hold(made: Tensor, lr: Tensor, strength: float | Tensor = HOLD) -> Tensor:
 
 
 def decode_grid(model: RealSR, grid: Tensor, lr: Tensor, strength: float = 0.0) -> Tensor:
-    """The whole picture (3, 4h, 4w) from the code grid (h/2, w/2) and the LR photo (3, h, w), in
-    windows where it is large. Where the grid holds -1 the decoder has the LR photo alone.
-    `strength`: see `hold`."""
+    """The whole picture (3, 4h, 4w) from the code grid (h/2, w/2), -1 where the decoder has the LR
+    photo (3, h, w) alone, in windows where it is large. `strength`: see `hold`."""
     known, codes = grid >= 0, grid.clamp(min=0)
     out = torch.zeros(3, *(n * SCALE for n in lr.shape[-2:]))
     for y in range(0, grid.shape[0], WINDOW):

@@ -3,11 +3,9 @@
 Every reward is called as TRL's GRPOTrainer calls it: keywords `completions`, the dataset's columns,
 and things it ignores; lists in, a list of floats in [0, 1] out, no state. A completion is a string
 (words separated by spaces) or a conversation [{"role": …, "content": …}], whose content is read.
-What a policy writes never raises: an empty, cut, repeated or reordered chain just scores low. Data
-do raise: a missing or malformed column gives a ValueError that names it.
-
-The paper (arXiv 2506.16796, Fig. 2) has four: format, degradation, understanding, generation. Its
-released code adds them without weights, and has no degradation reward.
+What a policy writes never raises: a malformed chain just scores low. A missing or malformed column
+does: a ValueError names it. The paper's four are in its Fig. 2 (arXiv 2506.16796); its released
+code adds them without weights, and has no degradation reward.
 """
 
 import json
@@ -113,12 +111,8 @@ def folded(word: str) -> str:
 
 def words(text: str) -> str:
     """Words of letters, their marks and digits in one form, with a space on each side, so that `in`
-    finds whole words. Texts and tags are read alike:
-
-    | match | Café (é as one sign or two), STRASSE straße, ﬁsh fish, dog Dogs, bus buses, rose
-    |       | roses, child children, leaf leaves, fly flies, man people, ships boat
-    | do not | café cafe, İ i (a dot is a mark), plane plan, car scarf, plurals that are not English
-    """
+    finds whole words. Texts and tags are read alike: Dogs is dog, leaves leaf, STRASSE straße and
+    ships boat; café is not cafe, car is not in scarf."""
     kept = (c if c.isalnum() or category(c)[0] == "M" else " " for c in plain(text))
     return " " + "".join(folded(w) + " " for w in re.findall(r"[^\W_]\S*", "".join(kept)))
 
@@ -156,11 +150,8 @@ def short(value: Any, length: int = 160) -> str:
 
 def format_reward(completions: Sequence, **_) -> list[float]:
     """1 if the whole completion is the seven parts in order, each once, with nothing around them;
-    otherwise 0.
-
-    Paper: the same. Released code: a regular expression. Here the images' layout (size, rows, ends)
-    must be right, too.
-    """
+    otherwise 0. Paper: the same. Released code: a regular expression. Here the images' layout must
+    be right, too."""
     return [float(vlcot.well_formed(text_of(c))) for c in completions]
 
 
@@ -169,13 +160,11 @@ def degradation_reward(
     completions: Sequence, degradation: Sequence[str | Mapping] | None = None, **_
 ) -> list[float]:
     """Share of the five degradation labels (blur, resize, noise, compression, resize) that the
-    chain names exactly: k/5.
+    chain names exactly: k/5. Paper: the same; its example is 3/5. Released code: absent.
 
-    Paper: the same; its example is 3/5 = 0.6. Released code: absent. Order counts, because the two
-    resizes are told apart by their place alone; further words after the fifth label are ignored.
-    `degradation` holds the true labels of each sample, as the sentence or as the dict. Raises
-    ValueError if the column is missing or an entry is not five labels.
-    """
+    Order counts, because the two resizes are told apart by their place alone. `degradation` holds
+    the true labels of each sample, as the sentence or as the dict. Raises ValueError if the column
+    is missing or an entry is not five labels."""
     return [
         sum(said.get(k) == true[k] for k in labels_of.LABELS) / 5
         for said, true in labels(completions, degradation)
@@ -189,12 +178,11 @@ def understanding_reward(
     """Share of the sample's tags that the rough understanding text names, as whole words; see
     `words` for what matches.
 
-    Paper: the same, with tags from Grounded-SAM; its example is 3/4 = 0.75. Released code: as
-    `ablations.rewards.substring_understanding_reward`. A tag of several
-    words must stand as a whole; repeated tags count once; a sample without tags scores 0.
-    It is recall alone, so naming everything scores 1 (`ablations.rewards.understanding_f1_reward`
-    mends that). Raises ValueError if the column is missing or an entry is not a list of words.
-    """
+    Paper: the same, with tags from Grounded-SAM; its example is 3/4. Released code: as
+    `ablations.rewards.substring_understanding_reward`. A tag of several words must stand as a
+    whole; without tags 0. It is recall alone, so naming everything scores 1 (see
+    `ablations.rewards.understanding_f1_reward`). Raises ValueError if the column is missing or an
+    entry is not a list of words."""
     pairs = [(words(text), {words(t) for t in names}) for text, names in rough(completions, tags)]
     return [sum(t in text for t in wanted) / max(1, len(wanted)) for text, wanted in pairs]
 
@@ -216,19 +204,15 @@ def final_images(
 
 
 class GenerationReward:
-    """A visual expert's score of the final image, in [0, 1]; 0 where there is no readable final
-    image.
+    """A visual expert's score of the final image, in [0, 1]; 0 where none can be decoded.
 
     Paper: a visual expert scores the final image. Released code: the mean of TOPIQ-NR, MUSIQ/100,
-    MANIQA-pipal and CLIPIQA; where the final image is cut off it scores the step before instead,
-    and without any image it crashes. Here a missing, cut, repeated or malformed final image, or one
-    with a code that the tokenizer does not have, scores 0.
+    MANIQA-pipal and CLIPIQA; a cut final image has the score of the step before, and without any
+    image it crashes.
 
     `expert`: images (b, 3, h, w) in [0, 1] → (b,) in [0, 1], higher is better. `size`: codes a side
-    that the final image must have, else it scores 0 (None: any). `batch`: images decoded and scored
-    at a time. Raises ValueError if the expert does not return one score an image; that scores are
-    numbers in [0, 1] is for `guarded` to check.
-    """
+    that the final image must have (None: any). `batch`: images decoded at a time. Raises ValueError
+    if the expert does not return one score an image; `guarded` checks their range."""
 
     def __init__(
         self,
@@ -258,13 +242,9 @@ class GenerationReward:
 
 
 def guarded(reward: Reward) -> Reward:
-    """The same reward for a trainer, which would pass over NaN in silence: it must give one float
-    in [0, 1] a completion.
-
-    Raises ValueError with one sentence that names the reward and keeps the sample (shortened) if
-    the reward raises, returns None, NaN, infinity or a value outside [0, 1], or a wrong number of
-    values. Out-of-memory errors pass unchanged.
-    """
+    """The same reward for a trainer, which would pass over NaN in silence. Raises ValueError, in
+    one sentence with the reward's name and the sample (shortened), if the reward raises or does not
+    return one number in [0, 1] a completion. Out-of-memory errors pass unchanged."""
     name = getattr(reward, "__name__", type(reward).__name__)
 
     def error(what: str, completions: Sequence, i: int = 0) -> ValueError:

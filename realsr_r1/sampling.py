@@ -172,7 +172,7 @@ def sample(
 
     Args:
         generator: one for all, or one for each photo, whose chains then do not depend on the batch.
-        grammar: the layout; None is the whole chain. One with given texts writes those.
+        grammar: the layout; None is the whole chain.
         prefix: first tokens (b, n) that are not chosen, such as a true chain's."""
     grammar = (grammar or policy.grammar()).to(policy.device)
     lr = lr.to(policy.device, policy.dtype)

@@ -19,15 +19,8 @@ from transformers import PreTrainedTokenizerFast
 
 from realsr_r1 import degradation, photographs
 
-TAGS = (
-    "degradation",
-    "rough_understand",
-    "rough_image",
-    "middle_understand",
-    "middle_image",
-    "final_understand",
-    "final_image",
-)
+STEPS = ("rough", "middle", "final")
+TAGS = ("degradation", *(f"{s}_{kind}" for s in STEPS for kind in ("understand", "image")))
 IMAGE_TAGS = tuple(t for t in TAGS if t.endswith("image"))
 TEXT_TAGS = tuple(t for t in TAGS if t not in IMAGE_TAGS)
 GRIDS = (4, 8, 16)  # codes per side of the three images
@@ -71,12 +64,9 @@ def parse_image(text: str) -> Tensor | None:
     """Read a square image back; None unless it is laid out exactly as `image_tokens` does."""
     tokens = text.split()
     side = math.isqrt(max(0, len(tokens) - 2))
-    if len(tokens) != image_length(side) or side == 0:
-        return None
-    if tokens[0] != START or tokens[-1] != END:
-        return None
     found = [re.fullmatch(r"<c(\d{1,9})>", t) for t in tokens[1:-1]]
-    if not all(found):
+    whole = side > 0 and len(tokens) == image_length(side) and all(found)
+    if not whole or (tokens[0], tokens[-1]) != (START, END):
         return None
     return torch.tensor([int(m[1]) for m in found]).view(side, side)
 

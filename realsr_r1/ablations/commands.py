@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from realsr_r1.cli import add_model, integer, leaf, model_of, place, real
+from realsr_r1.files.options import add_model, integer, leaf, model_of, place, real
 
 
 def chain(a: argparse.Namespace) -> None:

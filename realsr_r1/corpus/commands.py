@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from realsr_r1.cli import integer, leaf, place
+from realsr_r1.files.options import integer, leaf, place
 
 NAMES = ("flowers", "caltech101", "pets")
 SPLITS = ("train", "val", "test")  # as in photographs, which loads torch

@@ -4,12 +4,13 @@ a time, as does `datasets` (there `cast_column("image", datasets.Image())` decod
 
 from collections.abc import Iterator
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from realsr_r1.photographs import Photograph, Stored, from_row
+from realsr_r1.photographs import Photograph, from_row
 
 PATTERN = "annotated-*.parquet"
 FIELDS = tuple(f.name for f in fields(Photograph) if f.name != "read")
@@ -69,4 +70,4 @@ def stream(
         raise ValueError(f"there is no shard {index} of {number}: count from 0 to {number - 1}")
     rows = load_dataset("parquet", data_files=files, split="train", streaming=True)
     rows = split_dataset_by_node(rows, rank=index, world_size=number)
-    return (from_row(r, Stored(r["image"])) for r in rows if r["split"] == split)
+    return (from_row(r, partial(bytes, r["image"])) for r in rows if r["split"] == split)

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from realsr_r1.cli import leaf
+from realsr_r1.files.options import leaf
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"  # of a checkout; a wheel has none
 FIRST = "00_start_here.ipynb"

@@ -1,1 +1,1 @@
-"""Restoring photos from files to files."""
+"""Files and the command line: `realsr restore`, and what all commands share."""

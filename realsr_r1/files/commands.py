@@ -4,7 +4,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from realsr_r1.cli import STOPPED, add_model, integer, leaf, model_of, place, real
+from realsr_r1.files.options import STOPPED, add_model, integer, leaf, model_of, place, real
 
 
 def outputs(photos: list[Path], out: Path, trace: Path | None) -> dict[Path, Path]:

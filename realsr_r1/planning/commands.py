@@ -2,7 +2,7 @@
 
 import argparse
 
-from realsr_r1.cli import filled, integer, leaf, place, real
+from realsr_r1.files.options import filled, integer, leaf, place, real
 
 COUNTS = ("batch", "accumulate", "prompts", "group", "lora", "devices")
 

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from realsr_r1.cli import filled, integer, leaf, place, real
+from realsr_r1.files.options import filled, integer, leaf, place, real
 
 
 def train(a: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -141,7 +142,7 @@ def pictures(where: str | Path, name: str) -> list[Picture]:
     if not sorted(Path(where).glob(f"{name}-*.parquet")):
         return []
     rows = photographs.read_parquet(where, "train", f"{name}-*.parquet")
-    return [Picture(photographs.Stored(r["image"])) for r in rows]
+    return [Picture(partial(bytes, r["image"])) for r in rows]
 
 
 def _tokenizer(s: Settings, start: RealSR | None) -> VQModel:

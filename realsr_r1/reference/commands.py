@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from realsr_r1.cli import STOPPED, filled, integer, leaf, place, real
+from realsr_r1.files.options import STOPPED, filled, integer, leaf, place, real
 
 
 def restore(a: argparse.Namespace) -> int:
