@@ -1,5 +1,6 @@
 import csv
 import io
+from functools import partial
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ import torch
 from PIL import Image
 
 from realsr_r1 import degradation, photographs
-from realsr_r1.photographs import Pairs, Stored, from_row
+from realsr_r1.photographs import Pairs, from_row
 
 ROW = {
     "source": "flower_photos",
@@ -33,7 +34,7 @@ def picture(size: tuple[int, int], seed: int = 0) -> bytes:
 
 @pytest.fixture
 def photos():
-    return [from_row(ROW, Stored(picture((200, 170), i))) for i in range(3)]
+    return [from_row(ROW, partial(bytes, picture((200, 170), i))) for i in range(3)]
 
 
 def test_captions_go_from_the_main_thing_to_the_details():
