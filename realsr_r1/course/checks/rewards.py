@@ -337,7 +337,8 @@ def zero_spread_share(student) -> None:
     )
     expect(
         _near(value, 0.4),
-        f"two of five groups have equal rewards throughout: 0.4, you give {value:g}",
+        f"two of five groups have equal rewards throughout, so 0.4; you give {value:g}: count such "
+        "groups",
     )
     rounded = torch.tensor([[0.3, 0.1 + 0.2, 0.3, 0.3]], dtype=torch.float64)
     expect(

@@ -52,6 +52,7 @@ def image_tokens(student: Callable) -> None:
         got != 128 * 128 + 2, "you count pixels: an image has pixels / pixels_per_code codes a side"
     )
     expect(got != side + 2, "you count one row of codes: an image has n by n of them")
+    expect(got != side, "this is the side: count the codes of all rows, the start and the end")
     expect(got != side * side, "you count the codes alone: add the start and the end token")
     expect(got != side * side + 1, "start and end are two tokens: you left one out")
     expect(is_whole(got), "a token count is an integer: divide with //, not with /")
