@@ -3,6 +3,7 @@
 import pandas as pd
 import pytest
 import torch
+from datasets import Array3D
 from safetensors.torch import save_file
 
 from realsr_r1 import grpo, photographs
@@ -47,6 +48,14 @@ def trainer_of(policy, rows, out, settings, rewards=REWARDS) -> ChainGRPOTrainer
 def test_prompts_hold_what_the_rewards_need(rows):
     assert set(rows.column_names) == {"prompt", "degradation", "tags", "lr", "hr"}
     assert len(rows) == 8 and len({str(r) for r in rows["lr"]}) == 8
+
+
+def test_pictures_of_prompts_are_arrays(rows):
+    """Not lists of lists, whose conversion takes longer than a step of GRPO."""
+    for name, side in (("lr", 32), ("hr", 128)):
+        assert rows.features[name] == Array3D((3, side, side), "uint8")
+    item = photographs.Pairs(photographs.load("train"), seed=4)[2]
+    assert (rows.with_format("numpy")[2]["hr"] == item["hr"].numpy()).all()
 
 
 def test_advantages_by_part_by_hand():
