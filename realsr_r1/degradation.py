@@ -2,7 +2,8 @@
 
 A degradation is a list of plain dicts, one per operation: the *draw*. `draw` samples it, `apply`
 runs it, `label` reads the five labels off the photo by replaying parts of it. Everything random is
-in the draw (noise by its seed), so the same draw gives the same LR image again, bit for bit.
+in the draw (noise by its seed), so the same draw gives the same LR image again, bit for bit
+on one kind of device.
 
 Model and ranges: Real-ESRGAN (Wang et al. 2021, arXiv 2107.10833), as in PURE and RealSR-R1.
 Simplifications: JPEG is the real codec (Pillow), not a differentiable approximation; the HR photo

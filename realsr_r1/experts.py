@@ -98,7 +98,7 @@ def load_expert(
         with safe_open(path, "pt") as f:
             model = NanoExpert(**json.loads(f.metadata()["config"]))
         model.load_state_dict(load_file(path))
-    except (SafetensorError, OSError, TypeError, KeyError, RuntimeError) as e:
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError) as e:
         raise ValueError(
             f"weights {path.name} are damaged or not the nano expert's: copy or train them again"
         ) from e

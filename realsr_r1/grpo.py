@@ -330,8 +330,9 @@ def train_grpo(
 
     Args:
         policy: where to start; it is also the reference of the KL, and is trained in place.
-        dataset, rewards: of `prompts`, with the columns that the rewards need.
+        dataset: of `prompts`, with the columns that the rewards need.
         out: a folder. A killed run goes on from its last checkpoint there.
+        device: cpu, cuda or mps; None takes the best there is.
     Of several processes that share the weights (FSDP2, ZeRO-3), the main one returns the policy.
     Raises ValueError, in one sentence, for a missing column or a reward that misbehaves."""
     out = Path(out)

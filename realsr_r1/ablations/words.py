@@ -4,8 +4,11 @@ two cores. The control is as many sequences of more supervised fine-tuning.
 """
 
 import copy
+import json
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -83,27 +86,50 @@ def fine_tune(
     return recipes.train_policy(start, model.tokenizer, data, out, machine, fit, loss).eval()
 
 
+def claim(s: Settings) -> None:
+    """Mark `out` as this run's, so that a stopped one can go on there; ValueError where it holds
+    policies of other settings, which would be measured for these."""
+    path, now = s.out / f"settings-{s.seed}.json", json.dumps(asdict(s), default=str)
+    if path.exists() and path.read_text(encoding="utf-8") != now:
+        raise ValueError(f"{s.out} holds a run of other settings: choose another --out")
+    s.out.mkdir(parents=True, exist_ok=True)
+    path.write_text(now, encoding="utf-8")
+
+
+def kept(folder: Path, make: Callable[[], ChainPolicy], device: torch.device) -> ChainPolicy:
+    """The policy in a folder; where there is none, it is made and saved there."""
+    if (folder / "model.safetensors").exists():
+        return ChainPolicy.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    policy = make()
+    policy.save_pretrained(folder)
+    return policy
+
+
 def run(model: RealSR, photos: list, s: Settings) -> dict[str, words.Words]:
     """Cold start, GRPO and its control, of one seed, measured on `photos`; the policies and the
-    log go to `out`."""
-    kept = s.out / f"start-{s.seed}"
-    if (kept / "model.safetensors").exists():  # of a run that was stopped
-        start = ChainPolicy.from_pretrained(kept).to(model.device).eval()
-    else:
+    log go to `out`. Raises ValueError where `out` holds a run of other settings."""
+    claim(s)
+
+    def cold() -> ChainPolicy:
         torch.manual_seed(s.seed)
         blank = ChainPolicy(PolicyConfig(codes=model.tokenizer.config.codes, **SMALL))
         blank.start_from(model.tokenizer, s.seed)
-        start = fine_tune(model, blank.to(model.device), s.cold, "cold", s)
-        start.save_pretrained(kept)
+        return fine_tune(model, blank.to(model.device), s.cold, "cold", s)
+
+    start = kept(s.out / f"start-{s.seed}", cold, model.device)
     found = {"cold start": words.measure(start, photos)}
     other = halves(photographs.load("train", s.photographs))[1]
-    g = s.run
-    asked = grpo.prompts(other, g.steps * g.prompts, seed=seed_of("grpo", s.seed))
-    trained = grpo.train_grpo(
-        copy.deepcopy(start), asked, s.judges, s.out / f"grpo-{s.seed}", g, model.device.type
-    )
+    g, out = s.run, s.out / f"grpo-{s.seed}"
+
+    def reinforced() -> ChainPolicy:
+        asked = grpo.prompts(other, g.steps * g.prompts, seed=seed_of("grpo", s.seed))
+        copied = copy.deepcopy(start)
+        return grpo.train_grpo(copied, asked, s.judges, out, g, model.device.type)
+
+    trained = kept(out, reinforced, model.device)
     found["GRPO"] = words.measure(trained.to(model.device), photos)
-    more = fine_tune(model, start, g.steps * g.prompts * g.group // BATCH, "more", s)
-    more.save_pretrained(s.out / f"more-{s.seed}")
+    steps = g.steps * g.prompts * g.group // BATCH
+    control = partial(fine_tune, model, start, steps, "more", s)
+    more = kept(s.out / f"more-{s.seed}", control, model.device)
     found["more fine-tuning"] = words.measure(more, photos)
     return found

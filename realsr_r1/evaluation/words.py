@@ -26,6 +26,7 @@ MODES = {
 }
 NAMES = ("degradation", "understanding")
 SHUFFLED = "another photo's truth"
+LOOKS = "greedy, own minus another's"  # what is earned by looking
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Words:
         """One number a photo; "best of 8" is of temperature 1."""
         if mode == f"best of {TRIES}":
             return self.scores["temperature 1", name].max(1)
+        if mode == LOOKS:
+            return self.of("greedy", name) - self.of(SHUFFLED, name)
         return self.scores[mode, name].mean(1)
 
 
@@ -89,7 +92,7 @@ def gain(after: Words, before: Words, mode: str, name: str) -> Interval:
 def table(found: dict[str, Words]) -> str:
     """Markdown: each policy's rewards by mode; from the second on the gain over the first."""
     first = next(iter(found.values()))
-    modes = [*MODES, f"best of {TRIES}", SHUFFLED]
+    modes = [*MODES, f"best of {TRIES}", SHUFFLED, LOOKS]
     out = [f"| | {' | '.join(modes)} |", "|---|" + "---|" * len(modes)]
     for name in NAMES:
         for policy, words in found.items():

@@ -98,7 +98,7 @@ def train_expert(bank: Bank, out: Path, fit: FitConfig, width: int = 7) -> NanoE
 
     trained = Fit(model, optimizer, out, fit).run(loss_of)
     state = {k: x.half().contiguous() for k, x in trained.state_dict().items()}
-    meta = {"class": "NanoExpert", "config": json.dumps(trained.config)}
+    meta = {"config": json.dumps(trained.config)}
     save_file(state, out / "expert.safetensors", meta)
     return trained
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from realsr_r1 import experts, photographs
+from realsr_r1 import experts, perceptual, photographs
 from realsr_r1.degradation import blur, gaussian_kernel
 from realsr_r1.pipeline import RealSR
 
@@ -59,3 +59,5 @@ def test_what_is_missing_is_one_sentence(tmp_path):
     broken.write_bytes(b"no weights")
     with pytest.raises(ValueError, match="damaged"):
         experts.load_expert(path=broken)
+    with pytest.raises(ValueError, match="not the nano expert's"):
+        experts.load_expert(path=perceptual.ALEX)

@@ -198,6 +198,7 @@ WRONG = [
         "divide by the number of groups",
     ),
     (checks.zero_spread_share, lambda r: 1 - checks.dead(r), "alive"),
+    (checks.zero_spread_share, lambda r: float(r.std()), "count such groups"),
     (checks.zero_spread_share, lambda r: float((r == 0).all(1).float().mean()), "just as dead"),
     (
         checks.zero_spread_share,

@@ -43,6 +43,7 @@ WRONG = [
     ("image_tokens", lambda n, s: (n // s) ** 2, "codes alone"),
     ("image_tokens", lambda n, s: (n // s) ** 2 + 1, "left one out"),
     ("image_tokens", lambda n, s: n // s + 2, "one row"),
+    ("image_tokens", lambda n, s: n // s, "this is the side"),
     ("image_tokens", lambda n, s: (n / s) ** 2 + 2, "integer"),
     ("image_tokens", lambda n, s: (n // 8) ** 2 + 2, "hard-coded"),
     (
