@@ -18,8 +18,10 @@ def test_a_start_a_run_and_its_control_are_measured_alike(tmp_path, monkeypatch)
     text = evaluation.table(found)
     assert text.count("| its gain |") == 4 and evaluation.SHUFFLED in text
     assert "| understanding, more fine-tuning |" in text
-    monkeypatch.setattr(words, "fine_tune", None)  # nothing is trained twice
-    monkeypatch.setattr(words.grpo, "train_grpo", None)
+    monkeypatch.setattr(
+        words, "fine_tune", lambda *_: pytest.fail("again")
+    )  # nothing is trained twice
+    monkeypatch.setattr(words.grpo, "train_grpo", lambda *_: pytest.fail("again"))
     assert list(words.run(model, photographs.load("test")[:2], settings)) == list(found)
     with pytest.raises(ValueError, match="other settings"):
         words.run(model, [], replace(settings, cold=3))
