@@ -191,18 +191,28 @@ def _gib(name: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 2**20
 
 
+def _forget() -> bool:
+    """Make the system forget the earlier peak; whether it does, and sees a block that comes and
+    goes. Some containers take the order and do not carry it out, others keep no peak at all."""
+    order = Path("/proc/self/clear_refs")
+    try:
+        order.write_text("5", encoding="utf-8")
+        before, block = _gib("VmHWM"), bytearray(b"1") * 2**27
+        del block
+        seen = _gib("VmHWM") - before
+        order.write_text("5", encoding="utf-8")
+        return seen > 0.1 and _gib("VmHWM") < before + 0.02
+    except OSError:
+        return False
+
+
 class Peak:
     """Peak memory of the process in GiB since `with Peak() as peak:` began (`peak.gib`); where the
-    system cannot forget an earlier peak (`peak.exact` is False: not Linux, some containers), that
-    of the whole process."""
+    system cannot tell (`peak.exact` is False: not Linux, some containers), that of the whole
+    process."""
 
     def __enter__(self):
-        try:
-            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-            # Some containers take the order and do not carry it out.
-            self.exact = _gib("VmHWM") <= _gib("VmRSS") + 0.01
-        except OSError:
-            self.exact = False
+        self.exact = _forget()
         return self
 
     def __exit__(self, *_):
