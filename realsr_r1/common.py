@@ -1,16 +1,13 @@
 """What every module may need: the device, the table of all seeds, files that appear whole."""
 
-import json
 import math
 import numbers
 import os
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 # torch's CPU kernels keep what they compiled for each shape of picture, up to 1,024 of them:
@@ -72,20 +69,6 @@ def atomic(path: str | Path) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-
-
-def whole(path: Path) -> bool:
-    """Whether a file of a checkpoint (safetensors, torch's zip, JSON, other) was written to its
-    end."""
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt"):
-                return True
-        if path.suffix == ".json":
-            json.loads(path.read_text(encoding="utf-8"))
-        return path.suffix not in (".pt", ".pth") or zipfile.is_zipfile(path)
-    except (SafetensorError, OSError, ValueError):
-        return False
 
 
 def device_of(name: str | None) -> torch.device:

@@ -9,8 +9,7 @@ so the words' advantages do not shake 336 image codes. Advantage, clipping and K
 
 import copy
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,13 +18,11 @@ import torch
 import torch.nn.functional as F
 from datasets import Array3D, Dataset, Features, List, Value
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
-from transformers import GenerationConfig, TrainerCallback
+from transformers import GenerationConfig, TrainerCallback, TrainerState
 from trl import GRPOConfig, GRPOTrainer
-from trl.models import prepare_fsdp, unwrap_model_for_generation
 
-from realsr_r1.common import check_number, device_of, whole
-from realsr_r1.objective import combined_advantages
+from realsr_r1.common import check_number, device_of
+from realsr_r1.objective import group_advantages
 from realsr_r1.photographs import Pairs, Photograph
 from realsr_r1.policy import ChainPolicy
 from realsr_r1.rewards import guarded
@@ -52,7 +49,6 @@ class GrpoSettings:
     epsilon: float = 0.2  # clipping of the ratio
     loss_type: str = "grpo"  # or another that TRL knows: dapo, dr_grpo, …
     weights: tuple[float, ...] | None = None  # of the rewards; None: all 1, as released
-    normalize_first: bool = False  # GDPO, see objective.combined_advantages
     parts: tuple[str, ...] = TAGS  # of the chain that are written; see WORDS
     by_part: bool = True  # credit by part; False: every reward on every token
     save_steps: int = 10
@@ -89,9 +85,7 @@ def prompts(photos: list[Photograph], n: int, preset: str = "nano", seed: int = 
     return Dataset.from_list(rows, features=features)
 
 
-def part_advantages(
-    rewards: Tensor, weights: Tensor, decided: list[Tensor], settings: GrpoSettings
-) -> Tensor:
+def part_advantages(rewards: Tensor, weights: Tensor, decided: list[Tensor], group: int) -> Tensor:
     """Advantage of every token (n, t): of the rewards (n, k), weighted (k,), that are still open
     when it is written. `decided`: for each reward the place (n,) of the last token that it depends
     on; the chains of a prompt are adjacent."""
@@ -102,9 +96,7 @@ def part_advantages(
     for pattern in open_.flatten(0, 1).unique(dim=0):
         if not pattern.any():
             continue
-        some = combined_advantages(
-            rewards, weights * pattern, settings.group, settings.normalize_first
-        )
+        some = group_advantages(rewards @ (weights * pattern), group)
         out = torch.where((open_ == pattern).all(2), some[:, None], out)
     return out
 
@@ -117,35 +109,47 @@ def without_dropout(policy: ChainPolicy) -> ChainPolicy:
     return policy
 
 
-@contextmanager
-def gathered(policy: ChainPolicy, lr: Tensor) -> Iterator[None]:
-    """Keeps all weights of a sharded policy (FSDP2) on this device: `decoding` reads them itself.
-    A forward pass on photos (b, 3, 32, 32) gathers them."""
-    units = [m for m in policy.modules() if isinstance(m, FSDPModule)]
-    for unit in units:
-        unit.set_reshard_after_forward(False, recurse=False)
-    if units:
-        policy(torch.tensor([policy.vocabulary.prompt], device=lr.device), lr[:1])
-    yield
-    for unit in units:
-        unit.reshard()
-        if unit in policy.model.layers:  # the embedding's weights stay: the head reads them, too
-            unit.set_reshard_after_forward(True, recurse=False)
-
-
 class ChainGRPOTrainer(GRPOTrainer):
-    """TRL's trainer with the LR photo beside the tokens and the grammar on the logits."""
+    """TRL's trainer with the LR photo beside the tokens and the grammar on the logits; see
+    `train_grpo` for what it takes."""
 
-    def __init__(self, settings: GrpoSettings, reference: ChainPolicy | None, **options):
-        super().__init__(rollout_func=self._rollouts, **options)
-        self.settings, self.lr, self.rewards = settings, None, None
+    def __init__(
+        self,
+        policy: ChainPolicy,
+        dataset: Dataset,
+        rewards: list[Callable],
+        out: Path,
+        settings: GrpoSettings,
+        device: str | None = None,
+    ):
+        check_columns(dataset, rewards)
+        out.mkdir(parents=True, exist_ok=True)
+        start = copy.deepcopy(without_dropout(policy))  # TRL changes the methods of its model
+        policy.generation_config = GenerationConfig()  # TRL sets its own sampler up; it is not used
+        self.out, self.settings, self.lr, self.rewards = out, settings, None, None
+        pictures = {"columns": ["lr", "hr"], "output_all_columns": True}
+        super().__init__(
+            model=without_dropout(policy),
+            args=arguments(out, settings, device, policy.grammar(settings.parts).max_length),
+            train_dataset=dataset.with_format("numpy", **pictures),
+            processing_class=policy.vocabulary.tokenizer,
+            reward_funcs=[guarded(r) for r in rewards],
+            rollout_func=self._rollouts,
+            callbacks=[CsvLog(out / "log.csv")],
+        )
         self.policy = self.accelerator.unwrap_model(self.model)
         self.grammar = self.policy.grammar(settings.parts).to(self.accelerator.device)
-        self.beta, self.ref_model = settings.beta, reference
-        if reference is not None:
-            self.ref_model = reference.to(self.accelerator.device).eval().requires_grad_(False)
-            if self.is_fsdp_enabled:
-                self.ref_model = prepare_fsdp(self.ref_model, self.accelerator)
+        if settings.beta:
+            self.beta = settings.beta
+            self.ref_model = self.reference(start.eval().requires_grad_(False))
+
+    def reference(self, policy: ChainPolicy) -> ChainPolicy:
+        """The start, from which the KL is measured, where it is used."""
+        return policy.to(self.accelerator.device)
+
+    def whole(self) -> ChainPolicy:
+        """The policy with all of its weights, in the main process."""
+        return self.policy
 
     @torch.no_grad()
     def _rollouts(self, prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
@@ -157,11 +161,7 @@ class ChainGRPOTrainer(GRPOTrainer):
         first = seed * 10_007 + self.accelerator.process_index * len(lr)
         generators = [torch.Generator().manual_seed(first + i) for i in range(len(lr))]
         self.policy.eval()
-        with (
-            unwrap_model_for_generation(self.model_wrapped, self.accelerator) as policy,
-            gathered(policy, lr),
-        ):
-            drawn = sample(policy, lr, how, generators, self.grammar)
+        drawn = sample(self.policy, lr, how, generators, self.grammar)
         self.policy.train(training)
         length = (drawn.ids != vocabulary.ids[PAD]).sum(1).tolist()
         free = ~self.grammar.forced[self.grammar.states(drawn.ids)]  # forced tokens teach nothing
@@ -189,7 +189,7 @@ class ChainGRPOTrainer(GRPOTrainer):
                 self.rewards[here : here + len(ids)],
                 self.reward_weights.to(ids.device),
                 decided,
-                self.settings,
+                self.settings.group,
             )
             rest = ids.shape[1] - found.shape[1]  # after the last reward is decided: nothing
             out["advantages"] = F.pad(found, (0, rest))
@@ -284,37 +284,16 @@ def check_columns(dataset: Dataset, rewards: list[Callable]) -> None:
                 raise ValueError(f"reward {reward.__name__} needs the column {column!r}: add it")
 
 
-def trainer_of(
-    policy: ChainPolicy,
-    dataset: Dataset,
-    rewards: list[Callable],
-    out: Path,
-    settings: GrpoSettings,
-    device: str | None = None,
-) -> ChainGRPOTrainer:
-    """TRL's trainer, ready to train; see `train_grpo`."""
-    check_columns(dataset, rewards)
-    reference = copy.deepcopy(without_dropout(policy)) if settings.beta else None
-    policy.generation_config = GenerationConfig()  # TRL sets its own sampler up, which is not used
-    return ChainGRPOTrainer(
-        settings,
-        reference,
-        model=without_dropout(policy),
-        args=arguments(out, settings, device, policy.grammar(settings.parts).max_length),
-        train_dataset=dataset.with_format("numpy", columns=["lr", "hr"], output_all_columns=True),
-        processing_class=policy.vocabulary.tokenizer,
-        reward_funcs=[guarded(r) for r in rewards],
-        callbacks=[CsvLog(out / "log.csv")],
-    )
-
-
 def last_checkpoint(folder: Path) -> str | None:
-    """The last checkpoint in a folder that was saved to its end; None if there is none."""
-    found = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
-    for path in sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")), reverse=True):
-        if (path / "trainer_state.json").exists() and all(map(whole, path.glob("*.*"))):
-            return str(path)  # the state is the last file that transformers writes
-        print(f"{path.name} was cut short while it was saved: passed over", flush=True)
+    """The last checkpoint in a folder that was saved to its end, that is with the state, which
+    transformers writes last; None if there is none."""
+    found = folder.glob("checkpoint-[0-9]*")
+    for path in sorted(found, key=lambda p: int(p.name.split("-")[1]), reverse=True):
+        try:
+            TrainerState.load_from_json(str(path / "trainer_state.json"))
+            return str(path)
+        except (OSError, ValueError):
+            print(f"{path.name} was cut short while it was saved: passed over", flush=True)
     return None
 
 
@@ -333,19 +312,15 @@ def train_grpo(
         dataset: of `prompts`, with the columns that the rewards need.
         out: a folder. A killed run goes on from its last checkpoint there.
         device: cpu, cuda or mps; None takes the best there is.
-    Of several processes that share the weights (FSDP2, ZeRO-3), the main one returns the policy.
     Raises ValueError, in one sentence, for a missing column or a reward that misbehaves."""
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    trainer = trainer_of(policy, dataset, rewards, out, settings, device)
-    trainer.train(resume_from_checkpoint=last_checkpoint(out / "checkpoints"))
-    here, trained = trainer.accelerator, trainer.policy
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        state = here.get_state_dict(trainer.model_wrapped)  # whole in the main process alone
-        trained = ChainPolicy(policy.config)
-        trained.load_state_dict(state, strict=here.is_main_process)
-    trained = trained.cpu().half()
-    if here.is_main_process:
-        trained.save_pretrained(out)
-    here.wait_for_everyone()
+    return finish(ChainGRPOTrainer(policy, dataset, rewards, Path(out), settings, device))
+
+
+def finish(trainer: ChainGRPOTrainer) -> ChainPolicy:
+    """Train to the end, from the last checkpoint on; the main process saves the policy."""
+    trainer.train(resume_from_checkpoint=last_checkpoint(trainer.out / "checkpoints"))
+    trained = trainer.whole().cpu().half()
+    if trainer.accelerator.is_main_process:
+        trained.save_pretrained(trainer.out)
+    trainer.accelerator.wait_for_everyone()
     return trained.float().eval()

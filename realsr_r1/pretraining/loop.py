@@ -3,6 +3,7 @@
 import csv
 import math
 import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from realsr_r1.common import check_number, whole
+from realsr_r1.common import check_number
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Fit:
     def resume(self) -> None:
         """Go on from the last checkpoint that is whole, if there is one."""
         kept = [self.out / f"checkpoint{which}.pt" for which in ("", ".before")]
-        path = next((p for p in kept if p.exists() and whole(p)), None)
+        path = next((p for p in kept if zipfile.is_zipfile(p)), None)
         if path is None:
             (self.out / "log.csv").unlink(missing_ok=True)
             return

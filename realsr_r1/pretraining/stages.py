@@ -243,6 +243,7 @@ def reinforce(
     from realsr_r1 import grpo, rewards
     from realsr_r1.ablations import rewards as variants
     from realsr_r1.experts import load_expert
+    from realsr_r1.pretraining.sharded import ShardedTrainer
 
     start = RealSR.from_pretrained(model, device)
     known = {
@@ -258,5 +259,6 @@ def reinforce(
     )
     chosen = [known[n]() for n in names]
     place = out / "policy-grpo"
-    start.policy = grpo.train_grpo(start.policy, data, chosen, place, settings, device)
+    trainer = ShardedTrainer(start.policy, data, chosen, place, settings, device)
+    start.policy = grpo.finish(trainer)
     start.save_pretrained(out, "policy-grpo")

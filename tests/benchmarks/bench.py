@@ -177,7 +177,7 @@ def grpo_step(prompts: int, group: int, words: bool) -> tuple[float, float, floa
         judges = judges[1:3]
     data = grpo.prompts(photographs.load("train"), prompts)
     with tempfile.TemporaryDirectory() as folder, Peak() as peak:
-        trainer = grpo.trainer_of(model.policy, data, judges, Path(folder), settings, "cpu")
+        trainer = grpo.ChainGRPOTrainer(model.policy, data, judges, Path(folder), settings, "cpu")
         spent: dict[str, float] = {}
         timed(spent, trainer, rollout_func="sampling", _calculate_rewards="rewards")
         started = time.perf_counter()

@@ -16,8 +16,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils import parameters_to_vector
 
 from realsr_r1 import grpo, photographs
-from realsr_r1.grpo import GrpoSettings, train_grpo
+from realsr_r1.grpo import GrpoSettings
 from realsr_r1.policy import ChainPolicy, PolicyConfig
+from realsr_r1.pretraining.sharded import ShardedTrainer
 from realsr_r1.rewards import degradation_reward
 
 ROOT = Path(__file__).parents[2]
@@ -76,7 +77,7 @@ def train(folder: Path, name: str) -> None:
     grpo.ChainGRPOTrainer._rollouts = rollouts
     settings = GrpoSettings(2, 2, 4, 4, lr=1e-2, beta=0.05, save_steps=1)
     data, rewards = load_from_disk(str(folder / "prompts")), [low_codes, degradation_reward]
-    train_grpo(start(), data, rewards, folder / name, settings, "cpu")
+    grpo.finish(ShardedTrainer(start(), data, rewards, folder / name, settings, "cpu"))
 
 
 def launch(folder: Path, name: str, first: str = "", **more: str) -> None:
