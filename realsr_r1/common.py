@@ -62,11 +62,14 @@ def check_images(x: Tensor) -> Tensor:
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
     """A path beside `path` to write to; moved there if all went well, removed if not, so that an
-    older file is never half overwritten."""
+    older file is never half overwritten. ValueError, in one sentence, where that cannot be."""
     part = Path(path).with_name(f".{Path(path).name}.part")
     try:
         yield part
         part.replace(path)
+    except OSError as e:
+        why = e.strerror or e
+        raise ValueError(f"{path} cannot be written ({why}): choose another place") from e
     finally:
         part.unlink(missing_ok=True)
 

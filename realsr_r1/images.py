@@ -1,14 +1,11 @@
 """Pictures in and out: the one reader and the one writer of the package.
 
 Whatever is read becomes upright 8-bit sRGB; what cannot be read gives one sentence instead of a
-traceback. What is written is checked first, written beside its place and then moved there.
+traceback. What is written is written beside its place and then moved there.
 """
 
 import io
-import math
 import os
-import shutil
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,7 +27,6 @@ OPTIONS = {
     "WEBP": {"quality": 95},
     "AVIF": {"quality": 95, "subsampling": "4:4:4"},
 }
-LARGEST = {"JPEG": 65_500, "WEBP": 16_383, "AVIF": 65_535, "GIF": 65_535, "ICO": 256}  # pixels
 SEE_THROUGH = ("PNG", "WEBP", "TIFF", "AVIF")  # formats that take an alpha channel
 # Full scale of gray numbers by bits and by TIFF's sample format (1: unsigned, 2: signed).
 FULL = {(16, 1): 2**16 - 1, (16, 2): 2**15 - 1, (32, 1): 2**32 - 1, (32, 2): 2**31 - 1}
@@ -174,35 +170,6 @@ def to_image(x: Tensor) -> Image.Image:
     """(3, h, w) in [0, 1] → PIL RGB."""
     x = (x.detach().clamp(0, 1) * 255).round().byte()
     return Image.fromarray(x.permute(1, 2, 0).cpu().numpy())
-
-
-def check_writable(
-    path: str | Path, trace: str | Path | None = None, size: tuple[int, int] = (1, 1)
-) -> None:
-    """Raise ValueError, in one sentence, unless a picture of (width, height) can be written to
-    `path` and a file to `trace`."""
-    if trace and os.path.abspath(path) == os.path.abspath(trace):
-        raise ValueError(f"picture and trace are both to go to {path}: give two names")
-    for place in (Path(p) for p in (path, trace) if p is not None):
-        folder = place.parent
-        if place.is_dir():
-            raise ValueError(f"{place} is a folder: give the name of a file")
-        if not folder.is_dir():
-            raise ValueError(f"output folder {folder} does not exist: create it first")
-        try:
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as e:
-            raise ValueError(
-                f"{folder} cannot be written: choose another place for {place.name}"
-            ) from e
-        if shutil.disk_usage(folder).free < 3 * math.prod(size):
-            raise ValueError(f"the disk of {folder} is full: choose another place")
-    kind, side = format_of(path), max(size)
-    if side > LARGEST.get(kind, side):
-        largest = LARGEST[kind]
-        raise ValueError(
-            f"a side of {side} pixels is too long for {kind}, which takes {largest}: use .png"
-        )
 
 
 def format_of(path: str | Path) -> str:

@@ -38,8 +38,6 @@ _WORDS = json.loads((ASSETS / "words.json").read_text(encoding="utf-8"))
 BACKGROUNDS, PLACES = _WORDS["backgrounds"], _WORDS["places"]
 SUBJECTS, EXTRAS = tuple(_WORDS["subjects"]), tuple(_WORDS["extras"])
 FOLDED = {name.replace("-", " "): w for w, names in _WORDS["wider"].items() for name in names}
-FOLDED |= {"black-eyed susan": "flower", "forget-me-not": "flower"}
-SINGULAR = {"seeds": "seed", "drops": "drop", "tusks": "tusk"}
 
 
 def plural(noun: str) -> str:
@@ -118,8 +116,10 @@ class Photograph:
 def from_row(row: dict, read: Callable[[], bytes] | None = None) -> Photograph:
     """A row of the table (strings, lists joined by +) → Photograph, rare words folded."""
     many = {k: tuple(filter(None, row[k].split("+"))) for k in ("colors", "background", "extras")}
-    subject = row["subject"] if row["subject"] in SUBJECTS else FOLDED.get(row["subject"], "thing")
-    many["extras"] = tuple(x for e in many["extras"] if (x := SINGULAR.get(e, e)) in EXTRAS)
+    subject = row["subject"]
+    subject = subject if subject in SUBJECTS else FOLDED.get(subject.replace("-", " "), "thing")
+    extras = (_WORDS["singular"].get(e, e) for e in many["extras"])
+    many["extras"] = tuple(e for e in extras if e in EXTRAS)
     fields = {k: row[k] for k in ("file", "split", "count", "view", "place")}
     fields |= {k: words[:2] for k, words in many.items()}
     fields |= {"source": row.get("source", "shipped"), "author": row.get("author") or row["file"]}
@@ -135,19 +135,6 @@ def vocabulary() -> list[str]:
     return sorted({word for text in texts for word in text.split()})
 
 
-def read_parquet(
-    folder: str | Path, split: str, pattern: str = "annotated-*.parquet"
-) -> list[dict]:
-    """Rows of the parquet files of a folder, pictures as bytes under "image"."""
-    import pyarrow.parquet as parquet  # comes with datasets; slow to import
-
-    files = sorted(Path(folder).glob(pattern))
-    if not files:
-        raise FileNotFoundError(f"{folder} holds no {pattern}: check the path")
-    rows = [row for f in files for row in parquet.read_table(f).to_pylist()]
-    return [r for r in rows if split in (r.get("split") or split)]
-
-
 def load(split: str, where: str | Path | None = None) -> list[Photograph]:
     """The annotated photographs of a split.
 
@@ -159,8 +146,11 @@ def load(split: str, where: str | Path | None = None) -> list[Photograph]:
     if split not in SPLITS:
         raise ValueError(f"no split {split!r}; choose one of {', '.join(SPLITS)}")
     where = Path(where or ASSETS)
-    if sorted(where.glob("annotated-*.parquet")):
-        return [from_row(r, partial(bytes, r["image"])) for r in read_parquet(where, split)]
+    if files := sorted(where.glob("annotated-*.parquet")):
+        import pyarrow.parquet as parquet  # comes with datasets; slow to import
+
+        rows = parquet.read_table(files, filters=[("split", "==", split)]).to_pylist()
+        return [from_row(r, partial(bytes, r["image"])) for r in rows]
     table = next(p for w in (where, ASSETS) if (p := w / "annotations.csv").exists())
     with table.open(newline="", encoding="utf-8-sig") as f:
         rows = [r for r in csv.DictReader(f) if r["split"] == split]
@@ -174,19 +164,12 @@ def load(split: str, where: str | Path | None = None) -> list[Photograph]:
     return found
 
 
-def crop(
-    image: Image.Image, size: int, rng: np.random.Generator, native: bool = False
-) -> tuple[Image.Image, bool]:
-    """A random square of `size` pixels, and whether it is mirrored.
-
-    From 75% of the short side upward, so that the caption stays true; `native` cuts without scaling
-    where the picture is large enough, for fine texture."""
+def crop(image: Image.Image, size: int, rng: np.random.Generator) -> tuple[Image.Image, bool]:
+    """A random square of `size` pixels, and whether it is mirrored; cut from 75% of the short
+    side upward, so that the caption stays true."""
     short = min(image.size)
     side = rng.uniform(max(0.75, size / 2 / short), 1.0) * short if short > size / 2 else short
-    native = native and short >= size
-    side = size if native else side
     x, y = (rng.uniform(0, n - side) for n in image.size)
-    x, y = (round(x), round(y)) if native else (x, y)
     box = (x, y, x + side, y + side)
     cut = image.resize((size, size), Image.Resampling.LANCZOS, box=box)
     flip = bool(rng.random() < 0.5)
@@ -217,7 +200,7 @@ class Pairs(Dataset):
 
     Item i is always the same: everything random comes from `seed` and i. In training there is no
     end of items: each is a random crop of a random photograph; otherwise item i is the center of
-    photograph i. `native` cuts without scaling half of the time, for fine texture."""
+    photograph i."""
 
     def __init__(
         self,
@@ -226,13 +209,15 @@ class Pairs(Dataset):
         seed: int = 0,
         training: bool = True,
         labels: bool = True,
-        native: bool = False,
     ):
         self.photos, self.config = photos, degradation.PRESETS[preset]
-        self.seed, self.training, self.labels, self.native = seed, training, labels, native
+        self.seed, self.training, self.labels = seed, training, labels
 
     def __len__(self) -> int:
         return 10**9 if self.training else len(self.photos)
+
+    def cut(self, image: Image.Image, rng: np.random.Generator) -> tuple[Image.Image, bool]:
+        return crop(image, SIDE, rng)
 
     def __getitem__(self, i: int) -> dict:
         if not 0 <= i < len(self):  # so that a plain loop over held-out pairs ends
@@ -241,8 +226,7 @@ class Pairs(Dataset):
         index = int(rng.integers(len(self.photos))) if self.training else i
         photo, flip = self.photos[index], False
         if self.training:
-            native = self.native and rng.random() < 0.5
-            image, flip = crop(photo.image(), SIDE, rng, native)
+            image, flip = self.cut(photo.image(), rng)
             pixels = (relight(to_bytes(image) / 255, rng) * 255).round().byte()
         else:
             pixels = to_bytes(center(photo.image(), SIDE))

@@ -78,7 +78,8 @@ class Restoration:
         """Write the picture, with the photo's alpha, camera and date (and place only if asked for),
         and the trace as JSON. Raises ValueError, in one sentence, for a place that cannot be
         written or a suffix that Pillow does not know."""
-        images.check_writable(path, trace, self.image.size)
+        if trace and Path(path).resolve() == Path(trace).resolve():
+            raise ValueError(f"picture and trace are both to go to {path}: give two names")
         images.write(images.Photo(self.image, self.alpha, self.exif), path, keep_gps)
         if trace:
             with atomic(trace) as part:

@@ -147,7 +147,7 @@ def add_photographs(p: argparse.ArgumentParser, split: str) -> None:
 
 def demo(a: argparse.Namespace) -> None:
     from realsr_r1.evaluation import animation, demo
-    from realsr_r1.images import check_writable
+    from realsr_r1.files.writable import check_writable
 
     check_writable(a.out)
     (animation if a.out.endswith(".gif") else demo).draw(model_of(a), a.out, a.seed)

@@ -27,6 +27,7 @@ def restore(a: argparse.Namespace) -> int:
     """Inputs and outputs are looked at before any work; of several photos those that cannot be
     read are left out, said at the end, and make the exit status 2."""
     from realsr_r1 import images
+    from realsr_r1.files.writable import check_writable
     from realsr_r1.sampling import Sampling
     from realsr_r1.tokenizer import SCALE
 
@@ -40,7 +41,7 @@ def restore(a: argparse.Namespace) -> int:
             left_out.append(str(e))
             del places[photo]
             continue
-        images.check_writable(out, a.trace, tuple(n * SCALE for n in size))
+        check_writable(out, a.trace, tuple(n * SCALE for n in size))
     sampling = Sampling(image_temperature=a.temperature, guidance=a.guidance)
     most = round(a.max_megapixels * 1e6)
     model = model_of(a) if places else None

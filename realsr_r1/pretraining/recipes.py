@@ -5,12 +5,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from realsr_r1 import perceptual, photographs, sft
+from realsr_r1 import perceptual, sft
+from realsr_r1.photographs import SIDE, Pairs
 from realsr_r1.policy import ChainPolicy
 from realsr_r1.pretraining import losses
 from realsr_r1.pretraining.loop import Fit, FitConfig
@@ -164,12 +167,23 @@ class TokenizerTraining:
         return loss, figures
 
 
+class FinePairs(Pairs):
+    """Pairs of which half are cut without scaling where the picture is large enough: fine
+    texture."""
+
+    def cut(self, image: Image.Image, rng: np.random.Generator) -> tuple[Image.Image, bool]:
+        if min(image.size) < SIDE or rng.random() < 0.5:
+            return super().cut(image, rng)
+        x, y = (int(rng.integers(n - SIDE + 1)) for n in image.size)
+        part, flip = image.crop((x, y, x + SIDE, y + SIDE)), bool(rng.random() < 0.5)
+        return (ImageOps.mirror(part) if flip else part), flip
+
+
 def crops(photos: list, general: list, large: list, seed: int = 0) -> Dataset:
     """Squares for the tokenizer: 60% annotated photographs, 15% other things, 25% fine texture."""
-    parts = [(photos, 0.6, False), (general, 0.15, False), (large, 0.25, True)]
-    parts = [(p, share, native) for p, share, native in parts if p]
-    sets = [photographs.Pairs(p, seed=seed, labels=False, native=n) for p, _, n in parts]
-    return Mixture(sets, [share for _, share, _ in parts], seed)
+    kinds = ((photos, 0.6, Pairs), (general, 0.15, Pairs), (large, 0.25, FinePairs))
+    parts = [(kind(p, seed=seed, labels=False), share) for p, share, kind in kinds if p]
+    return Mixture([p for p, _ in parts], [share for _, share in parts], seed)
 
 
 class Mixture(Dataset):

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import pyarrow.parquet as parquet
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -139,10 +140,9 @@ class Picture:
 
 def pictures(where: str | Path, name: str) -> list[Picture]:
     """Pictures without annotation, from `name`-*.parquet of a folder; [] where there are none."""
-    if not sorted(Path(where).glob(f"{name}-*.parquet")):
-        return []
-    rows = photographs.read_parquet(where, "train", f"{name}-*.parquet")
-    return [Picture(partial(bytes, r["image"])) for r in rows]
+    files = sorted(Path(where).glob(f"{name}-*.parquet"))
+    rows = parquet.read_table(files, columns=["image"])["image"].to_pylist() if files else []
+    return [Picture(partial(bytes, r)) for r in rows]
 
 
 def _tokenizer(s: Settings, start: RealSR | None) -> VQModel:

@@ -11,10 +11,11 @@ def restore(a: argparse.Namespace) -> int:
         raise ValueError("--window needs --sizes, and one tile at a time: leave --batch out")
     os.environ["HF_HUB_OFFLINE"] = "0" if a.download else "1"
     from realsr_r1 import images
+    from realsr_r1.files.writable import check_writable
     from realsr_r1.reference import restoring
 
     size = images.read(a.photo).image.size
-    images.check_writable(a.out, a.trace, tuple(n * restoring.SCALE for n in size))
+    check_writable(a.out, a.trace, tuple(n * restoring.SCALE for n in size))
     options = {"device": a.device} if a.device else {}
     model = restoring.load_reference(a.weights, a.tokenizer, bits=a.bits, **options)
     how = {"sizes": tuple(a.sizes) if a.sizes else None, "window": a.window}

@@ -463,12 +463,14 @@ def test_bad_photos_get_one_sentence(model, photo, options, message):
         model(photo, progress=False, **options)
 
 
-def test_save_checks_the_place_first(model, tmp_path):
+def test_save_says_where_it_cannot_write(model, tmp_path):
     out = model(Image.new("RGB", (32, 32)), progress=False)
-    with pytest.raises(ValueError, match="does not exist: create it"):
+    with pytest.raises(ValueError, match=r"cannot be written \(No such file"):
         out.save(tmp_path / "no" / "out.png")
     with pytest.raises(ValueError, match=r"end the name in \.png"):
         out.save(tmp_path / "out.xyz")
+    with pytest.raises(ValueError, match="give two names"):
+        out.save(tmp_path / "out.png", trace=tmp_path / "out.png")
 
 
 def test_weights_go_to_a_folder_and_back(model, tmp_path, lr):
