@@ -11,8 +11,7 @@ import importlib
 import logging
 import os
 
-# Before torch loads: waiting threads sleep. Two that spin on a busy machine slow each other down a
-# hundredfold.
+# Before torch loads: waiting threads sleep. Two that spin slow each other down a hundredfold.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from realsr_r1 import _torchvision  # noqa: F401  must run before anything imports torchvision
@@ -21,13 +20,8 @@ from realsr_r1.version import __version__
 # Comes with pyiqa, is not used on a CPU, and says so at every import.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-_FACE = {
-    "RealSR": "pipeline",
-    "Restoration": "pipeline",
-    "restore": "pipeline",
-    "Chain": "vlcot",
-    "Sampling": "sampling",
-}
+_FACE = {name: "pipeline" for name in ("RealSR", "Restoration", "restore")}
+_FACE |= {"Chain": "vlcot", "Sampling": "sampling"}
 __all__ = ["Chain", "RealSR", "Restoration", "Sampling", "__version__", "restore"]
 
 

@@ -1,8 +1,5 @@
-"""The command line: `realsr …`, the same as `python -m realsr_r1 …`.
-
-Thin on purpose: a subpackage registers its own leaves (its `commands` module), and nothing heavy is
-imported before a leaf runs.
-"""
+"""The command line: `realsr …`, the same as `python -m realsr_r1 …`. A subpackage registers its own
+leaves (its `commands` module), and nothing heavy is imported before a leaf runs."""
 
 import argparse
 import importlib

@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# torch's CPU kernels keep what they compiled for each shape of picture, up to 1,024 of them:
-# hundreds of MB after photos of many sizes.
+# torch keeps kernels for up to 1,024 shapes of pictures: hundreds of MB after many photos.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 # Whoever draws photographs has seeds of its own, so that no two of them meet the same crops.
 SEEDS_EACH = 10_000
@@ -32,8 +31,8 @@ def generator(seed: int, number: int = 0) -> torch.Generator:
 
 
 def check_number(name: str, value: float, least: float, most: float = math.inf) -> None:
-    """Raise ValueError with one sentence unless `value` is a finite number from `least` to `most`,
-    numpy's numbers included; an integer where `least` is one."""
+    """ValueError unless `value` is a finite number from `least` to `most`, numpy's included; an
+    integer where `least` is one."""
     whole = isinstance(least, int)
     right = isinstance(value, numbers.Integral if whole else numbers.Real)
     if right and not isinstance(value, bool) and least <= value <= most and value != math.inf:
@@ -43,8 +42,7 @@ def check_number(name: str, value: float, least: float, most: float = math.inf) 
 
 
 def check_images(x: Tensor) -> Tensor:
-    """Images (b, 3, h, w) as floats in [0, 1], uint8 divided by 255; ValueError for anything else:
-    a foreign range spoils what follows without a word."""
+    """Images (b, 3, h, w) as floats in [0, 1], uint8 divided by 255; else ValueError."""
     if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != 3 or not x.numel():
         got = tuple(x.shape) if hasattr(x, "shape") else type(x).__name__
         kind = "a tensor" if isinstance(x, Tensor) else "a torch tensor (torch.as_tensor)"
@@ -75,8 +73,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
 
 def device_of(name: str | None) -> torch.device:
-    """`name`, or the best device there is; raises ValueError with one sentence if a device that is
-    absent is asked for."""
+    """`name`, or the best device there is; ValueError if it is absent."""
     best = torch.accelerator.current_accelerator(check_available=True)
     if name is None:
         return best or torch.device("cpu")

@@ -1,9 +1,8 @@
 """Second-order degradation synthesis, its five labels, and words for them.
 
 A degradation is a list of plain dicts, one per operation: the *draw*. `draw` samples it, `apply`
-runs it, `label` reads the five labels off the photo by replaying parts of it. Everything random is
-in the draw (noise by its seed), so the same draw gives the same LR image again, bit for bit
-on one kind of device.
+runs it, `label` finds the five labels by replaying parts of it. All that is random is in the draw
+(noise by its seed): the same draw gives the same LR image, bit for bit on one kind of device.
 
 Model and ranges: Real-ESRGAN (Wang et al. 2021, arXiv 2107.10833), as in PURE and RealSR-R1.
 Simplifications: JPEG is the real codec (Pillow), not a differentiable approximation; the HR photo
@@ -13,7 +12,7 @@ is not sharpened (USM) first.
 import functools
 import io
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -28,9 +27,8 @@ RESIZES = ("downsample", "keep", "upsample")
 LABELS = ("blur", "resize", "noise", "compression", "final_resize")
 MODES = ("area", "bilinear", "bicubic")
 KERNELS = ("iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso", "plateau_aniso")
-# Upper bounds of no, light and medium, on what the replay measures (see `visible`). They are
-# quantiles of the nano preset over training photographs, so that every level of every label is
-# frequent.
+# Upper bounds of no, light and medium, on what `visible` measures: quantiles of the nano preset
+# over training photographs, so that every level of every label is frequent.
 BLUR_BOUNDS = (0.05, 0.45, 0.65)  # share of the photo's fine detail that blur took
 NOISE_BOUNDS = (0.5, 2.2, 4.4)  # root mean square of the noise that is left, of 255
 JPEG_BOUNDS = (1.0, 8.8, 12.5)  # root mean square of what compression changed, of 255
@@ -72,9 +70,9 @@ class Stage:
 
 @dataclass(frozen=True)
 class DegradationConfig:
-    """One or two stages, then the resize to LR size. Two stages end with [resize and sinc] and JPEG
-    in either order (Real-ESRGAN, section 3.4), one stage with the resize, or with the JPEG where
-    `jpeg_last`. `antialias`: downsample as cameras do; Real-ESRGAN does not."""
+    """One or two stages, then the resize to LR size. Two end with [resize and sinc] and JPEG in
+    either order (Real-ESRGAN, section 3.4), one with the resize, or the JPEG where `jpeg_last`.
+    `antialias`: downsample as cameras do; Real-ESRGAN does not."""
 
     stages: tuple[Stage, ...] = (
         Stage(),
@@ -139,15 +137,14 @@ class Degraded:
 
     lr: Tensor  # (b, 3, h / scale, w / scale) in [0, 1], multiples of 1/255
     draws: list[list[dict]]
-    labels: list[dict[str, str]] = field(default_factory=list)
+    labels: list[dict[str, str]]
 
 
 def gaussian_kernel(
     size: int, sigma_x: float, sigma_y: float, theta: float, kind: str = "aniso", beta: float = 1.0
 ) -> Tensor:
-    """(size, size) kernel that sums to 1; `kind` is one of KERNELS, `theta` radians, sigmas in
-    pixels. Generalized: exp(-r^(2β)/2); plateau: 1/(1 + r^(2β)), with r the Mahalanobis radius
-    (Real-ESRGAN, section 3.1)."""
+    """(size, size) kernel that sums to 1; `kind` of KERNELS, `theta` radians, sigmas in pixels.
+    Generalized: exp(-r^(2β)/2); plateau: 1/(1 + r^(2β)), r being the Mahalanobis radius."""
     axis = torch.arange(size, dtype=torch.float64) - size // 2
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     u, v = x * math.cos(theta) + y * math.sin(theta), -x * math.sin(theta) + y * math.cos(theta)
@@ -162,8 +159,7 @@ def gaussian_kernel(
 
 
 def sinc_kernel(size: int, omega: float) -> Tensor:
-    """(size, size) ideal circular low-pass with cut-off `omega` in radians a pixel: it rings, as
-    over-sharpening does."""
+    """(size, size) ideal low-pass with cut-off `omega`, radians a pixel: rings as if sharpened."""
     axis = torch.arange(size, dtype=torch.float64) - size // 2
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     r = torch.sqrt(x**2 + y**2)
@@ -176,8 +172,7 @@ def kernel_of(op: dict) -> Tensor:
     """The kernel of a recorded blur or sinc operation, (size, size)."""
     if "omega" in op:
         return sinc_kernel(op["size"], op["omega"])
-    names = ("size", "sigma_x", "sigma_y", "theta", "kernel", "beta")
-    return gaussian_kernel(*(op[k] for k in names))
+    return gaussian_kernel(*(op[k] for k in "size sigma_x sigma_y theta kernel beta".split()))
 
 
 class _Dice:
@@ -289,8 +284,7 @@ def draw(
 
 
 def blur(x: Tensor, kernels: Tensor) -> Tensor:
-    """Convolve each image of (b, c, h, w) with its own (b, k, k) kernel, edges
-    replicated, by FFT."""
+    """Each image of (b, c, h, w) with its own (b, k, k) kernel, edges replicated, by FFT."""
     k, (h, w) = kernels.shape[-1], x.shape[-2:]
     r = k // 2
     x = F.pad(x, (r, r, r, r), mode="replicate")
@@ -301,8 +295,7 @@ def blur(x: Tensor, kernels: Tensor) -> Tensor:
 
 
 def jpeg(x: Tensor, quality: int) -> Tensor:
-    """Compress and decode one (3, h, w) image in [0, 1] with the real codec (4:2:0, as cameras and
-    the web do)."""
+    """One (3, h, w) image in [0, 1] through the real codec (4:2:0, as cameras and the web do)."""
     array = (x.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, "JPEG", quality=int(quality))
@@ -310,8 +303,7 @@ def jpeg(x: Tensor, quality: int) -> Tensor:
 
 
 def noise_for(x: Tensor, op: dict) -> Tensor:
-    """The noise that a recorded operation adds to one (3, h, w) image; made on the CPU so that
-    every device agrees."""
+    """What a recorded operation adds to one (3, h, w) image; made on the CPU: devices agree."""
     g = torch.Generator().manual_seed(op["seed"])
     if op["kind"] == "gaussian":
         shape = x.shape[-2:] if op["gray"] else x.shape
@@ -320,8 +312,7 @@ def noise_for(x: Tensor, op: dict) -> Tensor:
     if op["gray"]:
         weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
         source = ((source * weights).sum(0, keepdim=True) * 255).round() / 255
-    # Real-ESRGAN: the photon count at white is the number of distinct values, rounded up to a power
-    # of two.
+    # Real-ESRGAN: photons at white are the distinct values, rounded up to a power of two.
     counts = 2.0 ** math.ceil(math.log2(max(2, len(torch.unique(source)))))
     n = torch.poisson(source * counts, generator=g) / counts - source
     return (n * op["scale"]).to(x.device).expand_as(x)
@@ -417,8 +408,8 @@ def label(hr: Tensor, ops: list[dict]) -> dict[str, str]:
 def degrade(
     hr: Tensor, config: DegradationConfig | str = "paper", generator: torch.Generator | None = None
 ) -> Degraded:
-    """Degrade a batch (b, 3, h, w) of floats in [0, 1] or uint8: LR images, draws and labels.
-    `config` is a config or a preset's name. Raises ValueError, in one sentence, for other input."""
+    """Degrade a batch (b, 3, h, w) of floats in [0, 1] or uint8 by a config or a preset's name: LR
+    images, draws and labels. ValueError for other input."""
     if isinstance(config, str):
         if config not in PRESETS:
             raise ValueError(f"no preset {config!r}; choose one of {', '.join(PRESETS)}")

@@ -1,10 +1,8 @@
-"""Visual experts: how good a picture looks, without its original. `(b, 3, h, w) in [0, 1] → (b,) in
-[0, 1]`, higher is better.
+"""Visual experts: how good a picture looks, without its original.
 
-The nano expert is a small network of ours, trained by ranking (the idea of RankIQA, Liu et al.
-2017, arXiv 1707.08347): of two pictures it must prefer the one that LPIPS calls closer to its
-original. Simplification: LPIPS stands in for people. The paper's experts are in
-`evaluation.quality`.
+The nano expert is trained by ranking (the idea of RankIQA, Liu et al. 2017, arXiv 1707.08347): of
+two pictures it must prefer the one that LPIPS calls closer to its original. Simplification: LPIPS
+stands in for people. The paper's experts are in `evaluation.quality`.
 """
 
 import json
@@ -35,11 +33,9 @@ class _Residual(nn.Module):
 
 
 class NanoExpert(nn.Module):
-    """Pictures (b, 3, h, w) in [0, 1] → quality (b,) in (0, 1). Of any size from 16 px up. It sees
-    the picture, its high-pass residual and the logarithm of the local contrast, folded to a quarter
-    of the size, and pools by mean, by standard deviation and over the worst quarter of the regions:
-    one ruined corner spoils a picture.
-    """
+    """Pictures (b, 3, h, w) in [0, 1], from 16 px up → quality (b,) in (0, 1), higher is better. It
+    pools by mean, by deviation and over the worst quarter of the regions: one ruined corner spoils
+    a picture."""
 
     def __init__(self, width: int = 48, worst: int = 16):
         super().__init__()
@@ -88,8 +84,7 @@ class NanoExpert(nn.Module):
 def load_expert(
     device: str | torch.device = "cpu", path: str | Path = WEIGHTS / "expert.safetensors"
 ) -> NanoExpert:
-    """The nano expert. One-sentence errors: FileNotFoundError where its weights are absent,
-    ValueError for a file that does not hold them."""
+    """The nano expert. FileNotFoundError, ValueError where its weights are absent or damaged."""
     path = Path(path)
     if not path.exists():
         where = f"weights {path.name} are missing in {path.parent.name}/"

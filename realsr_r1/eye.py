@@ -13,8 +13,7 @@ PATCHES = 8  # per side: what the prompt holds
 
 
 class Eye(nn.Module):
-    """LR photo (b, 3, h, w) in [0, 1] → map (b, hidden, h/2, w/2): one vector per 2×2 LR pixels,
-    that is per code of the final image."""
+    """LR photo (b, 3, h, w) in [0, 1] → map (b, hidden, h/2, w/2): a vector per final code."""
 
     def __init__(self, hidden: int, width: int = 96, blocks: int = 4):
         super().__init__()

@@ -12,10 +12,8 @@ class LayoutGrammar:
     """Every position of a completion is a state. A row's state is one integer and moves on in O(1),
     batched: state + 1, or a jump where a text part is closed early.
 
-    `allowed` gives a mask of the vocabulary. In a `forced` state a single token is possible, so it
-    carries no choice and no gradient. `cell` tells which cell of which image a state is about to
-    write: its index in the cells of all images one after another, -1 outside images.
-    """
+    In a `forced` state a single token is possible, so it carries no choice and no gradient. `cell`:
+    which cell of all images, one after another, a state is about to write, -1 outside images."""
 
     def __init__(
         self,

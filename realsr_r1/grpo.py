@@ -1,10 +1,8 @@
 """VLCoT-GRPO: the policy learns from groups of its own chains, with TRL's GRPOTrainer (unforked).
 
-Ours is what TRL leaves open. Rollouts: whole chains, sampled in batches under the layout grammar at
-temperature 1. One distribution: the logits are masked by the grammar in the loss, the KL and the
-entropy as they are in sampling. Credit by part: a reward acts on the tokens that it can depend on,
-so the words' advantages do not shake 336 image codes. Advantage, clipping and KL are TRL's (see
-`objective` for the formulas).
+Ours is what TRL leaves open. Rollouts: whole chains under the layout grammar at temperature 1. One
+distribution: that grammar masks the logits in the loss, the KL and the entropy, too. Credit by
+part: a reward acts on the tokens that it can depend on. The formulas are in `objective`.
 """
 
 import copy
@@ -57,10 +55,10 @@ class GrpoSettings:
     def __post_init__(self) -> None:
         for name in ("steps", "prompts", "group", "micro_batch", "save_steps"):
             check_number(name, getattr(self, name), 1)
-        check_number("lr", self.lr, 0.0)
-        check_number("beta", self.beta, 0.0)
+        for name in ("lr", "beta"):
+            check_number(name, getattr(self, name), 0.0)
         check_number("epsilon", self.epsilon, 0.001, 0.999)
-        for i, weight in enumerate(() if self.weights is None else self.weights):
+        for i, weight in enumerate(self.weights or ()):
             check_number(f"the weight of reward {i + 1}", weight, 0.0)
         total = self.prompts * self.group
         if self.group < 2:
@@ -86,9 +84,8 @@ def prompts(photos: list[Photograph], n: int, preset: str = "nano", seed: int = 
 
 
 def part_advantages(rewards: Tensor, weights: Tensor, decided: list[Tensor], group: int) -> Tensor:
-    """Advantage of every token (n, t): of the rewards (n, k), weighted (k,), that are still open
-    when it is written. `decided`: for each reward the place (n,) of the last token that it depends
-    on; the chains of a prompt are adjacent."""
+    """Advantage of every token (n, t), from the rewards (n, k), weighted (k,), that are still open
+    when it is written. `decided`: for each reward the last place (n,) that it depends on."""
     length = int(torch.stack(decided).max()) + 1
     place = torch.arange(length, device=rewards.device)
     open_ = torch.stack([place[None] <= d[:, None] for d in decided], 2)  # (n, t, k)
@@ -285,8 +282,7 @@ def check_columns(dataset: Dataset, rewards: list[Callable]) -> None:
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The last checkpoint in a folder that was saved to its end, that is with the state, which
-    transformers writes last; None if there is none."""
+    """The last checkpoint in a folder that was saved to its end: with its state, written last."""
     found = folder.glob("checkpoint-[0-9]*")
     for path in sorted(found, key=lambda p: int(p.name.split("-")[1]), reverse=True):
         try:

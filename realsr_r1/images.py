@@ -1,7 +1,7 @@
 """Pictures in and out: the one reader and the one writer of the package.
 
-Whatever is read becomes upright 8-bit sRGB; what cannot be read gives one sentence instead of a
-traceback. What is written is written beside its place and then moved there.
+Whatever is read becomes upright 8-bit sRGB; what cannot be read gives one sentence. What is written
+is written beside its place and then moved there.
 """
 
 import io
@@ -49,8 +49,7 @@ def open_photo(source: Source) -> Image.Image:
 
 def read(source: Source) -> Photo:
     """A picture from a path, bytes, an open file, a PIL image, an array (h, w, 3) or a tensor
-    (3, h, w) (integers, or floats in [0, 1]); of an animation the first frame. Raises ValueError
-    with one sentence, whatever the decoder stumbles over."""
+    (3, h, w), integers or floats in [0, 1]; of an animation the first frame. Else ValueError."""
     name = "the picture"
     if isinstance(source, str | os.PathLike):
         source = Path(source)
@@ -105,8 +104,8 @@ def _scaled(x: np.ndarray, top: float) -> np.ndarray:
 
 
 def _gray(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """A picture of 16 or 32 bits or floats as 8 bits, and its alpha. The scale follows from the
-    kind of number, never from what the picture happens to hold."""
+    """A picture of 16 or 32 bits or floats as 8 bits, scaled by the kind of number, and its
+    alpha."""
     x, tags = np.asarray(image), getattr(image, "tag_v2", {})
     alpha = None
     if isinstance(image.info.get("transparency"), int):
@@ -173,8 +172,7 @@ def to_image(x: Tensor) -> Image.Image:
 
 
 def format_of(path: str | Path) -> str:
-    """Pillow's name of the format that a suffix stands for; ValueError if RGB cannot be written
-    in it."""
+    """Pillow's name of a suffix's format; ValueError if RGB cannot be written in it."""
     name = Path(path).name
     kind = Image.registered_extensions().get(Path(path).suffix.lower(), "")
     try:
@@ -187,8 +185,8 @@ def format_of(path: str | Path) -> str:
 
 
 def write(photo: Photo, path: str | Path, keep_gps: bool = False) -> None:
-    """Write a picture with its alpha (where the format has one), camera and date, and only if
-    asked for its place; tagged as sRGB. The file appears whole or not at all."""
+    """Write a picture with its alpha (where the format has one), camera and date, its place only if
+    asked for, tagged as sRGB."""
     kind, image, exif = format_of(path), photo.image, Image.Exif()
     if photo.alpha is not None and kind in SEE_THROUGH:
         image = image.copy()

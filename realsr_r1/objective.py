@@ -40,9 +40,8 @@ def clipped_surrogate(
 ) -> Tensor:
     """What to maximize for each token (b, n): min(ρ·A, clip(ρ, 1 - ε, 1 + ε)·A).
 
-    ρ = exp(logprobs - old_logprobs) is the ratio of the policy to the one that sampled (PPO, arXiv
-    1707.06347, eq. 7; GRPO, eq. 3); `advantages` (b,) or (b, n). Beyond ε there is no gradient that
-    would carry the policy further from where the completions came from."""
+    ρ = exp(logprobs - old_logprobs) is the ratio to the policy that sampled (PPO, arXiv 1707.06347,
+    eq. 7; GRPO, eq. 3); `advantages` (b,) or (b, n). Beyond ε no gradient carries further away."""
     ratio = (logprobs - old_logprobs).exp()
     a = advantages if advantages.ndim == 2 else advantages[:, None]
     return torch.minimum(ratio * a, ratio.clamp(1 - epsilon, 1 + epsilon) * a)

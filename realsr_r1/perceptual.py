@@ -30,13 +30,9 @@ def load_convolutions(net: nn.Module, path: str | Path) -> None:
 
 @lru_cache(maxsize=2)
 def lpips_alex(device: str = "cpu") -> nn.Module:
-    """The `lpips` module with its published AlexNet weights, frozen; call `distance` instead of it
-    directly."""
+    """The `lpips` module with its published AlexNet weights, frozen; see `distance`."""
     if not ALEX.exists():
-        raise FileNotFoundError(
-            f"{ALEX.name} is missing from the package's assets: reinstall realsr_r1 from a "
-            f"complete checkout"
-        )
+        raise FileNotFoundError(f"{ALEX.name} is missing from the assets: reinstall realsr_r1")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchvision's notice about its own old argument names
         net = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)

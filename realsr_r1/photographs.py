@@ -1,10 +1,9 @@
-"""Annotated photographs: where they come from, their captions and tags, and LR/HR pairs of them.
+"""Annotated photographs: their captions and tags, and LR/HR pairs of them.
 
-Each photograph was annotated by looking at it: subject, count, view, colors, place, background,
-extras (`assets/annotations.csv`; expect a few per cent of wrong fields, mostly in count, place and
-minor colors). The three captions of a chain and the tags of the understanding reward follow from
-these fields by rule, so a caption never says what the annotation does not. Splits are part of the
-table: flowers by photographer, the rest by photograph.
+Each was annotated by looking at it: subject, count, view, colors, place, background, extras
+(`assets/annotations.csv`; expect a few per cent of wrong fields, mostly count, place and minor
+colors). Captions and tags follow from these fields by rule, so a caption never says what the
+annotation does not. Splits are part of the table: flowers by photographer, others by photograph.
 """
 
 import csv
@@ -31,9 +30,8 @@ SHORT_SIDE = 160  # pixels: at this size the sources' own JPEG traces are gone
 COUNTS = {"one": "", "two": "two", "few": "a few", "many": "many"}
 
 
-# The words of the annotations, as data: backgrounds and places with how each is put into words (a
-# background without an entry is a color or a light); subjects with an own word, and the wider word
-# that stands for every other one; what else may be seen.
+# The words of the annotations: backgrounds and places, each with how it is put into words (a
+# background without an entry is a color or a light), subjects, and the wider word for others.
 _WORDS = json.loads((ASSETS / "words.json").read_text(encoding="utf-8"))
 BACKGROUNDS, PLACES = _WORDS["backgrounds"], _WORDS["places"]
 SUBJECTS, EXTRAS = tuple(_WORDS["subjects"]), tuple(_WORDS["extras"])
@@ -165,8 +163,8 @@ def load(split: str, where: str | Path | None = None) -> list[Photograph]:
 
 
 def crop(image: Image.Image, size: int, rng: np.random.Generator) -> tuple[Image.Image, bool]:
-    """A random square of `size` pixels, and whether it is mirrored; cut from 75% of the short
-    side upward, so that the caption stays true."""
+    """A random square of `size` pixels from 75% of the short side upward, so that the caption stays
+    true, and whether it is mirrored."""
     short = min(image.size)
     side = rng.uniform(max(0.75, size / 2 / short), 1.0) * short if short > size / 2 else short
     x, y = (rng.uniform(0, n - side) for n in image.size)
@@ -178,7 +176,7 @@ def crop(image: Image.Image, size: int, rng: np.random.Generator) -> tuple[Image
 
 def relight(hr: Tensor, rng: np.random.Generator) -> Tensor:
     """(3, h, w) in [0, 1] with saturation, contrast and brightness changed by up to 15%: too little
-    to change the name of a color, enough that no photograph is met twice."""
+    to rename a color."""
     saturation, contrast, brightness = rng.uniform(0.85, 1.15, 3)
     gray, mean = hr.mean(0, keepdim=True), hr.mean()
     hr = gray + saturation * (hr - gray)

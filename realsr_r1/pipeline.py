@@ -2,8 +2,7 @@
 
 The photo scaled down to one tile gives the reading: what it shows, in three texts. Each tile then
 names its own degradation and draws its images under these texts. The codes of all tiles make one
-grid, from which the decoder, being convolutional, decodes the whole picture beside the LR photo: so
-no tile border can show. Where tiles name next to no damage, the result is held to the LR photo.
+grid, which the decoder, being convolutional, decodes beside the LR photo: no tile border can show.
 """
 
 import contextlib
@@ -76,8 +75,7 @@ class Restoration:
         self, path: str | Path, trace: str | Path | None = None, keep_gps: bool = False
     ) -> None:
         """Write the picture, with the photo's alpha, camera and date (and place only if asked for),
-        and the trace as JSON. Raises ValueError, in one sentence, for a place that cannot be
-        written or a suffix that Pillow does not know."""
+        and the trace as JSON. ValueError for a place or a suffix that cannot be written."""
         if trace and Path(path).resolve() == Path(trace).resolve():
             raise ValueError(f"picture and trace are both to go to {path}: give two names")
         images.write(images.Photo(self.image, self.alpha, self.exif), path, keep_gps)
@@ -107,8 +105,7 @@ class RealSR:
         cls, name: str | Path = "nano", device: str | None = None, policy: str = "policy-sft"
     ) -> "RealSR":
         """Weights by the shipped name "nano", by folder, or by hub id; `policy`: which of the
-        folder's. Raises ValueError or FileNotFoundError, in one sentence, where they cannot be
-        had."""
+        folder's. ValueError or FileNotFoundError, in one sentence, where they cannot be had."""
         dev = device_of(device)
         folder = find_weights(name)
         parts = folder / "tokenizer", folder / policy
@@ -128,7 +125,7 @@ class RealSR:
         return cls(tokenizer.float().to(dev), model.to(dev), str(name))
 
     def save_pretrained(self, folder: str | Path, policy: str = "policy-sft") -> None:
-        """Write both networks, in half precision, so that `from_pretrained(folder)` reads them."""
+        """Write both networks, in half precision, for `from_pretrained(folder)`."""
         for part, name in ((self.tokenizer, "tokenizer"), (self.policy, policy)):
             dtype = next(part.parameters()).dtype
             part.half().save_pretrained(Path(folder) / name)
@@ -185,8 +182,8 @@ class RealSR:
             seed, sampling: how tokens are chosen; the same seed gives the same picture.
             batch: tiles at a time, halved where memory runs out; progress: show a bar.
             max_pixels: refuse larger photos.
-        Raises ValueError, in one sentence, for unreadable or too large photos. On Ctrl-C what is
-        done is kept and the rest comes from the LR photo alone."""
+        Raises ValueError, in one sentence, for unreadable or too large photos. Ctrl-C keeps what is
+        done: the rest comes from the LR photo alone."""
         photo = _opened(photo, max_pixels)
         w, h = photo.image.size
         lr = pad(images.to_tensor(photo.image))
@@ -212,8 +209,7 @@ class RealSR:
     def _drawer(
         self, lr: Tensor, places: list, reading: Chain, how: tuple[Sampling, int]
     ) -> Callable[[int, int], list[Chain]]:
-        """What `in_batches` calls: the chains of some tiles, under the texts of the reading; of a
-        photo of one tile the reading itself."""
+        """What `in_batches` calls: chains of tiles under the reading's texts; of one, itself."""
         if len(places) == 1:
             return lambda first, size: [reading]
         texts, (sampling, seed) = {t: getattr(reading, t) for t in TEXT_TAGS[1:]}, how
@@ -237,9 +233,8 @@ def _opened(photo: images.Source | images.Photo, max_pixels: int) -> images.Phot
 def in_batches(
     places: list[tuple[int, int]], draw: Callable[[int, int], list], batch: int, progress: bool
 ) -> Iterator[tuple[tuple[int, int], Any]]:
-    """Each place with what `draw(first, size)` gives for it, `batch` places at a time.
-
-    A batch is halved where memory runs out. `draw` may give fewer than `size` (at the end)."""
+    """Each place with what `draw(first, size)` gives for it (at the end fewer than `size`), `batch`
+    places at a time, halved where memory runs out."""
     first = 0
     with tqdm(total=len(places), desc="tiles", disable=not progress) as bar:
         while first < len(places):

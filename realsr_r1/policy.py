@@ -1,10 +1,9 @@
 """The policy: one causal language model that sees the LR photo, reads and writes text and images.
 
-The body is transformers' Qwen3 at a small size, input and output embeddings tied. The eye's patches
-replace the placeholders of the prompt, as in any vision-language model of transformers. Where a
-cell of an image is predicted, the input embedding also gets what lies at that place: the eye's map,
-the code of the image before, a learnt position ("aligned inputs"). So nothing has to learn where to
-look: the grids of 4, 8 and 16 codes have no constant offset to each other or to the LR photo.
+The body is transformers' Qwen3 at a small size, embeddings tied. The eye's patches replace the
+placeholders of the prompt, as in any vision-language model of transformers. Where a cell of an
+image is predicted, the input also gets what lies at that place: the eye's map, the code of the
+image before, a learnt position ("aligned inputs"). So nothing has to learn where to look.
 """
 
 from functools import lru_cache

@@ -2,10 +2,9 @@
 
 Every reward is called as TRL's GRPOTrainer calls it: keywords `completions`, the dataset's columns,
 and things it ignores; lists in, a list of floats in [0, 1] out, no state. A completion is a string
-(words separated by spaces) or a conversation [{"role": …, "content": …}], whose content is read.
-What a policy writes never raises: a malformed chain just scores low. A missing or malformed column
-does: a ValueError names it. The paper's four are in its Fig. 2 (arXiv 2506.16796); its released
-code adds them without weights, and has no degradation reward.
+or a conversation [{"role": …, "content": …}]. What a policy writes never raises: a malformed chain
+just scores low. A missing or malformed column does: a ValueError names it. The paper's four are in
+its Fig. 2 (arXiv 2506.16796); its released code adds them up, and has no degradation reward.
 """
 
 import json
@@ -39,8 +38,7 @@ HIDDEN = (
 
 
 def text_of(completion: str | Mapping | Sequence) -> str:
-    """The text of a completion: a string, a message, or a conversation (contents joined by spaces).
-    ValueError for anything else."""
+    """The text of a completion: a string, a message, or a conversation; else ValueError."""
     if isinstance(completion, str):  # nine digits are no code, and might not fit an int64
         return re.sub(r"<[a-z][0-9]{9,}>", "<?>", completion)
     if isinstance(completion, Mapping):  # a message, or one part of a content that is a list
@@ -59,8 +57,7 @@ def listed(values: Any) -> list | None:
 
 
 def column(name: str, values: Any, n: int) -> list:
-    """A dataset column as a list of n entries; ValueError naming the column if it is absent, of
-    another length, or without an order."""
+    """A dataset column as a list of n entries; ValueError naming it if it is not that."""
     if values is None:
         raise ValueError(f"this reward needs the dataset column '{name}', which is missing")
     entries = None if isinstance(values, Set) else listed(values)
@@ -70,8 +67,7 @@ def column(name: str, values: Any, n: int) -> list:
 
 
 def labels(completions: Iterable, degradation: Any) -> list[tuple[dict, dict]]:
-    """For each completion the labels that its chain names and the true ones, from the column
-    `degradation`."""
+    """For each completion the labels that it names and those of the column `degradation`."""
     out, completions = [], list(completions)
     for i, value in enumerate(column("degradation", degradation, len(completions))):
         try:
@@ -98,8 +94,8 @@ def plain(text: str) -> str:
 
 
 def singular(word: str) -> str:
-    """What an English noun and its plural have in common: "dog", "bus", "child"; the first ending
-    that fits is cut, in singulars, too, so that rose and roses are both "ros"."""
+    """What an English noun and its plural have in common: the first ending that fits is cut, in
+    singulars, too, so that rose and roses are both "ros"."""
     word = WORDS["irregular"].get(word, word)
     return next((re.sub(e, to, word) for e, to in WORDS["endings"] if re.search(e, word)), word)
 
@@ -110,16 +106,14 @@ def folded(word: str) -> str:
 
 
 def words(text: str) -> str:
-    """Words of letters, their marks and digits in one form, with a space on each side, so that `in`
-    finds whole words. Texts and tags are read alike: Dogs is dog, leaves leaf, STRASSE straße and
-    ships boat; café is not cafe, car is not in scarf."""
+    """Words in one form, with a space on each side, so that `in` finds whole words: Dogs is dog,
+    leaves leaf, STRASSE straße and ships boat; café is not cafe, car is not in scarf."""
     kept = (c if c.isalnum() or category(c)[0] == "M" else " " for c in plain(text))
     return " " + "".join(folded(w) + " " for w in re.findall(r"[^\W_]\S*", "".join(kept)))
 
 
 def rough(completions: Iterable, tags: Any) -> list[tuple[str, list[str]]]:
-    """The rough understanding text of each completion ("" where there is none), with its entry of
-    the column `tags`."""
+    """Each completion's rough understanding text ("" for none) with its entry of column `tags`."""
     out, completions = [], list(completions)
     for i, given in enumerate(column("tags", tags, len(completions))):
         names = listed(given)
@@ -133,8 +127,7 @@ def rough(completions: Iterable, tags: Any) -> list[tuple[str, list[str]]]:
 
 
 def needs(*columns: str) -> Callable[[Reward], Reward]:
-    """Mark a reward with the dataset columns that it cannot do without, for a trainer to check
-    before it samples anything."""
+    """Mark a reward with the dataset columns that it needs, for a trainer to check at its start."""
 
     def mark(reward: Reward) -> Reward:
         reward.columns = columns
@@ -162,9 +155,8 @@ def degradation_reward(
     """Share of the five degradation labels (blur, resize, noise, compression, resize) that the
     chain names exactly: k/5. Paper: the same; its example is 3/5. Released code: absent.
 
-    Order counts, because the two resizes are told apart by their place alone. `degradation` holds
-    the true labels of each sample, as the sentence or as the dict. Raises ValueError if the column
-    is missing or an entry is not five labels."""
+    Order counts: the two resizes are told apart by their place alone. `degradation` holds the true
+    labels, as sentences or dicts; ValueError if it is missing or an entry is not five labels."""
     return [
         sum(said.get(k) == true[k] for k in labels_of.LABELS) / 5
         for said, true in labels(completions, degradation)
@@ -180,9 +172,8 @@ def understanding_reward(
 
     Paper: the same, with tags from Grounded-SAM; its example is 3/4. Released code: as
     `ablations.rewards.substring_understanding_reward`. A tag of several words must stand as a
-    whole; without tags 0. It is recall alone, so naming everything scores 1 (see
-    `ablations.rewards.understanding_f1_reward`). Raises ValueError if the column is missing or an
-    entry is not a list of words."""
+    whole; without tags 0. It is recall alone, so naming everything scores 1 (`ablations.rewards`
+    has F1). ValueError if the column is missing or an entry is not a list of words."""
     pairs = [(words(text), {words(t) for t in names}) for text, names in rough(completions, tags)]
     return [sum(t in text for t in wanted) / max(1, len(wanted)) for text, wanted in pairs]
 
@@ -190,8 +181,7 @@ def understanding_reward(
 def final_images(
     completions: Sequence, tokenizer: VQModel, batch: int
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Decoded final images (b, 3, h, w) in [0, 1] of equal size, with the indices of their
-    completions; unreadable ones are left out."""
+    """Final images (b, 3, h, w) of equal size that can be read, with their completions' indices."""
     book, groups = tokenizer.codebook.weight, defaultdict(list)
     for i, completion in enumerate(completions):
         codes = vlcot.parse(text_of(completion)).final_image
@@ -206,13 +196,12 @@ def final_images(
 class GenerationReward:
     """A visual expert's score of the final image, in [0, 1]; 0 where none can be decoded.
 
-    Paper: a visual expert scores the final image. Released code: the mean of TOPIQ-NR, MUSIQ/100,
-    MANIQA-pipal and CLIPIQA; a cut final image has the score of the step before, and without any
-    image it crashes.
+    Paper: the same. Released code: the mean of TOPIQ-NR, MUSIQ/100, MANIQA-pipal and CLIPIQA; a cut
+    final image has the score of the step before, and without any image it crashes.
 
     `expert`: images (b, 3, h, w) in [0, 1] → (b,) in [0, 1], higher is better. `size`: codes a side
-    that the final image must have (None: any). `batch`: images decoded at a time. Raises ValueError
-    if the expert does not return one score an image; `guarded` checks their range."""
+    of the final image (None: any). `batch`: images decoded at a time. ValueError if the expert does
+    not return one score an image; `guarded` checks their range."""
 
     def __init__(
         self,
@@ -242,9 +231,9 @@ class GenerationReward:
 
 
 def guarded(reward: Reward) -> Reward:
-    """The same reward for a trainer, which would pass over NaN in silence. Raises ValueError, in
-    one sentence with the reward's name and the sample (shortened), if the reward raises or does not
-    return one number in [0, 1] a completion. Out-of-memory errors pass unchanged."""
+    """The same reward for a trainer, which would pass over NaN in silence: ValueError, in one
+    sentence with its name and the sample, if it raises (out of memory apart) or does not return one
+    number in [0, 1] a completion."""
     name = getattr(reward, "__name__", type(reward).__name__)
 
     def error(what: str, completions: Sequence, i: int = 0) -> ValueError:

@@ -43,8 +43,8 @@ class Sampling:
 
 @dataclass
 class Samples:
-    """Completions (b, n), padded; their tokens' log-probabilities (b, n) at temperature 1 under the
-    grammar; chains; the final images' codes (b, 16, 16)."""
+    """Completions (b, n), padded; log-probabilities (b, n) at temperature 1 under the grammar;
+    chains; the final images' codes (b, 16, 16)."""
 
     ids: Tensor
     logprobs: Tensor
@@ -79,8 +79,7 @@ def guided_logits(logits: Tensor, blind: Tensor, guidance: float) -> Tensor:
 
 
 def choose(logits: Tensor, u: Tensor) -> Tensor:
-    """Tokens (b,) drawn from the softmax of logits (b, v) with uniform numbers u (b,) in [0, 1), by
-    inverting the distribution."""
+    """Tokens (b,) from the softmax of logits (b, v), inverted at uniform u (b,) in [0, 1)."""
     mass = logits.softmax(-1).cumsum(-1)
     # A token without probability has its predecessor's sum, so it is never the first to exceed u.
     return (mass <= (u * mass[:, -1])[:, None]).sum(-1)
@@ -147,8 +146,8 @@ def _collect(writer: _Writer, ids: Tensor, logprobs: Tensor) -> Samples:
 
 
 def _uniform(generator: torch.Generator | list[torch.Generator] | None, settled: Tensor) -> Tensor:
-    """Numbers in [0, 1) for rows (b,). A photo's own generator gives none where the token is
-    `settled`, forced or greedy: so images have the same noise under short and long texts."""
+    """Numbers in [0, 1) for rows (b,). A photo's own generator gives none for `settled` tokens,
+    forced or greedy: images have the same noise under any texts."""
     if not isinstance(generator, list):
         return torch.rand(len(settled), generator=generator)
     out = torch.zeros(len(generator), len(settled) // len(generator))
@@ -202,8 +201,8 @@ def sample(
 
 
 def logprobs_of(policy: ChainPolicy, lr: Tensor, ids: Tensor, grammar: LayoutGrammar) -> Tensor:
-    """Log-probability (b, n) of given completions (b, n) in one forward pass, the softmax running
-    over the tokens that the grammar allows: what `sample` draws from and a loss must use."""
+    """Log-probability (b, n) of completions (b, n) in one forward pass, under the grammar: what
+    `sample` draws from and a loss must use."""
     prompt = torch.tensor(policy.vocabulary.prompt, device=ids.device).expand(len(ids), -1)
     whole = torch.cat([prompt, ids], 1)
     logits = policy(whole, lr, logits_to_keep=ids.shape[1] + 1).logits[:, :-1].float()

@@ -1,7 +1,7 @@
 """Cold start: chains as token ids, and the loss of supervised fine-tuning (paper, section 3.2).
 
-A chain's words are known when a pair is made; its image codes once the tokenizer has seen the HR
-picture. So a data loader's workers make chains with empty cells and `fill` puts the codes in.
+Words are known when a pair is made, image codes once the tokenizer has seen the HR picture: so the
+data loader makes chains with empty cells, and `fill` puts the codes in.
 """
 
 from collections.abc import Callable
@@ -59,8 +59,7 @@ def fill(policy: ChainPolicy, ids: Tensor, steps: list[Tensor]) -> Tensor:
 
 
 def token_weights(vocabulary: Vocabulary, text: float = 6.0) -> Tensor:
-    """Weight of each token (v,) in the loss: words count more, being a small share of a chain, and
-    padding nothing."""
+    """Weight of each token (v,) in the loss: words, being few, count more, and padding nothing."""
     weights = torch.ones(len(vocabulary))
     weights[[vocabulary.ids[w] for w in vocabulary.text]] = text
     weights[vocabulary.ids[PAD]] = 0.0

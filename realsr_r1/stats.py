@@ -26,9 +26,8 @@ class Interval:
 def clustered(
     values: Sequence[float], clusters: Sequence, resamples: int = 2000, seed: int = 0
 ) -> Interval:
-    """Mean of values (n,) and its bootstrap interval, whole clusters drawn (scipy's percentile
-    method). A photographer's flowers resemble each other: drawing photographs one by one would
-    claim too much. Paired differences go in as values."""
+    """Mean of values (n,), paired differences too, and its bootstrap interval (scipy's percentile
+    method), whole clusters drawn: a photographer's flowers resemble each other."""
     values = np.asarray(values, dtype=float)
     if len(values) != len(clusters) or not len(values):
         raise ValueError(f"{len(values)} values and {len(clusters)} clusters do not go together")

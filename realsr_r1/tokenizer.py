@@ -3,8 +3,8 @@
 Quantizer: l2-normalized codes with the straight-through gradient and revival of dead codes (Yu et
 al. 2022, ViT-VQGAN; LlamaGen, arXiv 2406.06525, uses the same). The decoder upsamples by nearest
 neighbor and 3×3 convolutions: a pixel shuffle at the output leaves its lattice in every picture.
-In training the codes or the LR photo are left out at random, so that the same weights give the
-plain decode (codes alone, the paper's way), the restoration (both) and the control (LR alone).
+In training codes or LR photo are left out at random, so that the same weights give the plain decode
+(codes alone, the paper's way), the restoration (both) and the control (LR alone).
 """
 
 from dataclasses import dataclass
@@ -39,8 +39,7 @@ SCALE = 4  # of super-resolution: HR pixels per LR pixel
 
 
 class Codebook(nn.Module):
-    """l2-normalized vector quantizer with straight-through gradient; counts its use, so that dead
-    codes can be revived."""
+    """l2-normalized vector quantizer with straight-through gradient, which counts its use."""
 
     def __init__(self, codes: int, dim: int, commitment: float):
         super().__init__()
@@ -80,22 +79,20 @@ class Codebook(nn.Module):
 
 
 class ChannelNorm(nn.Module):
-    """Each pixel's channels (b, c, h, w) divided by their root mean square. Unlike a group norm it
-    does not look at the whole picture: a large photo is decoded as its parts are."""
+    """Each pixel's channels (b, c, h, w) divided by their root mean square: unlike by a group norm,
+    a large photo is decoded as its parts are."""
 
     def __init__(self, width: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (
-            x * (x.float().square().mean(1, keepdim=True) + 1e-6).rsqrt().to(x.dtype) * self.weight
-        )
+        scale = (x.float().square().mean(1, keepdim=True) + 1e-6).rsqrt()
+        return x * scale.to(x.dtype) * self.weight
 
 
 class ResBlock(nn.Module):
-    """Two 3×3 convolutions around the identity, at first exactly the identity. Without `norm`, as
-    in EDSR, colors stay exact."""
+    """Two 3×3 convolutions around the identity, at first 0; without `norm` colors stay exact."""
 
     def __init__(self, width: int, norm: bool = True):
         super().__init__()
@@ -193,9 +190,8 @@ class VQModel(nn.Module, PyTorchModelHubMixin):
     def __init__(self, config: TokenizerConfig | dict | None = None):
         super().__init__()
         if isinstance(config, dict):
-            config = TokenizerConfig(
-                **{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-            )
+            items = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+            config = TokenizerConfig(**items)
         self.config = config or TokenizerConfig()
         self.encoder, self.decoder = Encoder(self.config), Decoder(self.config)
         self.codebook = Codebook(self.config.codes, self.config.code_dim, self.config.commitment)
@@ -210,10 +206,7 @@ class VQModel(nn.Module, PyTorchModelHubMixin):
     def encode_steps(self, hr: Tensor, grids: tuple[int, ...] = (4, 8, 16)) -> list[Tensor]:
         """HR squares (b, 3, s, s) → the codes (b, n, n) of a chain's images, for n in `grids`."""
         sizes = [n * FACTOR for n in grids]
-        images = [
-            hr if s == hr.shape[-1] else F.interpolate(hr, size=s, mode="area") for s in sizes
-        ]
-        return [self.encode(x) for x in images]
+        return [self.encode(F.interpolate(hr, size=s, mode="area")) for s in sizes]
 
     def decode(
         self, codes: Tensor | None = None, lr: Tensor | None = None, trust: float | None = None

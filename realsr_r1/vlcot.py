@@ -3,8 +3,8 @@
 A chain reads (RealSR-R1, Fig. 2): degradation → rough understanding, rough image → middle
 understanding, middle image → final understanding, final image (the answer), each in its own pair of
 tags. An image is a sequence of ordinary vocabulary tokens: start, the codes row by row, end.
-Simplification: the tokens for height, width and the end of a row of Lumina-mGPT and PURE are left
-out, because a nano policy's images are squares of known size; the reference policy keeps them.
+Simplification: PURE's tokens for height, width and the end of a row are left out, because a nano
+policy's images are squares of known size; the reference policy keeps them.
 """
 
 import math
@@ -89,8 +89,7 @@ def _part(tag: str) -> str:
 
 
 def parse(text: str) -> Chain:
-    """Completion text → Chain. Never raises: a part that is missing, repeated, empty or malformed
-    is None."""
+    """Completion text → Chain. Never raises: a part missing, repeated or malformed is None."""
     chain = Chain()
     for tag in TAGS:
         found = re.findall(_part(tag), text, re.DOTALL)

@@ -57,6 +57,13 @@ def test_imports_point_one_way(name):
     assert not later, f"{name} imports {', '.join(sorted(later))}, which come after it"
 
 
+def test_the_core_is_read_in_an_afternoon():
+    """Without `decoding`, the policy's cache written out for speed, which a reader may skip."""
+    names = {*ORDER, *TOP} - {"version", "_torchvision", "__main__", "decoding"}
+    texts = [(PACKAGE / f"{n}.py").read_text(encoding="utf-8") for n in names]
+    assert sum(len(text.splitlines()) for text in texts) <= 3_300
+
+
 @pytest.mark.parametrize("name", ORDER)
 def test_functions_are_short(name):
     """At most 40 lines and six parameters: a frozen config takes the rest."""
