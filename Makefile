@@ -38,9 +38,10 @@ demo: install
 	$(RUN) -m realsr_r1 demo -o figures/nano_demo.webp
 	$(RUN) -m realsr_r1 demo -o figures/chain.gif
 
+# Two tests at a time, each with one thread: two cores are busy, whatever a test waits for.
 test: install
 	$(RUN) -m ruff check .
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
 
 # The core alone, without the runs that take long: for every edit.
 test-fast: install
