@@ -169,7 +169,7 @@ def lighten(data: dict) -> None:
 
 def tidy(nb) -> None:
     """Make outputs fit to be committed: no progress bars; for a widget, which lives only in a
-    running notebook, a note; light figures."""
+    running notebook, its version for print or a note; light figures."""
     for cell in nb.cells:
         if cell.cell_type != "code":
             continue
@@ -179,9 +179,9 @@ def tidy(nb) -> None:
             if "application/vnd.jupyter.widget-view+json" in data:
                 if re.search(r"(Float|Int)Progress\(|\d+%\||\dit \[", data.get("text/plain", "")):
                     continue
-                out["data"] = {
-                    "text/plain": "(a widget: it appears, and moves, when the notebook runs)"
-                }
+                note = {"text/plain": "(a widget: it appears, and moves, when the notebook runs)"}
+                printed = {k: v for k, v in data.items() if k == "text/markdown"}
+                out["data"] = note | printed
             if "image/png" in data:
                 lighten(data)
             kept.append(out)

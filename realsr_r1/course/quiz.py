@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import ipywidgets as widgets
-from IPython.display import Markdown, display
+from IPython.display import display
 
 QUESTIONS = json.loads(Path(__file__).with_name("quiz.json").read_text(encoding="utf-8"))
 LETTERS = "abc"
@@ -13,12 +13,13 @@ LETTERS = "abc"
 
 class Quiz(widgets.VBox):
     """The questions of a lesson ("00" to "07"). `chosen(i, k)` is what a click on answer k of
-    question i does; `right` tells how many are right so far."""
+    question i does; `right` tells how many are right so far. Where no widget can live, on
+    GitHub and in print, `printed` stands in."""
 
     def __init__(self, lesson: str):
         if lesson not in QUESTIONS:
             raise ValueError(f"no quiz {lesson!r}: take one of {', '.join(QUESTIONS)}")
-        self.questions, self.solved, rows = QUESTIONS[lesson], set(), []
+        self.lesson, self.questions, self.solved, rows = lesson, QUESTIONS[lesson], set(), []
         self.said = [widgets.HTML() for _ in self.questions]
         for i, q in enumerate(self.questions):
             wide = widgets.Layout(width="auto")
@@ -29,6 +30,9 @@ class Quiz(widgets.VBox):
             rows.append(widgets.VBox([title, widgets.HBox(buttons), self.said[i]]))
         self.score = widgets.HTML()
         super().__init__([*rows, self.score])
+
+    def _repr_mimebundle_(self, **more) -> dict:
+        return super()._repr_mimebundle_(**more) | {"text/markdown": printed(self.lesson)}
 
     @property
     def right(self) -> int:
@@ -54,5 +58,5 @@ def printed(lesson: str) -> str:
 
 
 def ask(lesson: str) -> None:
-    """Show the quiz of a lesson ("00" to "07"): first to print, then to click."""
-    display(Markdown(printed(lesson)), Quiz(lesson))
+    """Show the quiz of a lesson ("00" to "07")."""
+    display(Quiz(lesson))

@@ -33,6 +33,12 @@ def test_clicks_are_counted():
     assert page.score.value == f"1 of {len(page.questions)} right"
 
 
+def test_a_quiz_can_be_read_where_no_widget_lives():
+    found = quiz.Quiz("03")._repr_mimebundle_()
+    assert found["text/markdown"] == quiz.printed("03")
+    assert "application/vnd.jupyter.widget-view+json" in found
+
+
 def test_each_notebook_ends_with_its_quiz():
     for path in notebooks.notebooks():
         sources = [c.source for c in notebooks.read(path).cells]
