@@ -157,7 +157,7 @@ def page(out: str | Path):
 
     out = Path(out)
     pairs = sorted(out.glob("[0-9][0-9][0-9].png"))
-    picture, text = w.Image(format="png", layout={"max_width": "100%"}), w.Label()
+    picture, text = w.Image(format="png", layout={"max_width": "min(100%, 700px)"}), w.Label()
     buttons = {c: w.Button(description=c) for c in ("left", "same", "right")}
 
     def open_pairs() -> list[Path]:
