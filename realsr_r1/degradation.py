@@ -313,7 +313,8 @@ def noise_for(x: Tensor, op: dict) -> Tensor:
         weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
         source = ((source * weights).sum(0, keepdim=True) * 255).round() / 255
     # Real-ESRGAN: photons at white are the distinct values, rounded up to a power of two.
-    counts = 2.0 ** math.ceil(math.log2(max(2, len(torch.unique(source)))))
+    values = int(torch.bincount((source * 255).round().long().flatten()).count_nonzero())
+    counts = 2.0 ** math.ceil(math.log2(max(2, values)))
     n = torch.poisson(source * counts, generator=g) / counts - source
     return (n * op["scale"]).to(x.device).expand_as(x)
 
