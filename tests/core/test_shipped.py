@@ -5,7 +5,10 @@ import torch
 
 from realsr_r1 import RealSR, Sampling, perceptual, vlcot
 from realsr_r1.evaluation.nano import bicubic
+from realsr_r1.grpo import WORDS
 from realsr_r1.photographs import Pairs, load
+from realsr_r1.rewards import degradation_reward
+from realsr_r1.sampling import sample
 
 
 @pytest.fixture(scope="module")
@@ -49,3 +52,17 @@ def test_the_form_has_been_learnt(model, pairs):
 def test_true_codes_are_a_picture(model, pairs):
     hr = pairs[1]
     assert lpips(model.decode(model.tokenizer.encode(hr)), hr) < 0.25
+
+
+def test_the_beginner_of_lesson_05_has_something_to_learn(model):
+    data = Pairs(load("val"), training=False)
+    items = [data[i] for i in range(len(data))]
+    lr = torch.stack([x["lr"] for x in items]).float() / 255
+
+    def reward(policy) -> float:
+        chains = sample(policy, lr, Sampling(), None, policy.grammar(WORDS)).chains
+        said = [vlcot.render(c, WORDS) for c in chains]
+        return sum(degradation_reward(said, [x["degradation"] for x in items])) / len(said)
+
+    beginner = RealSR.from_pretrained("nano", device="cpu", policy="policy-cold").policy
+    assert 0.25 < reward(beginner) < reward(model.policy) - 0.05
