@@ -85,7 +85,8 @@ def prompts(photos: list[Photograph], n: int, preset: str = "nano", seed: int = 
 
 def part_advantages(rewards: Tensor, weights: Tensor, decided: list[Tensor], group: int) -> Tensor:
     """Advantage of every token (n, t), from the rewards (n, k), weighted (k,), that are still open
-    when it is written. `decided`: for each reward the last place (n,) that it depends on."""
+    when it is written. `decided`: for each reward the last place (n,) that it depends on. The
+    `group` chains of a prompt are adjacent."""
     length = int(torch.stack(decided).max()) + 1
     place = torch.arange(length, device=rewards.device)
     open_ = torch.stack([place[None] <= d[:, None] for d in decided], 2)  # (n, t, k)
@@ -121,14 +122,14 @@ class ChainGRPOTrainer(GRPOTrainer):
     ):
         check_columns(dataset, rewards)
         out.mkdir(parents=True, exist_ok=True)
-        start = copy.deepcopy(without_dropout(policy))  # TRL changes the methods of its model
+        policy = without_dropout(policy)
+        start = copy.deepcopy(policy) if settings.beta else None  # before TRL changes its methods
         policy.generation_config = GenerationConfig()  # TRL sets its own sampler up; it is not used
         self.out, self.settings, self.lr, self.rewards = out, settings, None, None
-        pictures = {"columns": ["lr", "hr"], "output_all_columns": True}
         super().__init__(
-            model=without_dropout(policy),
+            model=policy,
             args=arguments(out, settings, device, policy.grammar(settings.parts).max_length),
-            train_dataset=dataset.with_format("numpy", **pictures),
+            train_dataset=dataset.with_format("numpy", ["lr", "hr"], output_all_columns=True),
             processing_class=policy.vocabulary.tokenizer,
             reward_funcs=[guarded(r) for r in rewards],
             rollout_func=self._rollouts,
@@ -136,13 +137,12 @@ class ChainGRPOTrainer(GRPOTrainer):
         )
         self.policy = self.accelerator.unwrap_model(self.model)
         self.grammar = self.policy.grammar(settings.parts).to(self.accelerator.device)
-        if settings.beta:
-            self.beta = settings.beta
-            self.ref_model = self.reference(start.eval().requires_grad_(False))
+        if start is not None:
+            self.beta, self.ref_model = settings.beta, self.reference(start)
 
     def reference(self, policy: ChainPolicy) -> ChainPolicy:
         """The start, from which the KL is measured, where it is used."""
-        return policy.to(self.accelerator.device)
+        return policy.to(self.accelerator.device).eval().requires_grad_(False)
 
     def whole(self) -> ChainPolicy:
         """The policy with all of its weights, in the main process."""
