@@ -29,7 +29,6 @@ SIDE = 128  # pixels of an HR square
 SHORT_SIDE = 160  # pixels: at this size the sources' own JPEG traces are gone
 COUNTS = {"one": "", "two": "two", "few": "a few", "many": "many"}
 
-
 # The words of the annotations: backgrounds and places, each with how it is put into words (a
 # background without an entry is a color or a light), subjects, and the wider word for others.
 _WORDS = json.loads((ASSETS / "words.json").read_text(encoding="utf-8"))
@@ -215,6 +214,7 @@ class Pairs(Dataset):
         return 10**9 if self.training else len(self.photos)
 
     def cut(self, image: Image.Image, rng: np.random.Generator) -> tuple[Image.Image, bool]:
+        """A training square of SIDE pixels, and whether it is mirrored."""
         return crop(image, SIDE, rng)
 
     def __getitem__(self, i: int) -> dict:

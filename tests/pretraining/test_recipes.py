@@ -1,7 +1,9 @@
 """The trainings on a tiny scale: they run, resume, and learn from what they say they do."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from realsr_r1 import photographs
 from realsr_r1.policy import ChainPolicy, PolicyConfig
@@ -23,6 +25,19 @@ def tiny() -> tuple[VQModel, ChainPolicy]:
     narrow = {"encoder": (16, 16), "decoder": (16, 16, 16, 16), "lr_width": 16, "blocks": 1}
     vq = VQModel(TokenizerConfig(codes=64, **narrow))
     return vq, ChainPolicy(PolicyConfig(eye_blocks=1, **shape))
+
+
+def test_fine_texture_is_cut_without_scaling_half_of_the_time(data):
+    """Alternate black and white pixels survive a cut at their own size, and nothing else."""
+    lattice = np.indices((300, 400)).sum(0) % 2 * 255
+    image = Image.fromarray(lattice.astype(np.uint8)).convert("RGB")
+    fine, rng = recipes.FinePairs(data.photos), np.random.default_rng(0)
+    cuts = [np.asarray(fine.cut(image, rng)[0]) for _ in range(60)]
+    assert {cut.shape for cut in cuts} == {(128, 128, 3)}
+    whole = [set(np.unique(cut)) == {0, 255} and cut.std() > 127 for cut in cuts]
+    assert 15 < sum(whole) < 45
+    small = image.resize((100, 90))
+    assert np.asarray(fine.cut(small, rng)[0]).shape == (128, 128, 3)
 
 
 def test_replay_uses_each_sample_about_as_often_as_it_should():
