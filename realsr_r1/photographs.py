@@ -146,8 +146,8 @@ def load(split: str, where: str | Path | None = None) -> list[Photograph]:
     if files := sorted(where.glob("annotated-*.parquet")):
         import pyarrow.parquet as parquet  # comes with datasets; slow to import
 
-        rows = parquet.read_table(files, filters=[("split", "==", split)]).to_pylist()
-        return [from_row(r, partial(bytes, r["image"])) for r in rows]
+        if rows := parquet.read_table(files, filters=[("split", "==", split)]).to_pylist():
+            return [from_row(r, partial(bytes, r["image"])) for r in rows]
     table = next(p for w in (where, ASSETS) if (p := w / "annotations.csv").exists())
     with table.open(newline="", encoding="utf-8-sig") as f:
         rows = [r for r in csv.DictReader(f) if r["split"] == split]

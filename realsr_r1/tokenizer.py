@@ -92,7 +92,7 @@ class ChannelNorm(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two 3×3 convolutions around the identity, at first 0; without `norm` colors stay exact."""
+    """x + two 3×3 convolutions, which begin as 0; without `norm` colors stay exact."""
 
     def __init__(self, width: int, norm: bool = True):
         super().__init__()

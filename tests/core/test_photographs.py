@@ -113,6 +113,8 @@ def test_parquet_is_read(tmp_path):
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "annotated-00.parquet")
     found = photographs.load("train", tmp_path)
     assert len(found) == 1 and found[0].image().size == (64, 48)
+    with pytest.raises(FileNotFoundError, match="none of the annotated photographs of val"):
+        photographs.load("val", tmp_path)
 
 
 def test_large_photographs_are_scaled_down(photos):
