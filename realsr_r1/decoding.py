@@ -1,16 +1,25 @@
-"""One token at a time, fast: the policy's body unrolled for sampling in batches.
+"""A few tokens at a time, fast: the policy's body unrolled for sampling in batches.
 
 A small model's step is mostly overhead: many small operators, and a cache that is read once per
-token. Here the weights of each layer are joined (queries, keys and values in one product; norms
-multiplied into the next matrix), the cache has its full length from the start, and the chains of a
-group attend to one copy of their shared prompt. The numbers are those of transformers' forward
-pass up to rounding (a test compares them).
+step. Here the weights of each layer are joined (queries, keys and values in one product; norms
+multiplied into the next matrix), the cache has its full length from the start, the chains of a
+group attend to one copy of their shared prompt, and several rows of an image can be drawn together.
+The numbers are those of transformers' forward pass up to rounding (a test compares them).
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import Qwen3Model
+
+from realsr_r1.grammar import LayoutGrammar
+from realsr_r1.policy import CELLS, FIRST_CELL, ChainPolicy
+from realsr_r1.vlcot import GRIDS, PAD
+
+Pick = Callable[[list[Tensor], Tensor, Tensor, Tensor], Tensor]
+Uniform = Callable[[Tensor, Tensor, int], Tensor]
 
 
 class _Layer:
@@ -28,7 +37,7 @@ class _Layer:
 
 
 class Decoder:
-    """Sequences that grow by one embedding per step."""
+    """Sequences (b of them) that grow by a few embeddings per step, each at its own place."""
 
     @torch.no_grad()
     def __init__(self, body: Qwen3Model, prompt: Tensor, length: int, copies: int = 1):
@@ -37,60 +46,211 @@ class Decoder:
         self.heads, self.kv, self.d = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         self.eps, self.norm = c.rms_norm_eps, body.norm.weight
         self.layers = [_Layer(layer) for layer in body.layers]
-        self.copies, self.prompt, self.at = copies, prompt.shape[1], 0
-        b, device, dtype = len(prompt) * copies, prompt.device, prompt.dtype
+        self.copies, self.prompt = copies, prompt.shape[1]
+        b, device = len(prompt) * copies, prompt.device
         read = body(inputs_embeds=prompt, use_cache=True)
-        self.last = read.last_hidden_state[:, -1].repeat_interleave(copies, 0)
+        self.last = read.last_hidden_state[:, -1:].repeat_interleave(copies, 0)
         self.shared = [(layer.keys, layer.values) for layer in read.past_key_values.layers]
         shape = (b, self.kv, length, self.d)
-        self.cache = [
-            tuple(torch.empty(shape, dtype=dtype, device=device) for _ in "kv") for _ in self.layers
-        ]
+        self.cache = [tuple(prompt.new_zeros(shape) for _ in "kv") for _ in self.layers]
+        self.skipped = torch.zeros(b, length, dtype=torch.bool, device=device)
+        self.rows = torch.arange(b, device=device)[:, None]
         positions = torch.arange(self.prompt + length, device=device)[None]
         self.cos, self.sin = (x[0] for x in body.rotary_emb(prompt, positions))
 
     @torch.no_grad()
-    def step(self, x: Tensor) -> Tensor:
-        """Append one input (b, hidden) to each sequence → hidden state (b, hidden)."""
-        place, both = self.prompt + self.at, self.heads + self.kv
-        cos, sin = self.cos[place], self.sin[place]
+    def step(self, x: Tensor, place: Tensor) -> Tensor:
+        """Inputs (b, m, hidden) at places (b, m) after the prompt → hidden states (b, m, hidden).
+        Each sees the places up to its own that are not `skipped`; a place may be written again."""
+        self.skipped[self.rows, place] = False
+        top = int(place.max()) + 1
+        hidden = torch.arange(top, device=x.device) > place[..., None]
+        hidden = hidden | self.skipped[:, None, :top]
+        bias = x.new_zeros(hidden.shape).masked_fill(hidden, float("-inf"))[:, None]
+        cos, sin = (t[self.prompt + place][:, :, None] for t in (self.cos, self.sin))
         for i, layer in enumerate(self.layers):
-            h = F.linear(self._normalize(x), layer.qkv)
-            qk, v = h.view(len(x), -1, self.d).split([both, self.kv], 1)
+            h = F.linear(self._normalize(x), layer.qkv).unflatten(-1, (-1, self.d))
+            qk, v = h.split([self.heads + self.kv, self.kv], 2)
             qk = self._normalize(qk) * layer.qk_norm
             turned = torch.cat([-qk[..., self.d // 2 :], qk[..., : self.d // 2]], -1)
-            q, k = (qk * cos + turned * sin).split([self.heads, self.kv], 1)
-            x = x + F.linear(self._attend(i, q, k, v).reshape(len(x), -1), layer.out)
+            q, k = (qk * cos + turned * sin).split([self.heads, self.kv], 2)
+            for part, new in zip(self.cache[i], (k, v), strict=True):
+                part[self.rows, :, place] = new
+            x = x + F.linear(self._attend(i, q, bias), layer.out)
             gate, up = F.linear(self._normalize(x), layer.up).chunk(2, -1)
             x = x + F.linear(F.silu(gate) * up, layer.down)
-        self.at += 1
         self.last = self._normalize(x) * self.norm
         return self.last
 
     def _normalize(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
-    def _attend(self, i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Queries (b, heads, d), the new token's key and value (b, kv, d) → (b, heads, d).
+    def _attend(self, i: int, q: Tensor, bias: Tensor) -> Tensor:
+        """Queries (b, m, heads, d), what they may not see (b, 1, m, n) → (b, m, heads·d).
 
         A group reads its prompt's keys once for all its sequences; the softmax runs over the prompt
         and the sequence together."""
-        keys, values = self.cache[i]
-        keys[:, :, self.at], values[:, :, self.at] = k, v
-        keys, values = keys[:, :, : self.at + 1], values[:, :, : self.at + 1]
+        keys, values = (part[:, :, : bias.shape[-1]] for part in self.cache[i])
         prompt_keys, prompt_values = self.shared[i]
-        b, per, n = len(q), self.heads // self.kv, self.prompt
-        q = q.view(b, self.kv, per, self.d) * self.d**-0.5
-        common = self._grouped(q) @ prompt_keys.transpose(-1, -2)
-        weight = torch.cat([self._single(common, per), q @ keys.transpose(-1, -2)], -1).softmax(-1)
-        common = self._grouped(weight[..., :n]) @ prompt_values
-        return (self._single(common, per) + weight[..., n:] @ values).flatten(1, 2)
+        m, per, n = q.shape[1], self.heads // self.kv, self.prompt
+        q = q.unflatten(2, (self.kv, per)).permute(0, 2, 3, 1, 4).flatten(2, 3) * self.d**-0.5
+        common = self._single(self._grouped(q) @ prompt_keys.transpose(-1, -2), per * m)
+        own = q @ keys.transpose(-1, -2) + bias.repeat(1, 1, per, 1)
+        weight = torch.cat([common, own], -1).softmax(-1)
+        common = self._single(self._grouped(weight[..., :n]) @ prompt_values, per * m)
+        out = (common + weight[..., n:] @ values).unflatten(2, (per, m))
+        return out.permute(0, 3, 1, 2, 4).flatten(2)
 
     def _grouped(self, x: Tensor) -> Tensor:
-        """(b, kv, per, m) → (groups, kv, copies·per, m)."""
+        """(b, kv, q, n) → (groups, kv, copies·q, n)."""
         x = x.reshape(-1, self.copies, *x.shape[1:])
         return x.transpose(1, 2).flatten(2, 3)
 
-    def _single(self, x: Tensor, per: int) -> Tensor:
+    def _single(self, x: Tensor, q: int) -> Tensor:
         """The inverse of `_grouped`."""
-        return x.unflatten(2, (self.copies, per)).transpose(1, 2).flatten(0, 1)
+        return x.unflatten(2, (self.copies, q)).transpose(1, 2).flatten(0, 1)
+
+
+def wave(n: int, lag: int) -> list[tuple[list[int], list[int], list[int]]]:
+    """How an image of n × n cells is drawn, a row `lag` cells behind the one above it: for each
+    step the cells that are drawn, for each of them the cell whose code is its input (-1: what stood
+    before the image), and the cells that were drawn last in their row before. At a row's start the
+    end of the row above is not drawn yet: its input is the latest code there, until `last` are."""
+    steps = []
+    for t in range(n + (n - 1) * lag):
+        row = [r for r in range(n) if 0 <= t - r * lag < n]
+        drawn = [r * n + t - r * lag for r in row]
+        source = [c - 1 if c % n or not c else c - n + lag - 1 for c in drawn]
+        ended = [r * n + n - 1 for r in range(n - 1) if t - r * lag == n and lag < n]
+        steps.append((drawn, source, ended))
+    return steps
+
+
+class Writer:
+    """A batch of chains being written, each token at its place; a chain that has reached an image
+    waits for the others. How tokens are chosen is `sampling`'s.
+
+    `ids` (b, n) tokens, `codes` (b, cells) those of the images, `state` and `at` (b,) the grammar's
+    state and the place of each chain's next token."""
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        policy: ChainPolicy,
+        photos: list[Tensor],
+        grammar: LayoutGrammar,
+        copies: int,
+        lag: int,
+    ):
+        """`photos`: LR photos (b, 3, 32, 32), and for guidance what the blind reading sees."""
+        self.policy, self.grammar, self.lag = policy, grammar, lag
+        length, task = grammar.max_length + 1, torch.tensor(policy.vocabulary.prompt[-1:])
+        task = policy.get_input_embeddings()(task.to(policy.device))
+        self.readings = []
+        for lr in photos:
+            patches, seen = policy.look(lr)
+            prompt = torch.cat([patches, task.expand(len(lr), 1, -1)], 1)
+            decoder = Decoder(policy.model, prompt, length, copies)
+            self.readings.append((decoder, seen.repeat_interleave(copies, 0)))
+        self.rows = self.readings[0][0].rows
+        self.state = grammar.start(len(self.rows))
+        self.at = torch.zeros_like(self.state)
+        self.ids = self.at.new_full((len(self.at), length), policy.vocabulary.ids[PAD])
+        self.codes = self.at.new_full((len(self.at), CELLS), -1)
+        self.logprobs = torch.zeros(self.ids.shape, device=self.at.device)
+
+    @torch.no_grad()
+    def run(self, pick: Pick, uniform: Uniform) -> None:
+        """Write to the end. `pick`: masked logits (b·m, v) of each reading, places (b, m), whether
+        in an image (b·m,), numbers (b·m,) in [0, 1) → tokens (b, m). `uniform`: which chains (b,)
+        need none, which are in an image, how many each → numbers (b, n)."""
+        self.pick, self.uniform = pick, uniform
+        while not bool((self.state == self.grammar.max_length).all()):
+            if bool(self._ready().all()):
+                self._image()
+            elif forced := int(self.grammar.run[self.state].min()):
+                self._forced(forced)
+            else:
+                self._token()
+
+    def written(self) -> tuple[Tensor, Tensor]:
+        """Tokens (b, n), padded, and their log-probabilities under the grammar."""
+        n, pad = int(self.at.max()), self.policy.vocabulary.ids[PAD]
+        behind = torch.arange(n, device=self.at.device) >= self.at[:, None]
+        ids = self.ids[:, :n].masked_fill(behind, pad)
+        return ids, self.logprobs[:, :n].masked_fill(ids == pad, 0.0)
+
+    def _ready(self) -> Tensor:
+        """Which chains (b,) stand before an image whose rows are drawn together."""
+        first = torch.tensor(FIRST_CELL, device=self.at.device)
+        return torch.isin(self.grammar.cell[self.state], first) & (self.lag > 0)
+
+    def _token(self) -> None:
+        """One more token for every chain that does not wait; the others repeat their last one."""
+        waits = self._ready() | (self.state == self.grammar.max_length)
+        inside = self.grammar.cell[self.state] >= 0
+        u = self.uniform(self.grammar.forced[self.state] | waits, inside, 1)
+        token = self._take(self.state[:, None], self.at[:, None], u)[:, 0]
+        self.state = torch.where(waits, self.state, self.grammar.step(self.state, token))
+        self.at = self.at + (~waits).long()
+        self._write_last()
+
+    def _forced(self, n: int) -> None:
+        """The next n tokens, which are forced in every chain, in one step."""
+        ahead = torch.arange(n, device=self.at.device)
+        states, places = self.state[:, None] + ahead, self.at[:, None] + ahead
+        self.uniform(torch.ones_like(self.state).bool(), self.state < 0, n)  # a number per token
+        self.ids[self.rows, places] = self.grammar.allowed(states).int().argmax(-1)
+        self.state, self.at = self.state + n, self.at + n
+        self._write(self.ids.gather(1, places), places, self.grammar.cell[states + 1])
+        for decoder, _ in self.readings:
+            decoder.last = decoder.last[:, -1:]
+
+    def _image(self) -> None:
+        """The image that all chains stand before, several rows at a time; see `wave`."""
+        first = int(self.grammar.cell[self.state[0]])
+        n = GRIDS[FIRST_CELL.index(first)]
+        everywhere = torch.ones_like(self.state).bool()
+        u = self.uniform(~everywhere, everywhere, n * n)
+        cells = torch.arange(n * n, device=self.at.device)
+        for decoder, _ in self.readings:
+            decoder.skipped[self.rows, self.at[:, None] + cells] = True
+        for drawn, source, ended in wave(n, min(self.lag, n)):
+            if drawn[0] > 0:  # the first code follows from what was written before
+                next_ = cells[[*drawn, *(c + 1 for c in ended)]]
+                known = self.codes[:, [first + c for c in source + ended]]
+                self._write(known, self.at[:, None] - 1 + next_, (first + next_).expand_as(known))
+            self._take(
+                self.state[:, None] + cells[drawn], self.at[:, None] + cells[drawn], u[:, drawn]
+            )
+        self.state, self.at = self.state + n * n, self.at + n * n
+        self._write_last()
+
+    def _take(self, state: Tensor, place: Tensor, u: Tensor) -> Tensor:
+        """Tokens (b, m) for places (b, m) in these states, from the first m of the last logits."""
+        cell, mask = self.grammar.cell[state], ~self.grammar.allowed(state).flatten(0, 1)
+        hidden = [decoder.last[:, : state.shape[1]].flatten(0, 1) for decoder, _ in self.readings]
+        logits = [self.policy.head(h).float().masked_fill(mask, float("-inf")) for h in hidden]
+        inside = cell >= 0
+        token = self.pick(logits, place, inside.flatten(), u.flatten())
+        self.ids[self.rows, place] = token
+        logp = logits[0].log_softmax(-1).gather(-1, token.view(-1, 1))
+        self.logprobs[self.rows, place] = logp.view_as(token)
+        self.codes[self.rows.expand_as(cell)[inside], cell[inside]] = token[inside]
+        return token
+
+    def _write_last(self) -> None:
+        place = self.at[:, None] - 1
+        self._write(self.ids.gather(1, place), place, self.grammar.cell[self.state][:, None])
+
+    def _write(self, token: Tensor, place: Tensor, following: Tensor) -> None:
+        """Feed tokens (b, m) at places (b, m); `following` (b, m): the cell that is predicted from
+        each (-1: none)."""
+        x, here = self.policy.get_input_embeddings()(token), (following >= 0)[..., None]
+        for decoder, seen in self.readings:
+            if not self.policy.config.aligned or not bool(here.any()):
+                decoder.step(x, place)
+                continue
+            extra = seen[self.rows, following.clamp(min=0)]
+            extra = extra + self.policy.previous(self.codes, following)
+            decoder.step(x + torch.where(here, extra, 0.0), place)

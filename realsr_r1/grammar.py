@@ -57,6 +57,9 @@ class LayoutGrammar:
         n = len(allowed)
         self.kind = torch.tensor([kinds[a] for a in allowed])
         self.forced = torch.tensor([len(a) == 1 for a in allowed])
+        self.run = torch.zeros(n, dtype=torch.long)  # how many states in a row are forced from here
+        for i in reversed(range(n - 1)):
+            self.run[i] = (self.run[i + 1] + 1) * self.forced[i]
         self.cell = torch.full((n,), -1)
         for state, cell in cells:
             self.cell[state] = cell

@@ -13,15 +13,16 @@ from torch import Tensor
 
 from realsr_r1 import vlcot
 from realsr_r1.common import check_number
-from realsr_r1.decoding import Decoder
+from realsr_r1.decoding import Writer
 from realsr_r1.grammar import LayoutGrammar
-from realsr_r1.policy import CELLS, FIRST_CELL, ChainPolicy
-from realsr_r1.vlcot import GRIDS, PAD
+from realsr_r1.policy import FIRST_CELL, ChainPolicy
+from realsr_r1.vlcot import GRIDS
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. `rollout()` is what a loss sees: temperature 1, nothing else."""
+    """How tokens are chosen. `rollout()` is what a loss sees: temperature 1, nothing else, one
+    token after the other."""
 
     temperature: float = 1.0  # of text
     image_temperature: float = 0.8
@@ -29,16 +30,18 @@ class Sampling:
     entropy_top_k: bool = True  # inside images; see the function of that name
     guidance: float = 1.0  # 1: off; PURE uses 0.8. See `guided_logits`
     num_generations: int = 1  # chains per LR photo
+    lag: int = 4  # cells by which a row is drawn behind the one above; 0: all cells in order
 
     def __post_init__(self) -> None:
         for name in ("temperature", "image_temperature"):
             check_number(name, getattr(self, name), 1e-6)
         check_number("guidance", self.guidance, 0.0)
         check_number("num_generations", self.num_generations, 1)
+        check_number("lag", self.lag, 0)
 
     @staticmethod
     def rollout(num_generations: int = 1) -> "Sampling":
-        return Sampling(1.0, 1.0, False, False, num_generations=num_generations)
+        return Sampling(1.0, 1.0, False, False, num_generations=num_generations, lag=0)
 
 
 @dataclass
@@ -85,48 +88,17 @@ def choose(logits: Tensor, u: Tensor) -> Tensor:
     return (mass <= (u * mass[:, -1])[:, None]).sum(-1)
 
 
-class _Writer:
-    """A batch of chains being written: the decoder, and what the cells get to see."""
-
-    @torch.no_grad()
-    def __init__(self, policy: ChainPolicy, lr: Tensor, length: int, copies: int):
-        self.policy = policy
-        patches, seen = policy.look(lr)
-        task = torch.tensor(policy.vocabulary.prompt[-1:], device=lr.device)
-        task = policy.get_input_embeddings()(task).expand(len(lr), 1, -1)
-        self.decoder = Decoder(policy.model, torch.cat([patches, task], 1), length, copies)
-        self.seen = seen.repeat_interleave(copies, 0)
-        shape = (len(lr) * copies, CELLS)
-        self.codes = torch.full(shape, -1, device=lr.device)
-        self.rows = torch.arange(shape[0], device=lr.device)
-
-    def logits(self) -> Tensor:
-        return self.policy.head(self.decoder.last).float()
-
-    def write(self, token: Tensor, cell: Tensor, following: Tensor) -> None:
-        """Append tokens (b,); `cell` (b,) is the cell each one fills, `following` the cell that the
-        next one will fill (-1: none)."""
-        inside = cell >= 0
-        self.codes[self.rows[inside], cell[inside]] = token[inside]
-        x = self.policy.get_input_embeddings()(token)
-        if self.policy.config.aligned and bool((following >= 0).any()):
-            extra = self.seen[self.rows, following.clamp(min=0)]
-            extra = extra + self.policy.previous(self.codes, following[:, None])[:, 0]
-            x = x + torch.where((following >= 0)[:, None], extra, 0.0)
-        self.decoder.step(x)
-
-
-def _guided(logits: Tensor, blind: _Writer | None, inside: Tensor, guidance: float) -> Tensor:
-    """Masked logits (b, v), in rows that are in an image guided away from the `blind` reading."""
-    if blind is None:
-        return logits
-    mixed = guided_logits(logits, blind.logits(), guidance)
-    mixed = mixed.masked_fill(logits.isinf(), float("-inf"))
-    return torch.where(inside[:, None], mixed, logits)
+def _guided(logits: list[Tensor], inside: Tensor, guidance: float) -> Tensor:
+    """Masked logits (n, v), in rows that are in an image guided away from the blind reading's, if
+    there is one."""
+    if len(logits) == 1:
+        return logits[0]
+    mixed = guided_logits(*logits, guidance).masked_fill(logits[0].isinf(), float("-inf"))
+    return torch.where(inside[:, None], mixed, logits[0])
 
 
 def _chosen(logits: Tensor, inside: Tensor, sampling: Sampling, first: int, u: Tensor) -> Tensor:
-    """Tokens (b,) from masked logits (b, v); `inside` (b,) marks rows that are in an image."""
+    """Tokens (n,) from masked logits (n, v); `inside` (n,) marks rows that are in an image."""
     heat = torch.where(inside, sampling.image_temperature, sampling.temperature)
     scores = logits / heat[:, None]
     if sampling.entropy_top_k and bool(inside.any()):
@@ -136,25 +108,27 @@ def _chosen(logits: Tensor, inside: Tensor, sampling: Sampling, first: int, u: T
     return torch.where(~inside & sampling.greedy_text, scores.argmax(-1), drawn)
 
 
-def _collect(writer: _Writer, ids: Tensor, logprobs: Tensor) -> Samples:
-    """What has been written, as Samples."""
-    vocabulary = writer.policy.vocabulary
-    chains = [vlcot.parse(vocabulary.decode(row)) for row in ids.cpu()]
-    codes = writer.codes[:, FIRST_CELL[-1] :] - vocabulary.first_code
-    logprobs = logprobs.masked_fill(ids == vocabulary.ids[PAD], 0.0)
-    return Samples(ids, logprobs, chains, codes.unflatten(1, (GRIDS[-1], GRIDS[-1])))
+Generators = torch.Generator | list[torch.Generator] | None
 
 
-def _uniform(generator: torch.Generator | list[torch.Generator] | None, settled: Tensor) -> Tensor:
-    """Numbers in [0, 1) for rows (b,). A photo's own generator gives none for `settled` tokens,
+def _uniform(generator: Generators, settled: Tensor, n: int = 1) -> Tensor:
+    """Numbers (b, n) in [0, 1). A photo's own generator gives none for `settled` (b,) tokens,
     forced or greedy: images have the same noise under any texts."""
     if not isinstance(generator, list):
-        return torch.rand(len(settled), generator=generator)
-    out = torch.zeros(len(generator), len(settled) // len(generator))
-    for row, fixed, g in zip(out, settled.cpu().view(out.shape), generator, strict=True):
+        return torch.rand(len(settled), n, generator=generator)
+    out = torch.zeros(len(generator), len(settled) // len(generator), n)
+    for rows, fixed, g in zip(out, settled.cpu().view(out.shape[:2]), generator, strict=True):
         if not fixed.all():
-            row[:] = torch.rand(len(row), generator=g)
-    return out.flatten()
+            rows[:] = torch.rand(rows.shape, generator=g)
+    return out.flatten(0, 1)
+
+
+def _collect(writer: Writer) -> Samples:
+    """What has been written, as Samples."""
+    v, ids, logprobs = writer.policy.vocabulary, *writer.written()
+    chains = [vlcot.parse(v.decode(row)) for row in ids.cpu()]
+    codes = writer.codes[:, FIRST_CELL[-1] :] - v.first_code
+    return Samples(ids, logprobs, chains, codes.unflatten(1, (GRIDS[-1], GRIDS[-1])))
 
 
 @torch.no_grad()
@@ -162,7 +136,7 @@ def sample(
     policy: ChainPolicy,
     lr: Tensor,
     sampling: Sampling = Sampling(),
-    generator: torch.Generator | list[torch.Generator] | None = None,
+    generator: Generators = None,
     grammar: LayoutGrammar | None = None,
     prefix: Tensor | None = None,
 ) -> Samples:
@@ -173,31 +147,26 @@ def sample(
         generator: one for all, or one for each photo, whose chains then do not depend on the batch.
         grammar: the layout; None is the whole chain.
         prefix: first tokens (b, n) that are not chosen, such as a true chain's."""
-    grammar = (grammar or policy.grammar()).to(policy.device)
-    lr = lr.to(policy.device, policy.dtype)
-    copies, vocabulary = sampling.num_generations, policy.vocabulary
-    writer = _Writer(policy, lr, grammar.max_length + 1, copies)
-    blind = None
+    grammar, lr = (grammar or policy.grammar()).to(policy.device), lr.to(policy.device)
+    photos = [lr.to(policy.dtype)]
     if sampling.guidance != 1.0:
-        blind = _Writer(policy, torch.full_like(lr, 0.5), grammar.max_length + 1, copies)
-    state = grammar.start(len(lr) * copies)
-    tokens, logprobs = [], []
-    for i in range(grammar.max_length):
-        mask, cell = grammar.allowed(state), grammar.cell[state]
-        logits = writer.logits().masked_fill(~mask, float("-inf"))
-        chosen = _guided(logits, blind, cell >= 0, sampling.guidance)
-        u = _uniform(generator, grammar.forced[state] | ((cell < 0) & sampling.greedy_text))
-        token = _chosen(chosen, cell >= 0, sampling, vocabulary.first_code, u)
-        if prefix is not None and i < prefix.shape[1]:
-            token = prefix[:, i].to(policy.device)
-        tokens.append(token)
-        logprobs.append(logits.log_softmax(-1).gather(-1, token[:, None])[:, 0])
-        state = grammar.step(state, token)
-        if bool((state == grammar.max_length).all()):
-            break
-        for w in filter(None, (writer, blind)):
-            w.write(token, cell, grammar.cell[state])
-    return _collect(writer, torch.stack(tokens, 1), torch.stack(logprobs, 1))
+        photos.append(torch.full_like(photos[0], 0.5))
+    writer = Writer(policy, photos, grammar, sampling.num_generations, sampling.lag)
+    given = None if prefix is None else prefix.to(policy.device)
+
+    def uniform(settled: Tensor, inside: Tensor, n: int) -> Tensor:
+        return _uniform(generator, settled | (~inside & sampling.greedy_text), n)
+
+    def pick(logits: list[Tensor], place: Tensor, inside: Tensor, u: Tensor) -> Tensor:
+        guided = _guided(logits, inside, sampling.guidance)
+        token = _chosen(guided, inside, sampling, policy.vocabulary.first_code, u)
+        if given is None:
+            return token.view_as(place)
+        n = given.shape[1]
+        return torch.where(place < n, given.gather(1, place.clamp(max=n - 1)), token.view_as(place))
+
+    writer.run(pick, uniform)
+    return _collect(writer)
 
 
 def logprobs_of(policy: ChainPolicy, lr: Tensor, ids: Tensor, grammar: LayoutGrammar) -> Tensor:

@@ -184,8 +184,9 @@ class Playground(widgets.VBox):
         policy = self.model.policy
         grammar = Watched(policy.vocabulary, TAGS, texts)
         grammar.seen = self._watcher(grammar)
-        own = [generator(self.seed.value)]
-        self.drawn = sample(policy, self.lr[None], Sampling(), own, grammar.to(policy.device))
+        grammar.run.zero_()  # forced tokens one by one, too: each is to be seen
+        own, how = [generator(self.seed.value)], Sampling(lag=0)
+        self.drawn = sample(policy, self.lr[None], how, own, grammar.to(policy.device))
         made, chain = self.restored(self.drawn), self.drawn.chains[0]
         steps = [self.model.decode(getattr(chain, t)[None])[0].cpu() for t in IMAGE_TAGS]
         self.show([self.lr, *steps, made, *([] if self.hr is None else [self.hr])])

@@ -13,7 +13,7 @@ from PIL import Image
 
 from realsr_r1 import images, perceptual, sampling, sft, vlcot
 from realsr_r1.common import generator
-from realsr_r1.decoding import Decoder
+from realsr_r1.decoding import Decoder, wave
 from realsr_r1.evaluation.chains import chain_metrics
 from realsr_r1.pipeline import (
     CODE,
@@ -169,8 +169,57 @@ def test_decoder_is_the_body_unrolled(model):
     with torch.no_grad():
         want = body(inputs_embeds=x).last_hidden_state
     decoder = Decoder(body, x[[0, 2], :5], 8, copies=2)
-    got = [decoder.last, *(decoder.step(x[:, i]) for i in range(5, 12))]
-    torch.testing.assert_close(torch.stack(got, 1), want[:, 4:], atol=1e-5, rtol=1e-4)
+    places = torch.arange(7).expand(4, -1)
+    got = [decoder.last, decoder.step(x[:, 5:8], places[:, :3])]
+    got += [decoder.step(x[:, i : i + 1], places[:, i - 5 : i - 4]) for i in range(8, 12)]
+    torch.testing.assert_close(torch.cat(got, 1), want[:, 4:], atol=1e-5, rtol=1e-4)
+
+
+def test_decoder_does_not_see_what_is_skipped(model):
+    """As if the places that have not been written yet were masked in transformers' forward pass."""
+    body = model.policy.model
+    x = torch.randn(1, 8, 32, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(8, 8).tril().masked_fill(torch.tensor([0, 0, 0, 0, 1, 1, 0, 0]).bool(), 0)
+    bias = torch.zeros(1, 1, 8, 8).masked_fill(mask == 0, float("-inf"))
+    with torch.no_grad():
+        want = body(inputs_embeds=x, attention_mask=bias).last_hidden_state
+    decoder = Decoder(body, x[:, :3], 5)
+    decoder.skipped[:, 1:3] = True
+    decoder.step(x[:, 3:4], torch.tensor([[0]]))
+    got = decoder.step(x[:, 6:8], torch.tensor([[3, 4]]))
+    torch.testing.assert_close(got, want[:, 6:], atol=1e-5, rtol=1e-4)
+
+
+def test_waves_draw_every_cell_once_after_what_it_follows():
+    for n, lag in ((4, 1), (8, 3), (16, 4), (16, 16)):
+        done, steps = {-1}, wave(n, lag)
+        for drawn, source, ended in steps:
+            assert done >= {*source, *ended} and not done & {*drawn}
+            done |= {*drawn}
+            above = [c - n + min(lag, n - c % n) - 1 for c in drawn if c >= n]
+            assert done >= {*above}  # what lies above has been drawn, `lag` cells ahead
+        assert len(done) == n * n + 1 and len(steps) == n + (n - 1) * lag
+    assert [d for d, _, _ in wave(16, 16)] == [[i] for i in range(256)]
+
+
+def test_rows_that_wait_for_the_row_above_are_plain_sampling(model, lr):
+    """With a lag of a whole row, under texts of unequal length, sampling is one cell after the
+    other: the same noise gives the same chain."""
+    lr = lr.repeat_interleave(6, 0)
+    how = [Sampling(temperature=2.0, greedy_text=False, lag=n) for n in (0, 16)]
+    a, b = (model.sample(lr, h, [generator(i) for i in range(len(lr))]) for h in how)
+    assert len({int((row != 0).sum()) for row in a.ids}) > 1 and torch.equal(a.ids, b.ids)
+    keep = a.ids != 0
+    torch.testing.assert_close(a.logprobs[keep], b.logprobs[keep], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("lag", [1, 4])
+def test_a_wave_does_not_depend_on_the_batch(model, lr, lag):
+    whole = model.sample(lr, Sampling(lag=lag), [generator(i) for i in range(len(lr))])
+    for i in range(len(lr)):
+        one = model.sample(lr[i : i + 1], Sampling(lag=lag), [generator(i)])
+        assert torch.equal(one.codes[0], whole.codes[i])
+        assert vlcot.well_formed(model.policy.vocabulary.decode(whole.ids[i]))
 
 
 @pytest.mark.parametrize("aligned", [True, False])
@@ -224,7 +273,7 @@ def test_images_have_the_same_noise_under_short_and_long_texts(model, lr, monkey
     for text in ("a tulip", "a tulip in a field on a white background"):
         given = dict.fromkeys(vlcot.TEXT_TAGS, text) | {"degradation": LABELS}
         model.sample(lr[:1], Sampling(), [generator(3)], given)
-    numbers = [float(u) for u in drawn if float(u)]
+    numbers = [x for u in drawn for x in u.tolist() if x]
     assert len(numbers) == 2 * 336 and numbers[:336] == numbers[336:]
 
 
