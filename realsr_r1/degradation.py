@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy.fft import next_fast_len
 from torch import Tensor
 
 from realsr_r1.common import check_images
@@ -288,7 +289,7 @@ def blur(x: Tensor, kernels: Tensor) -> Tensor:
     k, (h, w) = kernels.shape[-1], x.shape[-2:]
     r = k // 2
     x = F.pad(x, (r, r, r, r), mode="replicate")
-    shape = (x.shape[-2] + k - 1, x.shape[-1] + k - 1)
+    shape = [next_fast_len(n) for n in x.shape[-2:]]  # what wraps around is cut off below
     k_hat = torch.fft.rfft2(kernels.flip(-1, -2), s=shape)[:, None]
     y = torch.fft.irfft2(torch.fft.rfft2(x, s=shape) * k_hat, s=shape)
     return y[..., 2 * r : 2 * r + h, 2 * r : 2 * r + w]

@@ -5,6 +5,8 @@ unforced sample: the probability of a well-formed chain is the mean, over chains
 grammar, of the product of the probability mass that the grammar had left.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -14,23 +16,34 @@ from realsr_r1.evaluation.nano import clusters_of
 from realsr_r1.photographs import Pairs, Photograph
 from realsr_r1.pipeline import RealSR
 from realsr_r1.policy import ChainPolicy
-from realsr_r1.sampling import Sampling
+from realsr_r1.sampling import Sampling, entropy_top_k, keep_top_k
 from realsr_r1.stats import clustered
 from realsr_r1.vlcot import IMAGE_TAGS, PAD, TAGS, TEXT_TAGS
 
 
 @torch.no_grad()
-def well_formed(model: RealSR, lr: Tensor, seed: int = 0) -> Tensor:
-    """Share of chains (b,) that keep the form without a grammar, at temperature 1, one estimate per
-    LR photo (b, 3, 32, 32)."""
+def well_formed(
+    model: RealSR, lr: Tensor, sampling: Sampling = Sampling.rollout(), seed: int = 0
+) -> Tensor:
+    """Share of chains (b,) that would keep the form without a grammar, one estimate per LR photo
+    (b, 3, 32, 32), sampled token by token as `sampling` says: at temperature 1 if left out."""
     policy, g = model.policy, torch.Generator().manual_seed(seed)
-    ids = model.sample(lr, Sampling.rollout(), g).ids
+    ids = model.sample(lr, replace(sampling, lag=0), g).ids
     grammar = policy.grammar()
     prompt = torch.tensor(policy.vocabulary.prompt, device=ids.device).expand(len(ids), -1)
     whole = torch.cat([prompt, ids], 1)
     logits = policy(whole, lr.to(ids.device), logits_to_keep=ids.shape[1] + 1).logits[:, :-1]
-    left = logits.masked_fill(~grammar.allowed(grammar.states(ids)), float("-inf"))
-    mass = left.logsumexp(-1) - logits.logsumexp(-1)
+    states = grammar.states(ids)
+    inside, allowed = grammar.cell[states] >= 0, grammar.allowed(states)
+    heat = torch.where(inside, sampling.image_temperature, sampling.temperature)
+    scores = logits / heat[..., None]
+    if sampling.entropy_top_k:
+        scores[inside] = keep_top_k(scores[inside], entropy_top_k(scores[inside]))
+    left = scores.masked_fill(~allowed, float("-inf"))
+    mass = left.logsumexp(-1) - scores.logsumexp(-1)
+    if sampling.greedy_text:
+        right = allowed.gather(-1, logits.argmax(-1, keepdim=True))[..., 0]
+        mass = torch.where(inside, mass, torch.where(right, 0.0, float("-inf")))
     return mass.masked_fill(ids == policy.vocabulary.ids[PAD], 0.0).sum(1).exp()
 
 
@@ -83,7 +96,10 @@ def report(
     lr, hr = (torch.stack([x[k] for x in items]).float() / 255 for k in ("lr", "hr"))
     clusters = clusters_of(photos)
     sampling = Sampling(image_temperature=temperature)
-    free = torch.cat([well_formed(model, x, seed) for x in lr.split(48)])
+    free = {
+        name: torch.cat([well_formed(model, x, how, seed) for x in lr.split(48)]).cpu().numpy()
+        for name, how in (("temperature 1", Sampling.rollout()), ("as restored", sampling))
+    }
     g = torch.Generator().manual_seed(seed)
     chains = [c for x in lr.split(48) for c in model.sample(x, sampling, g).chains]
     own = [{t: getattr(c, t) for t in TEXT_TAGS} for c in chains]
@@ -95,7 +111,8 @@ def report(
     for name, texts in {"own": own, "true": true, "another photograph's": other}.items():
         made = under_texts(model, lr, texts, sampling, seed)
         distance[name] = perceptual.distance(made, hr).numpy()
-    lines = [f"well formed without the grammar: {clustered(free.cpu().numpy(), clusters)}"]
+    text = "well formed without the grammar"
+    lines = [f"{text}, {name}: {clustered(v, clusters)}" for name, v in free.items()]
     lines.append(f"LPIPS under own texts: {clustered(distance['own'], clusters)}")
     for name in list(distance)[1:]:
         difference = clustered(distance[name] - distance["own"], clusters)

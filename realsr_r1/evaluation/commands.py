@@ -60,6 +60,16 @@ def trust(a: argparse.Namespace) -> None:
     print(trust.report(model_of(a), photos, sampling, a.seed))
 
 
+def waves(a: argparse.Namespace) -> None:
+    from realsr_r1 import photographs
+    from realsr_r1.evaluation import waves
+    from realsr_r1.sampling import Sampling
+
+    photos = spread(photographs.load(a.split, a.photographs), a.n)
+    sampling = Sampling(image_temperature=a.temperature)
+    print(waves.report(model_of(a), photos, sampling, a.seed))
+
+
 def experts(a: argparse.Namespace) -> None:
     from realsr_r1 import photographs
     from realsr_r1.evaluation import quality
@@ -198,6 +208,10 @@ def register(sub) -> None:
     add_model(p)
     p = leaf(leaves, "trust", trust, "the same chains decoded with more and less trust in codes")
     p.add_argument("-n", type=integer(), default=64, help="photographs, spread over the split")
+    add_photographs(p, "val")
+    add_model(p)
+    p = leaf(leaves, "waves", waves, "rows of an image drawn one after the other and together")
+    p.add_argument("-n", type=integer(), default=96, help="photographs, spread over the split")
     add_photographs(p, "val")
     add_model(p)
     p = leaf(

@@ -1,4 +1,5 @@
 import csv
+from dataclasses import replace
 
 import pytest
 import torch
@@ -61,6 +62,17 @@ def test_form_is_certain_for_a_policy_that_cannot_leave_it(model, monkeypatch):
         lambda self, s: torch.ones(*s.shape, len(self.masks[0]), dtype=torch.bool),
     )
     assert torch.allclose(chains.well_formed(model, lr), torch.ones(2))
+
+
+def test_form_as_restored_counts_what_the_temperature_leaves(model):
+    """Words that are the likeliest of all keep the form; a grammar that forbids them loses it."""
+    lr = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    free = chains.Sampling(greedy_text=False, temperature=0.5, entropy_top_k=False)
+    hot = replace(free, image_temperature=1.0, temperature=1.0)
+    cold, warm = (chains.well_formed(model, lr, how) for how in (free, hot))
+    assert ((cold >= 0) & (cold <= 1)).all() and not torch.equal(cold, warm)
+    greedy = chains.well_formed(model, lr, chains.Sampling())
+    assert ((greedy == 0) | (greedy > 0.5)).all()
 
 
 def test_given_texts_are_written_and_change_the_picture(model):

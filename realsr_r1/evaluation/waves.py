@@ -1,0 +1,55 @@
+"""How far behind the row above may a row be drawn? The same photographs with several lags; what
+`Sampling.lag` was chosen by."""
+
+from dataclasses import replace
+
+import torch
+
+from realsr_r1 import perceptual
+from realsr_r1.common import generator
+from realsr_r1.decoding import wave
+from realsr_r1.evaluation.nano import SEVERITIES, clusters_of
+from realsr_r1.photographs import Pairs, Photograph
+from realsr_r1.pipeline import RealSR
+from realsr_r1.sampling import Sampling
+from realsr_r1.stats import clustered
+from realsr_r1.vlcot import GRIDS
+
+LAGS = (0, 8, 4, 2, 1)
+
+
+@torch.no_grad()
+def report(
+    model: RealSR,
+    photos: list[Photograph],
+    sampling: Sampling = Sampling(),
+    seed: int = 0,
+    batch: int = 48,
+) -> str:
+    """Markdown: for each lag the steps of a chain's three images, and by severity LPIPS minus that
+    of drawing in order (0), where its own value stands; each lag has its own noise."""
+    found: dict[int, list] = {lag: [] for lag in LAGS}
+    for severity in SEVERITIES:
+        data = Pairs(photos, f"nano-{severity}", seed=seed, training=False, labels=False)
+        items = [data[i] for i in range(len(data))]
+        lr, hr = (torch.stack([x[k] for x in items]).float() / 255 for k in ("lr", "hr"))
+        for lag in LAGS:
+            away = []
+            for first in range(0, len(lr), batch):
+                some = lr[first : first + batch]
+                own = [generator(seed + lag, first + i) for i in range(len(some))]
+                chains = model.sample(some, replace(sampling, lag=lag), own).chains
+                made = model.finish(chains, some)
+                away.append(perceptual.distance(made, hr[first : first + batch]))
+            found[lag].append(torch.cat(away).numpy())
+    clusters = clusters_of(photos)
+    out = [f"| lag | steps | {' | '.join(SEVERITIES)} | pooled |", "|---" * 6 + "|"]
+    for lag, values in found.items():
+        steps = sum(len(wave(n, min(lag, n))) if lag else n * n for n in GRIDS)
+        if not lag:
+            cells = [f"{v.mean():.3f}" for v in (*values, sum(values) / len(values))]
+        else:
+            gaps = [v - b for v, b in zip(values, found[0], strict=True)]
+            cells = [str(clustered(g, clusters)) for g in (*gaps, sum(gaps) / len(gaps))]
+        out.append(f"| {lag} | {steps} | {' | '.join(cells)} |")
+    return "\n".join(out) + "\n"
