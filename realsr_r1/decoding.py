@@ -3,7 +3,7 @@
 A small model's step is mostly overhead: many small operators, and a cache that is read once per
 step. Here the weights of each layer are joined (queries, keys and values in one product; norms
 multiplied into the next matrix), the cache has its full length from the start, the chains of a
-group attend to one copy of their shared prompt, and several rows of an image can be drawn together.
+group share the reading of their prompt, and several rows of an image can be drawn together.
 The numbers are those of transformers' forward pass up to rounding (a test compares them).
 """
 
@@ -46,28 +46,37 @@ class Decoder:
         self.heads, self.kv, self.d = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         self.eps, self.norm = c.rms_norm_eps, body.norm.weight
         self.layers = [_Layer(layer) for layer in body.layers]
-        self.copies, self.prompt = copies, prompt.shape[1]
-        b, device = len(prompt) * copies, prompt.device
+        self.prompt = prompt.shape[1]
         read = body(inputs_embeds=prompt, use_cache=True)
         self.last = read.last_hidden_state[:, -1:].repeat_interleave(copies, 0)
-        self.shared = [(layer.keys, layer.values) for layer in read.past_key_values.layers]
-        shape = (b, self.kv, length, self.d)
-        self.cache = [tuple(prompt.new_zeros(shape) for _ in "kv") for _ in self.layers]
-        self.skipped = torch.zeros(b, length, dtype=torch.bool, device=device)
+        self.cache = [
+            [
+                F.pad(x, (0, 0, 0, length)).repeat_interleave(copies, 0)
+                for x in (part.keys, part.values)
+            ]
+            for part in read.past_key_values.layers
+        ]
+        b, device = len(self.last), prompt.device
+        self.skipped = torch.zeros(b, self.prompt + length, dtype=torch.bool, device=device)
         self.rows = torch.arange(b, device=device)[:, None]
         positions = torch.arange(self.prompt + length, device=device)[None]
         self.cos, self.sin = (x[0] for x in body.rotary_emb(prompt, positions))
 
+    def skip(self, place: Tensor) -> None:
+        """Hide places (b, m) after the prompt until they are written."""
+        self.skipped[self.rows, self.prompt + place] = True
+
     @torch.no_grad()
     def step(self, x: Tensor, place: Tensor) -> Tensor:
         """Inputs (b, m, hidden) at places (b, m) after the prompt → hidden states (b, m, hidden).
-        Each sees the places up to its own that are not `skipped`; a place may be written again."""
+        Each sees the places up to its own that are not hidden; a place may be written again."""
+        place = self.prompt + place
         self.skipped[self.rows, place] = False
         top = int(place.max()) + 1
-        hidden = torch.arange(top, device=x.device) > place[..., None]
-        hidden = hidden | self.skipped[:, None, :top]
-        bias = x.new_zeros(hidden.shape).masked_fill(hidden, float("-inf"))[:, None]
-        cos, sin = (t[self.prompt + place][:, :, None] for t in (self.cos, self.sin))
+        seen = torch.arange(top, device=x.device) <= place[..., None]
+        seen = (seen & ~self.skipped[:, None, :top])[:, None]
+        bias = x.new_zeros(seen.shape).masked_fill(~seen, float("-inf"))
+        cos, sin = self.cos[place][:, :, None], self.sin[place][:, :, None]
         for i, layer in enumerate(self.layers):
             h = F.linear(self._normalize(x), layer.qkv).unflatten(-1, (-1, self.d))
             qk, v = h.split([self.heads + self.kv, self.kv], 2)
@@ -76,7 +85,10 @@ class Decoder:
             q, k = (qk * cos + turned * sin).split([self.heads, self.kv], 2)
             for part, new in zip(self.cache[i], (k, v), strict=True):
                 part[self.rows, :, place] = new
-            x = x + F.linear(self._attend(i, q, bias), layer.out)
+            keys, values = (part[:, :, :top] for part in self.cache[i])
+            q, many = q.transpose(1, 2), self.heads > self.kv
+            h = F.scaled_dot_product_attention(q, keys, values, bias, enable_gqa=many)
+            x = x + F.linear(h.transpose(1, 2).flatten(2), layer.out)
             gate, up = F.linear(self._normalize(x), layer.up).chunk(2, -1)
             x = x + F.linear(F.silu(gate) * up, layer.down)
         self.last = self._normalize(x) * self.norm
@@ -84,31 +96,6 @@ class Decoder:
 
     def _normalize(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], eps=self.eps)
-
-    def _attend(self, i: int, q: Tensor, bias: Tensor) -> Tensor:
-        """Queries (b, m, heads, d), what they may not see (b, 1, m, n) → (b, m, heads·d).
-
-        A group reads its prompt's keys once for all its sequences; the softmax runs over the prompt
-        and the sequence together."""
-        keys, values = (part[:, :, : bias.shape[-1]] for part in self.cache[i])
-        prompt_keys, prompt_values = self.shared[i]
-        m, per, n = q.shape[1], self.heads // self.kv, self.prompt
-        q = q.unflatten(2, (self.kv, per)).permute(0, 2, 3, 1, 4).flatten(2, 3) * self.d**-0.5
-        common = self._single(self._grouped(q) @ prompt_keys.transpose(-1, -2), per * m)
-        own = q @ keys.transpose(-1, -2) + bias.repeat(1, 1, per, 1)
-        weight = torch.cat([common, own], -1).softmax(-1)
-        common = self._single(self._grouped(weight[..., :n]) @ prompt_values, per * m)
-        out = (common + weight[..., n:] @ values).unflatten(2, (per, m))
-        return out.permute(0, 3, 1, 2, 4).flatten(2)
-
-    def _grouped(self, x: Tensor) -> Tensor:
-        """(b, kv, q, n) → (groups, kv, copies·q, n)."""
-        x = x.reshape(-1, self.copies, *x.shape[1:])
-        return x.transpose(1, 2).flatten(2, 3)
-
-    def _single(self, x: Tensor, q: int) -> Tensor:
-        """The inverse of `_grouped`."""
-        return x.unflatten(2, (self.copies, q)).transpose(1, 2).flatten(0, 1)
 
 
 def wave(n: int, lag: int) -> list[tuple[list[int], list[int], list[int]]]:
@@ -214,7 +201,7 @@ class Writer:
         u = self.uniform(~everywhere, everywhere, n * n)
         cells = torch.arange(n * n, device=self.at.device)
         for decoder, _ in self.readings:
-            decoder.skipped[self.rows, self.at[:, None] + cells] = True
+            decoder.skip(self.at[:, None] + cells)
         for drawn, source, ended in wave(n, min(self.lag, n)):
             if drawn[0] > 0:  # the first code follows from what was written before
                 next_ = cells[[*drawn, *(c + 1 for c in ended)]]

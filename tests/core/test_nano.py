@@ -184,7 +184,7 @@ def test_decoder_does_not_see_what_is_skipped(model):
     with torch.no_grad():
         want = body(inputs_embeds=x, attention_mask=bias).last_hidden_state
     decoder = Decoder(body, x[:, :3], 5)
-    decoder.skipped[:, 1:3] = True
+    decoder.skip(torch.tensor([[1, 2]]))
     decoder.step(x[:, 3:4], torch.tensor([[0]]))
     got = decoder.step(x[:, 6:8], torch.tensor([[3, 4]]))
     torch.testing.assert_close(got, want[:, 6:], atol=1e-5, rtol=1e-4)
