@@ -4,9 +4,11 @@ comes before it in a chain, on the same photographs and with the same decoder.
 Two comparisons: equal pairs (the direct policy sees as many photographs) and equal compute (as many
 tokens: its sequences are shorter, so it sees more photographs). The ablation "1-D positions" takes
 the aligned inputs away (`PolicyConfig.aligned`). "eye alone" is the control below both: every code
-is drawn from the LR photo, knowing none of the other codes.
+is drawn from the LR photo, knowing none of the other codes. `warm`: the controls of a trained
+chain, which begin with its weights and forget the chain.
 """
 
+import copy
 import csv
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +21,7 @@ from realsr_r1 import perceptual, photographs, sft
 from realsr_r1.common import seed_of
 from realsr_r1.evaluation.chains import chain_metrics
 from realsr_r1.evaluation.nano import cluster_of
+from realsr_r1.grpo import without_dropout
 from realsr_r1.pipeline import RealSR
 from realsr_r1.policy import ChainPolicy, PolicyConfig
 from realsr_r1.pretraining import recipes
@@ -54,6 +57,7 @@ class Settings:
     hidden: int = 224  # width of the policy; its other widths in proportion
     layers: int = 6
     variants: tuple[str, ...] = MEASURED
+    warm: bool = False  # start from the model's policy, which is then the chain itself
 
     def policy(self, codes: int, aligned: bool) -> PolicyConfig:
         """The policies' shape: at `hidden` 224 the shipped one's."""
@@ -81,11 +85,15 @@ def length_ratio(words: int = 40) -> float:
 
 
 def train(model: RealSR, variant: str, s: Settings, machine: Machine) -> ChainPolicy:
-    """One policy from scratch."""
+    """One policy, from scratch or from the model's."""
     torch.manual_seed(s.seed)
-    aligned = variant != "chain, 1-D positions"
-    policy = ChainPolicy(s.policy(model.tokenizer.config.codes, aligned))
-    policy.start_from(model.tokenizer, s.seed)
+    if s.warm and variant == "chain":
+        return model.policy
+    policy = without_dropout(copy.deepcopy(model.policy)).train()
+    if not s.warm:
+        aligned = variant != "chain, 1-D positions"
+        policy = ChainPolicy(s.policy(model.tokenizer.config.codes, aligned))
+        policy.start_from(model.tokenizer, s.seed)
     steps = round(s.steps * (length_ratio() if variant.endswith("compute") else 1))
     data = photographs.Pairs(
         photographs.load("train", s.photographs), seed=seed_of("chain", s.seed)
@@ -162,7 +170,7 @@ def table(paths: list[Path]) -> str:
     variants = list(dict.fromkeys(r["variant"] for r in rows))
     clusters = [cluster_of(r) for r in rows if r["variant"] == variants[0]]
     out = [
-        "| from scratch | LPIPS ↓ | PSNR ↑ | nats per final code ↓ | chain minus it, LPIPS |",
+        "| policy | LPIPS ↓ | PSNR ↑ | nats per final code ↓ | chain minus it, LPIPS |",
         "|---|---|---|---|---|",
     ]
     for v in variants:

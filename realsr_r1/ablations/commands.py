@@ -13,7 +13,7 @@ def chain(a: argparse.Namespace) -> None:
     from realsr_r1.pretraining.recipes import Machine
 
     model = model_of(a)
-    names = ("photographs", "out", "steps", "seed", "lr", "reuse", "hidden", "layers")
+    names = ("photographs", "out", "steps", "seed", "lr", "reuse", "hidden", "layers", "warm")
     settings = ablation.Settings(
         **{k: getattr(a, k) for k in names}, variants=tuple(a.variants or ablation.MEASURED)
     )
@@ -70,11 +70,13 @@ def register(sub) -> None:
     text = "leave a part of the method out and measure"
     group = sub.add_parser("ablate", help=text, description=text)
     leaves = group.add_subparsers(dest="what", required=True, metavar="WHAT")
-    p = leaf(leaves, "chain", chain, "the chain against the final image alone, both from scratch")
+    p = leaf(leaves, "chain", chain, "the chain against the final image alone")
     p.add_argument("--photographs", type=place, help="a folder of annotated photographs")
     p.add_argument("--out", type=place, default=Path("runs/chain"), help="logs and a CSV per seed")
     p.add_argument("--steps", type=integer(), default=600, help="of the chain policy")
     p.add_argument("--seeds", type=integer(), default=3, help="so many, from --seed on")
+    text = "controls begin with the model's policy, which is the chain, instead of from scratch"
+    p.add_argument("--warm", action="store_true", help=text)
     p.add_argument("--variants", nargs="+", help="which; the first is what others are held to")
     p.add_argument("--batch", type=integer(), default=12, help="chains per step")
     p.add_argument("--lr", type=real(), default=3e-3, help="peak learning rate")
