@@ -30,7 +30,7 @@ class Sampling:
     entropy_top_k: bool = True  # inside images; see the function of that name
     guidance: float = 1.0  # 1: off; PURE uses 0.8. See `guided_logits`
     num_generations: int = 1  # chains per LR photo
-    lag: int = 4  # cells by which a row is drawn behind the one above; 0: all cells in order
+    lag: int = 2  # cells by which a row is drawn behind the one above; 0: all cells in order
 
     def __post_init__(self) -> None:
         for name in ("temperature", "image_temperature"):
