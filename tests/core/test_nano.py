@@ -162,8 +162,10 @@ def test_a_cell_sees_the_image_before(model, lr):
     assert children <= seen and seen - children <= {6}  # 6 comes after the changed token
 
 
-def test_decoder_is_the_body_unrolled(model):
-    body = model.policy.model
+@pytest.mark.parametrize("kv_heads", [None, 1])
+def test_decoder_is_the_body_unrolled(kv_heads):
+    torch.manual_seed(0)
+    body = ChainPolicy(config(kv_heads=kv_heads)).eval().model
     x = torch.randn(4, 12, 32, generator=torch.Generator().manual_seed(0))
     x[1], x[3] = torch.cat([x[0, :5], x[1, 5:]]), torch.cat([x[2, :5], x[3, 5:]])
     with torch.no_grad():
