@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from scipy.fft import next_fast_len
+from scipy.special import j1
 from torch import Tensor
 
 from realsr_r1.common import check_images
@@ -141,32 +142,36 @@ class Degraded:
     labels: list[dict[str, str]]
 
 
+@functools.lru_cache(maxsize=32)
+def _plane(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates y, x (size, size) from the middle."""
+    axis = np.arange(size, dtype=np.float64) - size // 2
+    return axis[:, None] + 0 * axis, axis + 0 * axis[:, None]
+
+
 def gaussian_kernel(
     size: int, sigma_x: float, sigma_y: float, theta: float, kind: str = "aniso", beta: float = 1.0
 ) -> Tensor:
     """(size, size) kernel that sums to 1; `kind` of KERNELS, `theta` radians, sigmas in pixels.
     Generalized: exp(-r^(2β)/2); plateau: 1/(1 + r^(2β)), r being the Mahalanobis radius."""
-    axis = torch.arange(size, dtype=torch.float64) - size // 2
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    y, x = _plane(size)
     u, v = x * math.cos(theta) + y * math.sin(theta), -x * math.sin(theta) + y * math.cos(theta)
     r2 = (u / sigma_x) ** 2 + (v / sigma_y) ** 2
     if kind.startswith("plateau"):
         k = 1 / (1 + r2**beta)
     elif kind.startswith("generalized"):
-        k = torch.exp(-0.5 * r2**beta)
+        k = np.exp(-0.5 * r2**beta)
     else:
-        k = torch.exp(-0.5 * r2)
-    return (k / k.sum()).float()
+        k = np.exp(-0.5 * r2)
+    return torch.from_numpy((k / k.sum()).astype(np.float32))
 
 
 def sinc_kernel(size: int, omega: float) -> Tensor:
     """(size, size) ideal low-pass with cut-off `omega`, radians a pixel: rings as if sharpened."""
-    axis = torch.arange(size, dtype=torch.float64) - size // 2
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
-    r = torch.sqrt(x**2 + y**2)
-    k = omega * torch.special.bessel_j1(omega * r) / (2 * math.pi * r.clamp_min(1e-9))
+    r = np.hypot(*_plane(size))
+    k = omega * j1(omega * r) / (2 * math.pi * r.clip(1e-9))
     k[size // 2, size // 2] = omega**2 / (4 * math.pi)
-    return (k / k.sum()).float()
+    return torch.from_numpy((k / k.sum()).astype(np.float32))
 
 
 def kernel_of(op: dict) -> Tensor:
@@ -190,7 +195,8 @@ class _Dice:
 
     def pick(self, items, probs=None):
         p = torch.tensor(probs if probs is not None else [1.0] * len(items), dtype=torch.float64)
-        return items[int(torch.multinomial(p, 1, generator=self.generator))]
+        race = torch.empty_like(p).exponential_(generator=self.generator)
+        return items[int((p / race).argmax())]  # as torch.multinomial draws, which is slower
 
     def seed(self) -> int:
         return int(torch.randint(0, 2**31 - 1, (), generator=self.generator))
@@ -290,7 +296,8 @@ def blur(x: Tensor, kernels: Tensor) -> Tensor:
     r = k // 2
     x = F.pad(x, (r, r, r, r), mode="replicate")
     shape = [next_fast_len(n) for n in x.shape[-2:]]  # what wraps around is cut off below
-    k_hat = torch.fft.rfft2(kernels.flip(-1, -2), s=shape)[:, None]
+    rows = torch.fft.rfft(kernels.flip(-1, -2), n=shape[1])  # the other rows are 0
+    k_hat = torch.fft.fft(rows, n=shape[0], dim=-2)[:, None]
     y = torch.fft.irfft2(torch.fft.rfft2(x, s=shape) * k_hat, s=shape)
     return y[..., 2 * r : 2 * r + h, 2 * r : 2 * r + w]
 

@@ -67,8 +67,10 @@ class Bench:
 
 def degradation_section(b: Bench) -> None:
     """Our chain beside Real-ESRGAN's own code, which finds no labels and draws its settings once a
-    batch: picture by picture for the variety that ours has, and as one batch."""
-    theirs = peer_degradation.load()
+    batch: picture by picture for the variety that ours has, and as one batch. One thread, as in
+    a process that prepares data."""
+    theirs, threads = peer_degradation.load(), torch.get_num_threads()
+    torch.set_num_threads(1)
     for size, n in ((64, 2),) if b.small else ((128, 8), (400, 8)):
         g = torch.Generator().manual_seed(0)
         hr = F.interpolate(
@@ -93,7 +95,7 @@ def degradation_section(b: Bench) -> None:
         ms = {k: s / n * 1e3 for k, s in side_by_side(runs, 5 * b.repeats).items()}
         for name, each in ms.items():
             if not name.startswith("theirs"):
-                text = f"degradation, paper preset, {n} of {size} px, {name}"
+                text = f"degradation, one thread, paper preset, {n} of {size} px, {name}"
                 b.row(text, f"{each:.1f} ms each")
                 continue
             name = name.removeprefix("theirs, ")
@@ -101,6 +103,7 @@ def degradation_section(b: Bench) -> None:
             b.row(f"  Real-ESRGAN's own code, {name}, {size} px", times)
         if not theirs:
             b.row("  Real-ESRGAN's own code", peer_degradation.INSTALL)
+    torch.set_num_threads(threads)
 
 
 def sampling_section(b: Bench) -> None:
