@@ -46,8 +46,8 @@ class Sampling:
 
 @dataclass
 class Samples:
-    """Completions (b, n), padded; log-probabilities (b, n) at temperature 1 under the grammar, given
-    what had been written by then; chains; the final images' codes (b, 16, 16)."""
+    """Completions (b, n), padded; log-probabilities (b, n) at temperature 1 under the grammar and
+    given what had been written by then; chains; the final images' codes (b, 16, 16)."""
 
     ids: Tensor
     logprobs: Tensor
