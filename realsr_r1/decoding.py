@@ -99,10 +99,11 @@ class Decoder:
 
 
 def wave(n: int, lag: int) -> list[tuple[list[int], list[int], list[int]]]:
-    """How an image of n × n cells is drawn, a row `lag` cells behind the one above it: for each
-    step the cells that are drawn, for each of them the cell whose code is its input (-1: what stood
-    before the image), and the cells that were drawn last in their row before. At a row's start the
-    end of the row above is not drawn yet: its input is the latest code there, until `last` are."""
+    """How an image of n × n cells is drawn, a row `lag` cells behind the one above it (n: in
+    order). For each step: the cells that are drawn; for each of them the cell whose code is its
+    input (-1: what stood before the image), at a row's start the latest code of the row above,
+    whose last one is not drawn yet; and the rows' last cells, drawn the step before, whose codes
+    now take the place of that stand-in."""
     steps = []
     for t in range(n + (n - 1) * lag):
         row = [r for r in range(n) if 0 <= t - r * lag < n]
