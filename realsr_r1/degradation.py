@@ -146,7 +146,8 @@ class Degraded:
 def _plane(size: int) -> tuple[np.ndarray, np.ndarray]:
     """Coordinates y, x (size, size) from the middle."""
     axis = np.arange(size, dtype=np.float64) - size // 2
-    return axis[:, None] + 0 * axis, axis + 0 * axis[:, None]
+    y, x = np.meshgrid(axis, axis, indexing="ij")
+    return y, x
 
 
 def gaussian_kernel(

@@ -18,6 +18,8 @@ from realsr_r1.grammar import LayoutGrammar
 from realsr_r1.policy import FIRST_CELL, ChainPolicy
 from realsr_r1.vlcot import GRIDS
 
+Generators = torch.Generator | list[torch.Generator] | None
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -108,9 +110,6 @@ def _chosen(logits: Tensor, inside: Tensor, sampling: Sampling, first: int, u: T
     return torch.where(~inside & sampling.greedy_text, scores.argmax(-1), drawn)
 
 
-Generators = torch.Generator | list[torch.Generator] | None
-
-
 def _uniform(generator: Generators, settled: Tensor, n: int = 1) -> Tensor:
     """Numbers (b, n) in [0, 1). A photo's own generator gives none for `settled` (b,) tokens,
     forced or greedy: images have the same noise under any texts."""
@@ -146,7 +145,8 @@ def sample(
     Args:
         generator: one for all, or one for each photo, whose chains then do not depend on the batch.
         grammar: the layout; None is the whole chain.
-        prefix: first tokens (b, n) that are not chosen, such as a true chain's."""
+        prefix: first tokens (b, n) that are not chosen, such as a true chain's; where the layout
+            leaves one token alone, it is that one."""
     grammar, lr = (grammar or policy.grammar()).to(policy.device), lr.to(policy.device)
     photos = [lr.to(policy.dtype)]
     if sampling.guidance != 1.0:

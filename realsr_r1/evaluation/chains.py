@@ -12,8 +12,8 @@ from torch import Tensor
 
 from realsr_r1 import perceptual, sft
 from realsr_r1.common import generator
-from realsr_r1.evaluation.nano import clusters_of
-from realsr_r1.photographs import Pairs, Photograph
+from realsr_r1.evaluation.nano import clusters_of, held_out, stacked
+from realsr_r1.photographs import Photograph
 from realsr_r1.pipeline import RealSR
 from realsr_r1.policy import ChainPolicy
 from realsr_r1.sampling import Sampling, entropy_top_k, keep_top_k
@@ -91,9 +91,8 @@ def report(
 ) -> str:
     """Lines of text: the share of well-formed chains; LPIPS of pictures drawn under the policy's
     own texts, and how much worse or better the true captions and another photograph's make it."""
-    data = Pairs(photos, f"nano-{severity}", seed=seed, training=False)
-    items = [data[i] for i in range(len(data))]
-    lr, hr = (torch.stack([x[k] for x in items]).float() / 255 for k in ("lr", "hr"))
+    items = held_out(photos, severity, seed, labels=True)
+    lr, hr = stacked(items)
     clusters = clusters_of(photos)
     sampling = Sampling(image_temperature=temperature)
     free = {

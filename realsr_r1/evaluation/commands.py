@@ -106,10 +106,8 @@ def lattice(a: argparse.Namespace) -> None:
     from realsr_r1 import photographs
     from realsr_r1.evaluation import nano
 
-    photos = spread(photographs.load(a.split, a.photographs), a.n)
-    data = photographs.Pairs(photos, "nano-medium", seed=a.seed, training=False, labels=False)
-    items, model = [data[i] for i in range(len(data))], model_of(a)
-    lr, hr = (torch.stack([x[k] for x in items]).float() / 255 for k in ("lr", "hr"))
+    photos, model = spread(photographs.load(a.split, a.photographs), a.n), model_of(a)
+    lr, hr = nano.stacked(nano.held_out(photos, "medium", a.seed))
     with torch.no_grad():
         codes = model.tokenizer.encode(hr.to(model.device))
     made = {

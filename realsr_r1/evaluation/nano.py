@@ -92,6 +92,19 @@ def pictures(model: RealSR, lr: Tensor, hr: Tensor, chains: list[vlcot.Chain]) -
     }
 
 
+def held_out(
+    photos: list[Photograph], severity: str, seed: int = 0, labels: bool = False
+) -> list[dict]:
+    """The items of `Pairs` for photographs under damage of one of SEVERITIES."""
+    data = Pairs(photos, f"nano-{severity}", seed=seed, training=False, labels=labels)
+    return [data[i] for i in range(len(data))]
+
+
+def stacked(items: list[dict]) -> tuple[Tensor, Tensor]:
+    """LR and HR of items (b, 3, …) in [0, 1]."""
+    return tuple(torch.stack([x[k] for x in items]).float() / 255 for k in ("lr", "hr"))
+
+
 def words_right(chain: vlcot.Chain, photo: Photograph, degradation: str) -> dict[str, float]:
     """1 or 0 for subject and background (of the rough text, singular or plural alike), the color of
     the middle text (any of the annotation's), and each degradation label of one chain."""
@@ -124,7 +137,7 @@ def measure(
         data = Pairs(photos, f"nano-{severity}", seed=seed, training=False)
         for first in tqdm(range(0, len(data), batch), desc=severity):
             items = [data[i] for i in range(first, min(first + batch, len(data)))]
-            lr, hr = (torch.stack([x[k] for x in items]).float() / 255 for k in ("lr", "hr"))
+            lr, hr = stacked(items)
             g = torch.Generator().manual_seed(seed * 1_000_003 + first)
             samples = model.sample(lr, sampling, g)
             made = pictures(model, lr, hr, samples.chains)

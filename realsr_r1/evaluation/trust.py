@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from realsr_r1 import perceptual
-from realsr_r1.evaluation.nano import SEVERITIES
-from realsr_r1.photographs import Pairs, Photograph
+from realsr_r1.evaluation.nano import SEVERITIES, held_out, stacked
+from realsr_r1.photographs import Photograph
 from realsr_r1.pipeline import HOLD, RealSR, hold, reads_clean
 from realsr_r1.sampling import Sampling
 from realsr_r1.tokenizer import SCALE
@@ -41,9 +41,7 @@ def report(
     """Markdown: LPIPS, and consistency with the LR photo in dB, of every way by severity."""
     found: dict[str, list[str]] = {name: [] for name in WAYS}
     for severity in SEVERITIES:
-        data = Pairs(photos, f"nano-{severity}", seed=seed, training=False, labels=False)
-        items = [data[i] for i in range(len(data))]
-        lr, hr = (torch.stack([x[k] for x in items]).float() / 255 for k in ("lr", "hr"))
+        lr, hr = stacked(held_out(photos, severity, seed))
         chains = []
         for i, some in enumerate(lr.split(batch)):
             g = torch.Generator().manual_seed(seed * 1_000_003 + i * batch)

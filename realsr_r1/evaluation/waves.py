@@ -8,8 +8,8 @@ import torch
 from realsr_r1 import perceptual
 from realsr_r1.common import generator
 from realsr_r1.decoding import wave
-from realsr_r1.evaluation.nano import SEVERITIES, clusters_of
-from realsr_r1.photographs import Pairs, Photograph
+from realsr_r1.evaluation.nano import SEVERITIES, clusters_of, held_out, stacked
+from realsr_r1.photographs import Photograph
 from realsr_r1.pipeline import RealSR
 from realsr_r1.sampling import Sampling
 from realsr_r1.stats import clustered
@@ -32,9 +32,7 @@ def report(
     whose codes have the same noise with every lag."""
     found: dict[int, list] = {lag: [] for lag in LAGS}
     for severity in SEVERITIES:
-        data = Pairs(photos, f"nano-{severity}", seed=seed, training=False, labels=False)
-        items = [data[i] for i in range(len(data))]
-        lr, hr = (torch.stack([x[k] for x in items]).float() / 255 for k in ("lr", "hr"))
+        lr, hr = stacked(held_out(photos, severity, seed))
         for lag in LAGS:
             how, away = replace(sampling, lag=lag), []
             for first in range(0, len(lr), batch):

@@ -33,5 +33,16 @@ def test_the_eye_alone_sees_no_code():
     assert torch.equal(policy.cells(redraw.blank_codes(policy, true)), policy.cells(true))
 
 
+def test_a_warm_control_begins_with_the_policys_weights_and_leaves_them_alone(tmp_path):
+    model = RealSR.from_pretrained("nano", "cpu")
+    before = {k: v.clone() for k, v in model.policy.state_dict().items()}
+    settings = chain.Settings(None, tmp_path, steps=1, lr=1e-6, warm=True)
+    assert chain.train(model, "chain", settings, Machine(batch=2)) is model.policy
+    control = chain.train(model, "eye alone, equal pairs", settings, Machine(batch=2))
+    moved = [(v - before[k]).abs().max() for k, v in control.state_dict().items()]
+    assert 0 < max(moved) < 1e-4
+    assert all(torch.equal(v, before[k]) for k, v in model.policy.state_dict().items())
+
+
 def test_a_chain_is_longer_than_a_direct_sequence():
     assert 1.2 < chain.length_ratio() < 1.6

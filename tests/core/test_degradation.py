@@ -162,3 +162,25 @@ def test_bytes_are_divided_by_255(hr):
     pixels = (hr[None] * 255).round().byte()
     one, other = (D.degrade(x, "nano") for x in (pixels, pixels / 255))
     assert torch.equal(one.lr, other.lr)
+
+
+def test_a_pick_is_torchs_multinomial():
+    """The same numbers, so that what a seed draws stays what it was."""
+    one, two = (torch.Generator().manual_seed(3) for _ in "ab")
+    p, dice = torch.tensor([0.5, 0.2, 0.0, 0.3], dtype=torch.float64), D._Dice(one)
+    picked = [dice.pick("abcd", p.tolist()) for _ in range(500)]
+    assert picked == ["abcd"[int(torch.multinomial(p, 1, generator=two))] for _ in range(500)]
+    assert set(picked) == set("abd")
+
+
+@pytest.mark.parametrize("size", [(37, 50), (128, 128)])
+def test_blur_is_the_plain_convolution(size):
+    """What wraps around in the spectrum must not show at any edge."""
+    g = torch.Generator().manual_seed(0)
+    x, k = torch.rand(2, 3, *size, generator=g), torch.rand(2, 21, 21, generator=g)
+    padded = torch.nn.functional.pad(x, (10, 10, 10, 10), mode="replicate")
+    want = [
+        torch.nn.functional.conv2d(one[:, None], kernel[None, None])[:, 0]
+        for one, kernel in zip(padded, k, strict=True)
+    ]
+    torch.testing.assert_close(D.blur(x, k), torch.stack(want), atol=1e-4, rtol=1e-5)

@@ -197,9 +197,9 @@ def test_waves_draw_every_cell_once_after_what_it_follows():
         done, steps = {-1}, wave(n, lag)
         for drawn, source, ended in steps:
             assert done >= {*source, *ended} and not done & {*drawn}
-            done |= {*drawn}
             above = [c - n + min(lag, n - c % n) - 1 for c in drawn if c >= n]
-            assert done >= {*above}  # what lies above has been drawn, `lag` cells ahead
+            assert done >= {*above}  # in earlier steps: the row above, up to `lag` cells from here
+            done |= {*drawn}
         assert len(done) == n * n + 1 and len(steps) == n + (n - 1) * lag
     assert [d for d, _, _ in wave(16, 16)] == [[i] for i in range(256)]
 
