@@ -182,10 +182,12 @@ class ReferenceReward:
         true = [pixels(v, i) for i, v in enumerate(column("hr", hr, len(completions)))]
         out = [0.0] * len(completions)
         for index, made in final_images(completions, self.tokenizer, self.batch):
-            for i, x in zip(index, made, strict=True):
-                if x.shape == true[i].shape:
-                    d = perceptual.distance(x[None].clamp(0, 1), true[i][None].to(x.device))
-                    out[i] = float((1 - d).clamp(0, 1))
+            fit = [k for k, i in enumerate(index) if made[k].shape == true[i].shape]
+            if fit:
+                truth = torch.stack([true[index[k]] for k in fit]).to(made.device)
+                likeness = 1 - perceptual.distance(made[fit].clamp(0, 1), truth)
+                for k, x in zip(fit, likeness.clamp(0, 1).tolist(), strict=True):
+                    out[index[k]] = x
         return out
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -188,7 +189,7 @@ def page(out: str | Path):
 def contact(out: Path, per_row: int = 4) -> Image.Image:
     """All pairs on one sheet, for a first look."""
     pairs = [images.to_tensor(Image.open(p)) for p in sorted(out.glob("[0-9][0-9][0-9].png"))]
-    blank = torch.ones_like(pairs[0])
-    pairs += [blank] * (-len(pairs) % per_row)
+    pairs = [F.pad(p, (GAP, GAP, GAP, GAP), value=1.0) for p in pairs]
+    pairs += [torch.ones_like(pairs[0])] * (-len(pairs) % per_row)
     rows = [torch.cat(pairs[i : i + per_row], 2) for i in range(0, len(pairs), per_row)]
     return images.to_image(torch.cat(rows, 1))

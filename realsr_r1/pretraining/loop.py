@@ -5,7 +5,7 @@ import math
 import time
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -69,14 +69,21 @@ class Fit:
         state = {"step": self.step, "seconds": self.seconds, "model": self.model.state_dict()}
         state |= {"optimizer": self.optimizer.state_dict(), "average": self.average.state_dict()}
         state["extra"] = {k: v.state_dict() for k, v in self.extra.items()}
+        state["settings"] = self._settings()
         last, before = self.out / "checkpoint.pt", self.out / "checkpoint.before.pt"
         torch.save(state, self.out / "checkpoint.part")
         if last.exists():
             last.replace(before)
         (self.out / "checkpoint.part").replace(last)
 
+    def _settings(self) -> dict[str, float]:
+        """What may not change under way; a run may well be made longer."""
+        fixed = ("lr", "warmup", "final_lr", "ema", "clip", "seed")
+        return {k: v for k, v in asdict(self.config).items() if k in fixed}
+
     def resume(self) -> None:
-        """Go on from the last checkpoint that is whole, if there is one."""
+        """Go on from the last checkpoint that is whole, if there is one. Raises ValueError where it
+        is of a training with other settings."""
         kept = [self.out / f"checkpoint{which}.pt" for which in ("", ".before")]
         path = next((p for p in kept if zipfile.is_zipfile(p)), None)
         if path is None:
@@ -84,6 +91,14 @@ class Fit:
             return
         device = next(self.model.parameters()).device
         state = torch.load(path, map_location=device, weights_only=True)
+        is_ = self._settings()
+        was = state.get("settings", is_)
+        other = [f"{k} {was[k]:g}, now {is_[k]:g}" for k in is_ if was[k] != is_[k]]
+        if other:
+            raise ValueError(
+                f"{self.out} holds a training with other settings ({'; '.join(other)}): choose "
+                "another place, or remove it"
+            )
         self.step, self.seconds = state["step"], state["seconds"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -1,7 +1,7 @@
 """Recipes of the three trainings: the tokenizer, the policy, and the decoder on drawn codes."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -203,10 +203,14 @@ class Mixture(Dataset):
 
 
 class Counting(torch.utils.data.Sampler):
-    """Item numbers without end."""
+    """Item numbers without end, from what `start` says when the first is wanted: a training that is
+    resumed goes on with new items."""
+
+    def __init__(self, start: Callable[[], float] = lambda: 0):
+        self.start = start
 
     def __iter__(self) -> Iterator[int]:
-        return itertools.count()
+        return itertools.count(int(self.start()))
 
 
 def train_tokenizer(
@@ -224,7 +228,7 @@ def train_tokenizer(
         model.parameters(), lr=fit.lr, betas=(0.9, 0.95), weight_decay=0.01
     )
     run = Fit(model, optimizer, out, fit)
-    batches = forever(data, machine, Counting(), _stack)
+    batches = forever(data, machine, Counting(lambda: run.step * machine.batch), _stack)
     training = TokenizerTraining(model, batches, machine, loss)
     run.extra = {"critic": training.critic, "critic_step": training.critic_step}
     return run.run(training, preview)
@@ -309,7 +313,9 @@ def train_policy(
         )
     weights = sft.token_weights(policy.vocabulary, loss.text_weight).to(machine.device)
     collate = sft.collate(policy.vocabulary, loss.tags)
-    batches = forever(data, machine, Counting(), collate)
+    run = Fit(policy, optimizer, out, fit)
+    used = Counting(lambda: run.step * machine.batch / loss.reuse)
+    batches = forever(data, machine, used, collate)
     source = Replay(_chains(policy, tokenizer, batches), machine.batch, loss.reuse)
 
     def loss_of(step: int, done: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -326,7 +332,7 @@ def train_policy(
                 seen = redraw(policy, ids, lr, share=share)
             return sft.chain_loss(policy, ids, lr, weights, seen), {}
 
-    return Fit(policy, optimizer, out, fit).run(loss_of, preview)
+    return run.run(loss_of, preview)
 
 
 def _drawn(policy: ChainPolicy, batches: Iterator[dict], model: VQModel) -> Iterator[dict]:
@@ -363,7 +369,9 @@ def train_decoder(
         model.decoder.parameters(), lr=fit.lr, betas=(0.9, 0.95), weight_decay=0.01
     )
     drawing = replace(machine, batch=machine.draws)
-    batches = forever(data, drawing, Counting(), _stack)
+    run = Fit(model, optimizer, out, fit)
+    used = Counting(lambda: run.step * machine.batch / loss.reuse)
+    batches = forever(data, drawing, used, _stack)
     source = Replay(_drawn(policy, batches, model), machine.batch, loss.reuse, 30_000)
     training = TokenizerTraining(model, batches, machine, loss)
 
@@ -382,6 +390,5 @@ def train_decoder(
                 total = total - loss.adversary * training.critic(y).float().mean()
         return total, figures
 
-    run = Fit(model, optimizer, out, fit)
     run.extra = {"critic": training.critic, "critic_step": training.critic_step}
     return run.run(loss_of, preview)

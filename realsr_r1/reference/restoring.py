@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from transformers import (
     DynamicCache,
@@ -485,4 +486,5 @@ def restore_reference(
     settings["bicubic_tiles"] = sum(t.chain.final_image is None for t in tiles)  # no valid answer
     image = images.to_image((total / weight)[:, : h * SCALE, : w * SCALE])
     complete = len(tiles) == len(places)
-    return Restoration(image, vlcot.Chain(), tiles, settings, complete, exif=photo.exif)
+    alpha = photo.alpha and photo.alpha.resize(image.size, Image.Resampling.BICUBIC)
+    return Restoration(image, vlcot.Chain(), tiles, settings, complete, alpha, photo.exif)

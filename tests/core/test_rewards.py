@@ -171,6 +171,9 @@ def test_reference_reward_is_highest_for_the_truth(vq):
     other = chain(grids=vlcot.GRIDS, seed=5)
     good, bad = ReferenceReward(vq)([vlcot.render(true), other], hr=[decoded, decoded])
     assert good == pytest.approx(1.0, abs=1e-3) and bad < good
+    small, none = chain(grids=(2, 4, 8)), "no chain"
+    mixed = ReferenceReward(vq)([other, small, none, vlcot.render(true)], hr=[decoded] * 4)
+    assert mixed == pytest.approx([bad, 0, 0, good])  # each its own, 0 where sizes differ
 
 
 def test_guarded_names_the_reward_and_the_sample():

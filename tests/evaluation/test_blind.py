@@ -38,6 +38,19 @@ def test_the_order_is_shuffled_and_the_key_knows_it(comparison):
     assert {k["severity"] for k in key} == {"light", "medium", "heavy"}
 
 
+def test_pairs_lie_apart_on_the_sheet(comparison):
+    sheet, gap = blind.contact(comparison, per_row=3), blind.GAP
+    w, h = 2 * 128 + 3 * gap, 128 + 2 * gap
+    assert sheet.size == (3 * w, 3 * h)
+    pair = sheet.crop((w, 0, 2 * w, h))
+    within = pair.crop((gap, gap, w - gap, h - gap))
+    from PIL import Image, ImageChops
+
+    alone = Image.open(comparison / "001.png").convert("RGB")
+    assert ImageChops.difference(within, alone).getextrema() == ((0, 0),) * 3
+    assert pair.crop((0, 0, gap, h)).getextrema() == ((255, 255),) * 3
+
+
 def test_the_report_counts_what_was_chosen(comparison, capsys):
     for i in range(6):
         blind.answer(comparison, i, bright_side(comparison, i))

@@ -94,6 +94,24 @@ def test_the_policy_trains_on_codes_of_its_own_and_goes_on_after_a_kill(data, tm
     assert (tmp_path / "log.csv").read_text(encoding="utf-8").splitlines()[-1].startswith("7,")
 
 
+def test_a_training_goes_on_with_new_items_and_its_own_settings(data, tmp_path):
+    class Noting(photographs.Pairs):
+        def __getitem__(self, i):
+            seen.append(i)
+            return super().__getitem__(i)
+
+    loss = TokenizerLoss(adversary=0)
+    for steps in (2, 3):
+        seen = []
+        fit = FitConfig(steps=steps, lr=1e-3, warmup=1, checkpoint_minutes=0)
+        pairs = Noting(data.photos, labels=False)
+        recipes.train_tokenizer(tiny()[0], pairs, tmp_path, Machine(batch=2), fit, loss)
+    assert seen == [4, 5]
+    other = FitConfig(steps=4, lr=2e-3, warmup=1)
+    with pytest.raises(ValueError, match=r"other settings \(lr 0.001, now 0.002\)"):
+        recipes.train_tokenizer(tiny()[0], data, tmp_path, Machine(batch=2), other, loss)
+
+
 def test_the_decoder_learns_and_the_codes_keep_their_meaning(data, tmp_path):
     vq, policy = tiny()
     book = vq.codebook.weight.clone()

@@ -596,6 +596,15 @@ def test_restore_tiles_a_photo(small):
     assert np.array_equal(out.image, again) and not np.array_equal(out.image, other)
 
 
+def test_the_photo_keeps_its_alpha(small, tmp_path):
+    picture = photo(16, 16).convert("RGBA")
+    picture.paste((0, 0, 0, 0), (0, 0, 8, 16))
+    out = restored(picture, small)
+    out.save(tmp_path / "x.png")
+    left, right = (Image.open(tmp_path / "x.png").getchannel("A").getpixel((x, 30)) for x in (4, 60))
+    assert (left, right) == (0, 255)
+
+
 def test_colors_come_from_the_photo(small):
     out = restored(Image.new("RGB", (16, 16), (90, 120, 60)), small, window=8).image
     assert np.abs(np.asarray(out, float).mean((0, 1)) - (90, 120, 60)).max() < 6
