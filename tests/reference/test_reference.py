@@ -601,8 +601,8 @@ def test_the_photo_keeps_its_alpha(small, tmp_path):
     picture.paste((0, 0, 0, 0), (0, 0, 8, 16))
     out = restored(picture, small)
     out.save(tmp_path / "x.png")
-    left, right = (Image.open(tmp_path / "x.png").getchannel("A").getpixel((x, 30)) for x in (4, 60))
-    assert (left, right) == (0, 255)
+    alpha = Image.open(tmp_path / "x.png").getchannel("A")
+    assert (alpha.getpixel((4, 30)), alpha.getpixel((60, 30))) == (0, 255)
 
 
 def test_colors_come_from_the_photo(small):
