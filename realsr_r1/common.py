@@ -14,7 +14,7 @@ from torch import Tensor
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 # Whoever draws photographs has seeds of its own, so that no two of them meet the same crops.
 SEEDS_EACH = 10_000
-USES = "measure tokenizer policy decoder grpo chain optimizer expert labels".split()
+USES = "measure tokenizer policy decoder grpo chain optimizer expert labels ending".split()
 SEEDS = {use: i * SEEDS_EACH for i, use in enumerate(USES)}
 
 

@@ -33,7 +33,7 @@ WEIGHTS = Path(__file__).parent / "assets" / "nano"
 TILE = GRIDS[-1] * FACTOR // SCALE  # LR pixels
 STRIDE = 28  # LR pixels: a tile's outer codes are drawn but not used, where it has neighbors
 CODE = FACTOR // SCALE  # LR pixels per code
-HOLD = 0.6  # of the gap to an LR photo that is read as clean, how much is closed
+HOLD = 1.0  # of the gap to an LR photo that is read as clean, how much is closed
 MAX_PIXELS = 1024 * 1024  # of the LR photo: the result has 16 times as many
 WINDOW, MARGIN = 64, 8  # codes: the decoder's window on large photos, and what it sees around it
 
@@ -153,11 +153,13 @@ class RealSR:
         parts = [None if x is None else x.to(self.device) for x in (codes, lr)]
         return self.tokenizer.decode(*parts)
 
-    def finish(self, chains: list[Chain], lr: Tensor) -> Tensor:
-        """The pictures (b, 3, 128, 128) that chains for LR tiles (b, 3, 32, 32) end with."""
-        made = self.decode(torch.stack([c.final_image for c in chains]), lr).cpu()
-        clean = torch.tensor([reads_clean(c) for c in chains])
-        return hold(made, lr.cpu(), HOLD * clean[:, None, None, None])
+    @torch.no_grad()
+    def finish(self, chains: list[Chain], lr: Tensor, clean: bool = True) -> Tensor:
+        """Pictures (b, 3, 128, 128) of chains for tiles (b, 3, 32, 32), by either ending."""
+        codes = torch.stack([c.final_image for c in chains]).to(self.device)
+        made = self.tokenizer.decode(codes, lr.to(self.device), clean=clean).cpu()
+        held = torch.tensor([reads_clean(c) for c in chains])
+        return hold(made, lr.cpu(), HOLD * held[:, None, None, None])
 
     def read(self, lr: Tensor, sampling: Sampling, generator: torch.Generator) -> Chain:
         """The reading of a whole LR photo (3, h, w), from its middle square at one tile's size."""

@@ -27,7 +27,7 @@ class Sampling:
     token after the other."""
 
     temperature: float = 1.0  # of text
-    image_temperature: float = 0.8
+    image_temperature: float = 0.65
     greedy_text: bool = True
     entropy_top_k: bool = True  # inside images; see the function of that name
     guidance: float = 1.0  # 1: off; PURE uses 0.8. See `guided_logits`

@@ -7,11 +7,14 @@ In training codes or LR photo are left out at random, so that the same weights g
 (codes alone, the paper's way), the restoration (both) and the control (LR alone).
 """
 
+import copy
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from realsr_r1.common import check_number
@@ -34,6 +37,7 @@ class TokenizerConfig:
         check_number("trust", self.trust, 0.0, 1.0)
 
 
+Opt = Tensor | None
 FACTOR = 8  # HR pixels per code, per axis
 SCALE = 4  # of super-resolution: HR pixels per LR pixel
 
@@ -132,8 +136,7 @@ class Encoder(nn.Sequential):
         return super().forward(x * 2 - 1)
 
 
-def _up(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+_up = nn.Upsample(scale_factor=2.0, mode="nearest")
 
 
 class Decoder(nn.Module):
@@ -155,15 +158,17 @@ class Decoder(nn.Module):
         self.at2 = nn.Sequential(nn.Conv2d(b, c, 3, padding=1), *_blocks(c, 1))
         self.at1 = nn.Sequential(nn.Conv2d(c, e, 3, padding=1), *_blocks(e, 1, norm=False))
         self.out = nn.Sequential(nn.SiLU(), nn.Conv2d(e, 3, 3, padding=1))
+        self.clean: nn.ModuleList | None = None  # a second ending, beside an LR photo
+
+    def ending(self) -> nn.ModuleList:
+        """The last layers: a block at 1/4, and what turns its features into a picture."""
+        return nn.ModuleList([self.at4[-1], self.at2, self.at1, self.out])
 
     def forward(
-        self,
-        q: Tensor | None,
-        lr: Tensor | None = None,
-        use_codes: Tensor | None = None,
-        use_lr: Tensor | None = None,
+        self, q: Opt, lr: Opt = None, use_codes: Opt = None, use_lr: Opt = None, clean: bool = True
     ) -> Tensor:
-        """Not clamped. `use_codes`, `use_lr` (b,) bool: which samples see which input."""
+        """Not clamped. `use_codes`, `use_lr` (b,) bool: which samples see which input; `clean`:
+        with the second ending, if there is one and an LR photo."""
         b = len(q if q is not None else lr)
         if q is None:
             h, w = lr.shape[-2] // 2, lr.shape[-1] // 2
@@ -180,8 +185,10 @@ class Decoder(nn.Module):
                 use = use_lr[:, None, None, None]
                 seen = torch.where(use, seen, self.no_lr)
                 base = torch.where(use, base, 0.5)
-        x = self.at4(torch.cat([x, seen.to(x.dtype)], 1))
-        return base + 0.5 * self.out(self.at1(_up(self.at2(_up(x)))))
+        second = clean and self.clean is not None and lr is not None
+        block, at2, at1, out = self.clean if second else self.ending()
+        x = block(self.at4[:-1](torch.cat([x, seen.to(x.dtype)], 1)))
+        return base + 0.5 * out(at1(_up(at2(_up(x)))))
 
 
 class VQModel(nn.Module, PyTorchModelHubMixin):
@@ -196,6 +203,16 @@ class VQModel(nn.Module, PyTorchModelHubMixin):
         self.encoder, self.decoder = Encoder(self.config), Decoder(self.config)
         self.codebook = Codebook(self.config.codes, self.config.code_dim, self.config.commitment)
 
+    @classmethod
+    def _load_as_safetensor(cls, model: "VQModel", file: str, device: str, _: bool) -> "VQModel":
+        """The hub's loader, for a second ending that may lie in a file of its own."""
+        files = [Path(file), Path(file).with_name("clean.safetensors")]
+        state = {k: v for f in files if f.exists() for k, v in load_file(f, device).items()}
+        if any(k.startswith("decoder.clean.") for k in state):
+            model.decoder.clean = copy.deepcopy(model.decoder.ending())
+        model.load_state_dict(state)
+        return model.eval()
+
     def encode(self, x: Tensor) -> Tensor:
         """Image (b, 3, h, w) in [0, 1] → codes (b, h/8, w/8), int64."""
         h, w = x.shape[-2:]
@@ -205,19 +222,18 @@ class VQModel(nn.Module, PyTorchModelHubMixin):
 
     def encode_steps(self, hr: Tensor, grids: tuple[int, ...] = (4, 8, 16)) -> list[Tensor]:
         """HR squares (b, 3, s, s) → the codes (b, n, n) of a chain's images, for n in `grids`."""
-        sizes = [n * FACTOR for n in grids]
-        return [self.encode(F.interpolate(hr, size=s, mode="area")) for s in sizes]
+        return [self.encode(F.interpolate(hr, size=n * FACTOR, mode="area")) for n in grids]
 
     def decode(
-        self, codes: Tensor | None = None, lr: Tensor | None = None, trust: float | None = None
+        self, codes: Opt = None, lr: Opt = None, trust: float | None = None, clean: bool = True
     ) -> Tensor:
         """Codes (b, h, w), the LR photo (b, 3, 2h, 2w), or both → (b, 3, 8h, 8w) in [0, 1].
 
         Where there are both, codes count for `trust` alone (None: the configuration's): a drawn
-        code is a guess."""
+        code is a guess. `clean`: with the second ending, for the eye; else the first, for LPIPS."""
         if codes is None and lr is None:
             raise ValueError("decode needs codes, an LR photo, or both")
         q = None if codes is None else self.codebook.embed(codes)
         if q is not None and lr is not None:
             q = torch.lerp(self.decoder.no_codes, q, self.config.trust if trust is None else trust)
-        return self.decoder(q, lr).float().clamp(0, 1)
+        return self.decoder(q, lr, clean=clean).float().clamp(0, 1)

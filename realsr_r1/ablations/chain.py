@@ -130,7 +130,7 @@ def measure(model: RealSR, policy: ChainPolicy, variant: str, photos: list) -> l
             lr, hr = (batch[k].float() / 255 for k in ("lr", "hr"))
             ids = sft.fill(policy, batch["ids"], model.tokenizer.encode_steps(hr))
             codes, nats = draw(policy, ids, lr, variant)
-            made = model.tokenizer.decode(codes, lr, trust=1.0)  # the codes are what is compared
+            made = model.tokenizer.decode(codes, lr, trust=1.0, clean=False)  # codes are compared
             figures = (perceptual.distance(made, hr), perceptual.psnr(made, hr), nats)
             for item, d, p, n in zip(items, *figures, strict=True):
                 photo = photos[item["index"]]

@@ -86,7 +86,7 @@ def report(
     model: RealSR,
     photos: list[Photograph],
     severity: str = "medium",
-    temperature: float = 0.8,
+    temperature: float = 0.65,
     seed: int = 0,
 ) -> str:
     """Lines of text: the share of well-formed chains; LPIPS of pictures drawn under the policy's

@@ -150,7 +150,7 @@ def add_photographs(p: argparse.ArgumentParser, split: str) -> None:
     folder = "a folder of annotated photographs; those that ship if left out"
     p.add_argument("--photographs", type=place, help=folder)
     p.add_argument("--split", default=split, choices=("val", "test"), help="test: only at the end")
-    p.add_argument("--temperature", type=real(), default=0.8, help="of the images' tokens")
+    p.add_argument("--temperature", type=real(), default=0.65, help="of the images' tokens")
 
 
 def demo(a: argparse.Namespace) -> None:

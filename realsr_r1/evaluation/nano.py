@@ -1,8 +1,9 @@
 """The nano model on held-out photographs: the chain beside its controls, by severity.
 
-Controls: codes in full (`TokenizerConfig.trust` 1, no `pipeline.hold`); the LR photo alone through
-the same decoder (what the chain must beat); random codes (confetti scores well on LPIPS); the true
-codes in full (the ceiling); plain codes without the LR photo (the paper's way); bicubic.
+Controls: the decoder's first ending (`Decoder.clean`); codes in full (`TokenizerConfig.trust` 1, no
+`pipeline.hold`); the LR photo alone through the same decoder (what the chain must beat); random
+codes (confetti scores well on LPIPS); the true codes in full (the ceiling); plain codes without the
+LR photo (the paper's way); bicubic.
 """
 
 import csv
@@ -29,6 +30,7 @@ METHODS = (
     "bicubic",
     "LR alone",
     "chain",
+    "chain, first ending",
     "chain, codes in full",
     "chain, plain decode",
     "its middle image",
@@ -82,6 +84,7 @@ def pictures(model: RealSR, lr: Tensor, hr: Tensor, chains: list[vlcot.Chain]) -
         "bicubic": bicubic(lr),
         "LR alone": model.decode(lr=lr).cpu(),
         "chain": model.finish(chains, lr),
+        "chain, first ending": model.finish(chains, lr, clean=False),
         "chain, codes in full": in_full[0].cpu(),
         "chain, plain decode": model.decode(drawn).cpu(),
         "its middle image": enlarged(model.decode(middle).cpu(), hr.shape[-1]),

@@ -1,5 +1,5 @@
-"""How far to trust drawn codes, and which photos to hold to their LR photo: the same chains,
-decoded in several ways. What `TokenizerConfig.trust` and `pipeline.HOLD` were chosen by.
+"""How far to trust drawn codes, which photos to hold to their LR photo, and with which ending: the
+same chains, decoded in several ways. `TokenizerConfig.trust` and `pipeline.HOLD` were chosen by it.
 """
 
 import torch
@@ -14,19 +14,22 @@ from realsr_r1.sampling import Sampling
 from realsr_r1.tokenizer import SCALE
 from realsr_r1.vlcot import Chain
 
-WAYS = {  # trust, and which photos are held
-    **{f"trust {t}": (t, "none") for t in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)},
-    "trust 0.7, those read as clean are held": (0.7, "clean"),
-    "trust 0.7, all are held": (0.7, "all"),
+WAYS = {  # trust, which photos are held, and whether the second ending is used
+    **{f"trust {t}": (t, "none", True) for t in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)},
+    "trust 0.7, those read as clean are held": (0.7, "clean", True),
+    "trust 0.7, all are held": (0.7, "all", True),
+    "trust 0.7, those read as clean are held, first ending": (0.7, "clean", False),
 }
 
 
 @torch.no_grad()
-def decoded(model: RealSR, chains: list[Chain], lr: Tensor, trust: float, held: str) -> Tensor:
+def decoded(
+    model: RealSR, chains: list[Chain], lr: Tensor, trust: float, held: str, clean: bool = True
+) -> Tensor:
     """Pictures (b, 3, 128, 128) of chains for LR photos (b, 3, 32, 32), on the CPU; `held`: none,
-    clean or all."""
+    clean or all; `clean`: see `VQModel.decode`."""
     codes = torch.stack([c.final_image for c in chains]).to(model.device)
-    made = model.tokenizer.decode(codes, lr.to(model.device), trust).cpu()
+    made = model.tokenizer.decode(codes, lr.to(model.device), trust, clean).cpu()
     which = torch.tensor([held == "all" or (held == "clean" and reads_clean(c)) for c in chains])
     return hold(made, lr, HOLD * which[:, None, None, None])
 

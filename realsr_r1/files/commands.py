@@ -63,7 +63,7 @@ def register(sub) -> None:
     text = "the result, e.g. out.png, or a folder"
     r.add_argument("-o", "--out", type=place, required=True, help=text)
     r.add_argument("--trace", type=place, help="write the chains of thought as JSON")
-    r.add_argument("--temperature", type=real(), default=0.8, help="of the images' tokens")
+    r.add_argument("--temperature", type=real(), default=0.65, help="of the images' tokens")
     text = "1: off; see sampling.guided_logits"
     r.add_argument("--guidance", type=real(zero=True), default=1.0, help=text)
     r.add_argument("--batch", type=integer(), default=96, help="tiles at a time")

@@ -95,6 +95,7 @@ def register(sub) -> None:
         "tokenizer": "encoder, codebook and decoder on crops of photographs",
         "policy": "the policy on true chains (supervised fine-tuning, from scratch)",
         "decoder": "the decoder on codes that the policy draws",
+        "ending": "a second ending of the decoder, for clean pictures",
         "all": "the three one after another, sharing the minutes",
     }
     for name, what in stages.items():
@@ -122,7 +123,7 @@ def register(sub) -> None:
         if name in ("policy", "all"):
             text = "how often the policy sees each pair: on a GPU, 5 keeps up with 16 cores"
             p.add_argument("--reuse", type=real(), default=1.0, help=text)
-        if name != "policy":
+        if name not in ("policy", "ending"):
             p.add_argument(
                 "--vgg",
                 default="",

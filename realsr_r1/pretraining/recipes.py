@@ -1,5 +1,6 @@
 """Recipes of the three trainings: the tokenizer, the policy, and the decoder on drawn codes."""
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -223,6 +224,7 @@ def train_tokenizer(
     preview=None,
 ) -> VQModel:
     """Train the tokenizer on crops; returns the averaged weights."""
+    model.decoder.clean = None  # it belongs to the weights before
     model = model.to(machine.device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=fit.lr, betas=(0.9, 0.95), weight_decay=0.01
@@ -339,7 +341,7 @@ def _drawn(policy: ChainPolicy, batches: Iterator[dict], model: VQModel) -> Iter
     """Pictures, LR photos, the codes of chains that the policy draws as at restoration, and the
     true codes."""
     for i, batch in enumerate(batches):
-        heat = 0.6 + 0.4 * float(torch.rand(()))
+        heat = 0.5 + 0.5 * float(torch.rand(()))
         generator = torch.Generator().manual_seed(i)
         drawn = sample(policy, batch["lr"], Sampling(image_temperature=heat), generator).codes
         with torch.no_grad(), autocast(batch["hr"].device):
@@ -363,6 +365,7 @@ def train_decoder(
     their meaning."""
     model = model.to(machine.device, memory_format=torch.channels_last)
     policy = policy.to(machine.device).eval().requires_grad_(False)
+    model.decoder.clean = None  # it belongs to the weights before
     model.eval().requires_grad_(False)
     model.decoder.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(
@@ -392,3 +395,74 @@ def train_decoder(
 
     run.extra = {"critic": training.critic, "critic_step": training.critic_step}
     return run.run(loss_of, preview)
+
+
+@dataclass(frozen=True)
+class EndingLoss:
+    """What the decoder's second ending learns from (see `train_ending`)."""
+
+    l1: float = 10.0
+    lpips: float = 0.15
+    sharpen: float = 1.0  # of the targets
+    see_codes: float = 0.8  # share of the samples; the others see the LR photo alone
+    reuse: float = 8.0
+    share: float = 0.45  # of what was learnt in the ending that is kept
+
+
+def sharpened(x: Tensor, amount: float, sigma: float = 3.0) -> Tensor:
+    """Pictures (b, 3, h, w) in [0, 1] with `amount` of what a blur of `sigma` pixels takes away
+    added once more (unsharp mask)."""
+    r = round(3 * sigma)
+    line = torch.exp(-(torch.arange(-r, r + 1, device=x.device) ** 2) / (2 * sigma**2))
+    line = (line / line.sum()).expand(x.shape[1], 1, 1, -1)
+    soft = F.pad(x, (r, r, r, r), mode="reflect")
+    for kernel in (line, line.mT):
+        soft = F.conv2d(soft, kernel, groups=x.shape[1])
+    return (x + amount * (x - soft)).clamp(0, 1)
+
+
+def train_ending(
+    model: VQModel,
+    policy: ChainPolicy,
+    data: Dataset,
+    out: Path,
+    machine: Machine,
+    fit: FitConfig,
+    loss: EndingLoss = EndingLoss(),
+    preview=None,
+) -> VQModel:
+    """A second ending of the decoder, for pictures beside an LR photo: smooth where the first,
+    trained for LPIPS, paints strokes. What is kept lies between the two (network interpolation,
+    Wang et al. 2018, ESRGAN, section 3.4). Its targets are sharpened, as Real-ESRGAN's are
+    (Wang et al. 2021, arXiv 2107.10833). All else stays, so codes alone decode as before."""
+    model = model.to(machine.device, memory_format=torch.channels_last)
+    policy = policy.to(machine.device).eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    first = model.decoder.ending()
+    ending = model.decoder.clean = copy.deepcopy(first).requires_grad_(True)
+    optimizer = torch.optim.AdamW(ending.parameters(), lr=fit.lr, betas=(0.9, 0.95))
+    run = Fit(model, optimizer, out, fit)
+    used = Counting(lambda: run.step * machine.batch / loss.reuse)
+    batches = forever(data, replace(machine, batch=machine.draws), used, _stack)
+    source = Replay(_drawn(policy, batches, model), machine.batch, loss.reuse, 30_000)
+    generator = torch.Generator().manual_seed(fit.seed)
+
+    def loss_of(step: int, done: float) -> tuple[Tensor, dict[str, Tensor]]:
+        batch = next(source)
+        x, lr = (batch[k].float() / 255 for k in ("hr", "lr"))
+        target = sharpened(x, loss.sharpen)
+        see = torch.rand(len(x), device=x.device) < loss.see_codes
+        q = torch.lerp(
+            model.decoder.no_codes, model.codebook.embed(batch["drawn"]), model.config.trust
+        )
+        with autocast(x.device):
+            y = model.decoder(q, lr, see).float()
+            l1 = (y - target).abs().mean()
+            away = losses.robust_distance(y, target, generator).mean()
+        return loss.l1 * l1 + loss.lpips * away, {"l1": l1.detach(), "lpips": away.detach()}
+
+    made = run.run(loss_of, preview)
+    with torch.no_grad():
+        for new, old in zip(made.decoder.clean.parameters(), first.parameters(), strict=True):
+            new.lerp_(old, 1 - loss.share)
+    return made

@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow.parquet as parquet
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from realsr_r1 import perceptual, photographs, sft
@@ -29,8 +30,9 @@ from realsr_r1.sampling import sample
 from realsr_r1.tokenizer import TokenizerConfig, VQModel
 
 SHARES = {"tokenizer": 0.4, "policy": 0.5, "decoder": 0.1}  # of the minutes of "all"
-RATES = {"tokenizer": 1.5e-3, "policy": 4e-3, "decoder": 4e-4}
-BATCHES = {"tokenizer": (8, 64), "policy": (12, 128), "decoder": (8, 64)}  # CPU, GPU
+RATES = {"tokenizer": 1.5e-3, "policy": 4e-3, "decoder": 4e-4, "ending": 8e-4}
+ON_CPU = {"policy": 12}  # samples a step, else 8
+ON_GPU = {"policy": 128}  # else 64
 PREVIEW = 24  # validation photographs
 
 
@@ -60,7 +62,8 @@ class Settings:
         workers = self.workers
         if workers is None:
             workers = 0 if device == "cpu" else max(1, (os.cpu_count() or 2) - 1)
-        batch = self.batch or BATCHES[stage][device != "cpu"]
+        usual = ON_CPU.get(stage, 8) if device == "cpu" else ON_GPU.get(stage, 64)
+        batch = self.batch or usual
         return Machine(device, batch, workers, draws=48 if device == "cpu" else 1024)
 
     def fit(self, stage: str) -> FitConfig:
@@ -145,12 +148,16 @@ def pictures(where: str | Path, name: str) -> list[Picture]:
     return [Picture(partial(bytes, r)) for r in rows]
 
 
+def _crops(s: Settings, what: str) -> recipes.Mixture:
+    photos = photographs.load("train", s.photographs)
+    others = [pictures(s.photographs, n) if s.photographs else [] for n in ("general", "large")]
+    return recipes.crops(photos, *others, seed=seed_of(what, s.seed))
+
+
 def _tokenizer(s: Settings, start: RealSR | None) -> VQModel:
     torch.manual_seed(s.seed)
     model = start.tokenizer if start else VQModel(TokenizerConfig())
-    photos = photographs.load("train", s.photographs)
-    others = [pictures(s.photographs, n) if s.photographs else [] for n in ("general", "large")]
-    data = recipes.crops(photos, *others, seed=seed_of("tokenizer", s.seed))
+    data = _crops(s, "tokenizer")
     loss = TokenizerLoss(vgg_file=s.vgg)
     preview = Preview(s, "tokenizer").tokenizer
     machine, fit = s.machine("tokenizer"), s.fit("tokenizer")
@@ -172,25 +179,29 @@ def _policy(s: Settings, tokenizer: VQModel, start: ChainPolicy | None) -> Chain
     )
 
 
-def _decoder(s: Settings, model: RealSR) -> VQModel:
-    data = Pairs(photographs.load("train", s.photographs), seed=seed_of("decoder", s.seed))
+def _decoder(s: Settings, model: RealSR, what: str) -> VQModel:
+    preview = Preview(s, what).decoder(model.policy)
+    run = s.out / what, s.machine(what), s.fit(what)
+    if what == "ending":
+        data = _crops(s, what)
+        return recipes.train_ending(model.tokenizer, model.policy, data, *run, preview=preview)
+    data = Pairs(photographs.load("train", s.photographs), seed=seed_of(what, s.seed))
     loss = TokenizerLoss(l1=3.0, adversary=0.02, see_lr=0.75, vgg_file=s.vgg)
-    preview, machine = Preview(s, "decoder").decoder(model.policy), s.machine("decoder")
-    return recipes.train_decoder(
-        model.tokenizer,
-        model.policy,
-        data,
-        s.out / "decoder",
-        machine,
-        s.fit("decoder"),
-        loss,
-        preview,
-    )
+    return recipes.train_decoder(model.tokenizer, model.policy, data, *run, loss, preview)
 
 
 def finish(run: Path, part: nn.Module, weights: Path, settings: Settings) -> None:
-    """Write the trained weights in half precision, and drop the checkpoint they came from."""
-    part.half().save_pretrained(weights)
+    """Write the trained weights in half precision, and drop the checkpoint they came from. A second
+    ending goes to a file of its own, beside the tokenizer's."""
+    ending = weights / "clean.safetensors"
+    if run.name == "ending":
+        weights.mkdir(parents=True, exist_ok=True)
+        state = {k: v for k, v in part.half().state_dict().items() if ".clean." in k}
+        save_file({k: v.contiguous() for k, v in state.items()}, ending)
+    else:
+        part.half().save_pretrained(weights)
+        if run.name in ("tokenizer", "decoder"):  # an ending belongs to the weights before
+            ending.unlink(missing_ok=True)
     part.float()
     (weights / "README.md").unlink(missing_ok=True)  # the hub's empty card
     text = json.dumps(asdict(settings), default=str, indent=1)
@@ -200,7 +211,7 @@ def finish(run: Path, part: nn.Module, weights: Path, settings: Settings) -> Non
 
 
 def run(what: str, settings: Settings) -> None:
-    """Train `what`: a stage of SHARES or "all", which shares the minutes. Weights go to `out`,
+    """Train `what`: a stage of RATES or "all", which shares the minutes. Weights go to `out`,
     where `RealSR.from_pretrained(out)` finds them; the log and a preview to `out`/<stage>.
 
     Raises ValueError where a stage lacks what it builds on."""
@@ -227,7 +238,7 @@ def run(what: str, settings: Settings) -> None:
         return
     if start is None:
         raise ValueError(f"{home} holds no policy: train one first (realsr train policy)")
-    finish(out / what, _decoder(s, start), out / "tokenizer", s)
+    finish(out / what, _decoder(s, start, what), out / "tokenizer", s)
 
 
 def reinforce(

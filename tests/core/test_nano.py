@@ -2,6 +2,7 @@
 
 Random weights are enough: everything here is about form, not about quality."""
 
+import copy
 import itertools
 import json
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from realsr_r1 import images, perceptual, sampling, sft, vlcot
 from realsr_r1.common import generator
@@ -540,6 +542,28 @@ def test_weights_go_to_a_folder_and_back(model, tmp_path, lr):
         RealSR.from_pretrained(tmp_path, device="cpu")
     with pytest.raises(FileNotFoundError, match="weights policy-grpo are missing"):
         RealSR.from_pretrained(tmp_path, device="cpu", policy="policy-grpo")
+
+
+def test_a_second_ending_travels_with_the_weights_or_in_its_own_file(model, tmp_path, lr):
+    model.save_pretrained(tmp_path / "one")
+    two = RealSR.from_pretrained(tmp_path / "one", device="cpu")
+    codes = torch.randint(64, (len(lr), 16, 16))
+    plain, both = model.decode(codes), model.decode(codes, lr)
+    assert two.tokenizer.decoder.clean is None
+    ending = two.tokenizer.decoder.clean = copy.deepcopy(two.tokenizer.decoder.ending())
+    with torch.no_grad():
+        ending[3][1].bias += 0.5
+    brighter = two.decode(codes, lr)
+    assert (brighter - both).mean() > 0.1
+    torch.testing.assert_close(two.decode(codes), plain, atol=1e-3, rtol=1e-3)  # codes alone
+    first = two.tokenizer.decode(codes, lr, clean=False)
+    torch.testing.assert_close(first, both, atol=1e-3, rtol=1e-3)
+    two.save_pretrained(tmp_path / "two")
+    state = {f"decoder.clean.{k}": v.half().contiguous() for k, v in ending.state_dict().items()}
+    save_file(state, tmp_path / "one" / "tokenizer" / "clean.safetensors")
+    for folder in ("one", "two"):
+        back = RealSR.from_pretrained(tmp_path / folder, device="cpu")
+        torch.testing.assert_close(back.decode(codes, lr), brighter, atol=1e-3, rtol=1e-3)
 
 
 def test_parts_of_different_trainings_are_refused(model):

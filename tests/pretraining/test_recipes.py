@@ -123,3 +123,47 @@ def test_the_decoder_learns_and_the_codes_keep_their_meaning(data, tmp_path):
     assert torch.equal(made.codebook.weight, book)
     assert torch.equal(next(made.encoder.parameters()), first)
     assert not torch.equal(vq.decoder.out[1].weight, last)
+
+
+def test_only_the_second_ending_learns(data, tmp_path):
+    vq, policy = tiny()
+    codes, lr = torch.randint(64, (1, 16, 16)), torch.rand(1, 3, 32, 32)
+    before = {k: v.clone() for k, v in vq.state_dict().items()}
+    plain, both = vq.decode(codes), vq.decode(codes, lr)
+    fit = FitConfig(minutes=60, steps=2, lr=1e-3, warmup=1, ema=0.0)
+    machine = Machine(batch=2, draws=2)
+    made = recipes.train_ending(vq, policy, data, tmp_path, machine, fit)
+    assert all(torch.equal(v, before[k]) for k, v in made.state_dict().items() if k in before)
+    assert torch.equal(made.decode(codes), plain)
+    assert not torch.equal(made.decode(codes, lr), both)
+    made.decoder.clean = None
+    torch.testing.assert_close(made.decode(codes, lr), both)
+
+
+def test_what_is_kept_lies_between_the_endings(data, tmp_path):
+    kept = []
+    for share in (0.0, 0.5, 1.0):
+        vq, policy = tiny()
+        fit = FitConfig(minutes=60, steps=1, lr=1e-2, warmup=1, ema=0.0)
+        loss = recipes.EndingLoss(share=share)
+        torch.manual_seed(1)
+        machine = Machine(batch=2, draws=2)
+        out = tmp_path / str(share)
+        made = recipes.train_ending(vq, policy, data, out, machine, fit, loss)
+        kept.append(made.decoder.clean[1][0].weight)
+    first = made.decoder.at2[0].weight
+    torch.testing.assert_close(kept[0], first)
+    assert not torch.allclose(kept[2], first)
+    torch.testing.assert_close(kept[1], (first + kept[2]) / 2)
+
+
+def test_sharpening_adds_what_a_blur_takes_away():
+    flat = torch.full((1, 3, 40, 40), 0.3)
+    torch.testing.assert_close(recipes.sharpened(flat, 1.0), flat)
+    edge = flat.clone()
+    edge[..., 20:] = 0.6
+    out = recipes.sharpened(edge, 1.0)[0, 0, 20]
+    assert out[19] < 0.2 and out[20] > 0.7  # overshoots on both sides
+    torch.testing.assert_close(out[[0, -1]], torch.tensor([0.3, 0.6]))
+    half = recipes.sharpened(edge, 0.5)[0, 0, 20]
+    torch.testing.assert_close(half - edge[0, 0, 20], (out - edge[0, 0, 20]) / 2)
