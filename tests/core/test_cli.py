@@ -8,6 +8,7 @@ from PIL import Image
 
 from realsr_r1 import __version__
 from realsr_r1.cli import main, parser
+from realsr_r1.sampling import Sampling
 
 
 def leaves(p=None, path=()) -> list[tuple[str, ...]]:
@@ -28,6 +29,12 @@ def test_every_option_says_what_it_is(path, capsys):
     for name in path:
         p = next(a for a in p._actions if isinstance(a.choices, dict)).choices[name]
     assert all(a.help for a in p._actions)
+
+
+@pytest.mark.parametrize("command", ["restore a.png -o o.png", "eval table", "eval chains"])
+def test_commands_draw_as_the_library_does(command):
+    """The parser names the temperature itself, so that `--help` need not load torch."""
+    assert parser().parse_args(command.split()).temperature == Sampling().image_temperature
 
 
 def test_version(capsys):
