@@ -96,7 +96,7 @@ def register(sub) -> None:
         "policy": "the policy on true chains (supervised fine-tuning, from scratch)",
         "decoder": "the decoder on codes that the policy draws",
         "ending": "a second ending of the decoder, for clean pictures",
-        "all": "the three one after another, sharing the minutes",
+        "all": "the four one after another, sharing the minutes",
     }
     for name, what in stages.items():
         p = leaf(leaves, name, train, what)

@@ -1,4 +1,5 @@
-"""Recipes of the three trainings: the tokenizer, the policy, and the decoder on drawn codes."""
+"""Recipes of the four trainings: the tokenizer, the policy, the decoder on drawn codes, and its
+second ending."""
 
 import copy
 import itertools

@@ -1,4 +1,4 @@
-"""The three trainings from one set of settings, each with a preview while it runs."""
+"""The four trainings from one set of settings, each with a preview while it runs."""
 
 import argparse
 import io
@@ -29,7 +29,7 @@ from realsr_r1.pretraining.redraw import final_codes, redraw
 from realsr_r1.sampling import sample
 from realsr_r1.tokenizer import TokenizerConfig, VQModel
 
-SHARES = {"tokenizer": 0.4, "policy": 0.5, "decoder": 0.1}  # of the minutes of "all"
+SHARES = {"tokenizer": 0.4, "policy": 0.45, "decoder": 0.1, "ending": 0.05}  # of "all"
 RATES = {"tokenizer": 1.5e-3, "policy": 4e-3, "decoder": 4e-4, "ending": 8e-4}
 ON_CPU = {"policy": 12}  # samples a step, else 8
 ON_GPU = {"policy": 128}  # else 64
@@ -211,7 +211,7 @@ def finish(run: Path, part: nn.Module, weights: Path, settings: Settings) -> Non
 
 
 def run(what: str, settings: Settings) -> None:
-    """Train `what`: a stage of RATES or "all", which shares the minutes. Weights go to `out`,
+    """Train `what`: a stage of SHARES or "all", which shares the minutes. Weights go to `out`,
     where `RealSR.from_pretrained(out)` finds them; the log and a preview to `out`/<stage>.
 
     Raises ValueError where a stage lacks what it builds on."""

@@ -139,11 +139,11 @@ def test_errors_are_one_sentence(command, message, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_training_leaves_weights_that_restore(tmp_path, capsys):
-    """The three stages in their order, a step each, on the photographs that ship."""
+    """The four stages in their order, a step each, on the photographs that ship."""
     out = tmp_path / "nano"
     assert main(f"train all --steps 1 --batch 2 --out {out} --device cpu".split()) == 0
-    for part in ("tokenizer", "policy-sft"):
-        assert (out / part / "model.safetensors").exists()
+    for part in ("tokenizer/model", "tokenizer/clean", "policy-sft/model"):
+        assert (out / f"{part}.safetensors").exists()
     assert (out / "policy" / "preview.png").exists() and not list(out.rglob("checkpoint*.pt"))
     photo = tmp_path / "photo.png"
     Image.effect_noise((40, 32), 50).convert("RGB").save(photo)

@@ -1,13 +1,16 @@
 """The trainings on a tiny scale: they run, resume, and learn from what they say they do."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from realsr_r1 import photographs
 from realsr_r1.policy import ChainPolicy, PolicyConfig
-from realsr_r1.pretraining import recipes
+from realsr_r1.pretraining import recipes, stages
 from realsr_r1.pretraining.loop import FitConfig
 from realsr_r1.pretraining.muon import MuonAdamW, orthogonalize
 from realsr_r1.pretraining.recipes import Machine, PolicyLoss, Replay, TokenizerLoss
@@ -155,6 +158,21 @@ def test_what_is_kept_lies_between_the_endings(data, tmp_path):
     torch.testing.assert_close(kept[0], first)
     assert not torch.allclose(kept[2], first)
     torch.testing.assert_close(kept[1], (first + kept[2]) / 2)
+
+
+def test_an_ending_has_its_own_file_until_the_decoder_changes(tmp_path):
+    vq, _ = tiny()
+    vq.decoder.clean = copy.deepcopy(vq.decoder.ending())
+    weights = tmp_path / "tokenizer"
+    for stage in ("ending", "policy", "decoder"):
+        (tmp_path / stage).mkdir()
+    stages.finish(tmp_path / "ending", vq, weights, stages.Settings())
+    kept = load_file(weights / "clean.safetensors")
+    assert {k.split(".")[1] for k in kept} == {"clean"} and len(list(weights.iterdir())) == 1
+    stages.finish(tmp_path / "policy", tiny()[1], tmp_path / "policy-sft", stages.Settings())
+    assert (weights / "clean.safetensors").exists()
+    stages.finish(tmp_path / "decoder", tiny()[0], weights, stages.Settings())
+    assert [f.name for f in weights.glob("*.safetensors")] == ["model.safetensors"]
 
 
 def test_sharpening_adds_what_a_blur_takes_away():
