@@ -1,10 +1,10 @@
 """Images as tokens: a VQ autoencoder whose one decoder may also look at the LR photo.
 
-Quantizer: l2-normalized codes with the straight-through gradient and revival of dead codes (Yu et
-al. 2022, ViT-VQGAN; LlamaGen, arXiv 2406.06525, uses the same). The decoder upsamples by nearest
-neighbor and 3×3 convolutions: a pixel shuffle at the output leaves its lattice in every picture.
-In training codes or LR photo are left out at random, so that the same weights give the plain decode
-(codes alone, the paper's way), the restoration (both) and the control (LR alone).
+Quantizer: l2-normalized codes, straight-through gradient, revival of dead codes (Yu et al. 2022,
+ViT-VQGAN; LlamaGen, arXiv 2406.06525, uses the same). The decoder upsamples by nearest neighbor and
+3×3 convolutions: a pixel shuffle at the output leaves its lattice. Codes or LR photo are left out
+at random in training, so one set of weights gives the plain decode (codes alone, the paper's way),
+restoration (both) and control (LR alone); the last two have an ending of their own (`clean`).
 """
 
 import copy
