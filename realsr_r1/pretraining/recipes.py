@@ -351,6 +351,16 @@ def _drawn(policy: ChainPolicy, batches: Iterator[dict], model: VQModel) -> Iter
         yield pictures | {"drawn": drawn, "true": true}
 
 
+def _source(
+    run: Fit, policy: ChainPolicy, model: VQModel, data: Dataset, machine: Machine, reuse: float
+) -> Replay:
+    """Batches of `_drawn`, each chain used about `reuse` times; a run that is resumed gets new
+    ones."""
+    used = Counting(lambda: run.step * machine.batch / reuse)
+    batches = forever(data, replace(machine, batch=machine.draws), used, _stack)
+    return Replay(_drawn(policy, batches, model), machine.batch, reuse, 30_000)
+
+
 def train_decoder(
     model: VQModel,
     policy: ChainPolicy,
@@ -372,12 +382,9 @@ def train_decoder(
     optimizer = torch.optim.AdamW(
         model.decoder.parameters(), lr=fit.lr, betas=(0.9, 0.95), weight_decay=0.01
     )
-    drawing = replace(machine, batch=machine.draws)
     run = Fit(model, optimizer, out, fit)
-    used = Counting(lambda: run.step * machine.batch / loss.reuse)
-    batches = forever(data, drawing, used, _stack)
-    source = Replay(_drawn(policy, batches, model), machine.batch, loss.reuse, 30_000)
-    training = TokenizerTraining(model, batches, machine, loss)
+    source = _source(run, policy, model, data, machine, loss.reuse)
+    training = TokenizerTraining(model, source, machine, loss)
 
     def loss_of(step: int, done: float) -> tuple[Tensor, dict[str, Tensor]]:
         batch = next(source)
@@ -432,10 +439,9 @@ def train_ending(
     loss: EndingLoss = EndingLoss(),
     preview=None,
 ) -> VQModel:
-    """A second ending of the decoder, for pictures beside an LR photo: smooth where the first,
-    trained for LPIPS, paints strokes. What is kept lies between the two (network interpolation,
-    Wang et al. 2018, ESRGAN, section 3.4). Its targets are sharpened, as Real-ESRGAN's are
-    (Wang et al. 2021, arXiv 2107.10833). All else stays, so codes alone decode as before."""
+    """A second ending of the decoder, for pictures beside an LR photo: smooth where the first paints
+    strokes. What is kept lies between the two (network interpolation, ESRGAN, Wang et al. 2018,
+    section 3.4); targets are sharpened as Real-ESRGAN's (Wang et al. 2021). All else stays."""
     model = model.to(machine.device, memory_format=torch.channels_last)
     policy = policy.to(machine.device).eval().requires_grad_(False)
     model.eval().requires_grad_(False)
@@ -443,19 +449,15 @@ def train_ending(
     ending = model.decoder.clean = copy.deepcopy(first).requires_grad_(True)
     optimizer = torch.optim.AdamW(ending.parameters(), lr=fit.lr, betas=(0.9, 0.95))
     run = Fit(model, optimizer, out, fit)
-    used = Counting(lambda: run.step * machine.batch / loss.reuse)
-    batches = forever(data, replace(machine, batch=machine.draws), used, _stack)
-    source = Replay(_drawn(policy, batches, model), machine.batch, loss.reuse, 30_000)
+    source = _source(run, policy, model, data, machine, loss.reuse)
     generator = torch.Generator().manual_seed(fit.seed)
 
     def loss_of(step: int, done: float) -> tuple[Tensor, dict[str, Tensor]]:
         batch = next(source)
         x, lr = (batch[k].float() / 255 for k in ("hr", "lr"))
-        target = sharpened(x, loss.sharpen)
+        target, q = sharpened(x, loss.sharpen), model.codebook.embed(batch["drawn"])
+        q = torch.lerp(model.decoder.no_codes, q, model.config.trust)
         see = torch.rand(len(x), device=x.device) < loss.see_codes
-        q = torch.lerp(
-            model.decoder.no_codes, model.codebook.embed(batch["drawn"]), model.config.trust
-        )
         with autocast(x.device):
             y = model.decoder(q, lr, see).float()
             l1 = (y - target).abs().mean()
