@@ -439,7 +439,7 @@ def train_ending(
     loss: EndingLoss = EndingLoss(),
     preview=None,
 ) -> VQModel:
-    """A second ending of the decoder, for pictures beside an LR photo: smooth where the first paints
+    """A second ending of the decoder, for pictures beside an LR photo: clean where the first paints
     strokes. What is kept lies between the two (network interpolation, ESRGAN, Wang et al. 2018,
     section 3.4); targets are sharpened as Real-ESRGAN's (Wang et al. 2021). All else stays."""
     model = model.to(machine.device, memory_format=torch.channels_last)
