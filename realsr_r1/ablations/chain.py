@@ -26,7 +26,7 @@ from realsr_r1.pipeline import RealSR
 from realsr_r1.policy import ChainPolicy, PolicyConfig
 from realsr_r1.pretraining import recipes
 from realsr_r1.pretraining.loop import FitConfig
-from realsr_r1.pretraining.recipes import Machine, PolicyLoss
+from realsr_r1.pretraining.recipes import Machine, PolicyLoss, Run
 from realsr_r1.pretraining.redraw import blank_codes, final_codes, redraw
 from realsr_r1.sampling import Sampling, sample
 from realsr_r1.stats import clustered
@@ -101,7 +101,7 @@ def train(model: RealSR, variant: str, s: Settings, machine: Machine) -> ChainPo
     out = s.out / f"{variant.replace(', ', '-').replace(' ', '-')}-{s.seed}"
     fit = FitConfig(minutes=10**6, steps=steps, lr=s.lr, ema=0.99, seed=s.seed)
     loss = PolicyLoss(tags=tags_of(variant), reuse=s.reuse, blank=variant.startswith("eye"))
-    return recipes.train_policy(policy, model.tokenizer, data, out, machine, fit, loss)
+    return recipes.train_policy(policy, model.tokenizer, data, Run(out, machine, fit), loss)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from realsr_r1.pipeline import RealSR
 from realsr_r1.policy import ChainPolicy, PolicyConfig
 from realsr_r1.pretraining import recipes
 from realsr_r1.pretraining.loop import FitConfig
-from realsr_r1.pretraining.recipes import Machine, PolicyLoss
+from realsr_r1.pretraining.recipes import Machine, PolicyLoss, Run
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ def train(model: RealSR, s: Settings, machine: Machine) -> ChainPolicy:
     fit = FitConfig(
         minutes=s.minutes, steps=s.steps, lr=s.lr, ema=0.98, seed=s.seed, warmup=30, log_every=20
     )
-    loss = PolicyLoss(muon=s.muon)
-    return recipes.train_policy(policy, model.tokenizer, data, s.out / s.name, machine, fit, loss)
+    run, loss = Run(s.out / s.name, machine, fit), PolicyLoss(muon=s.muon)
+    return recipes.train_policy(policy, model.tokenizer, data, run, loss)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from realsr_r1.pipeline import RealSR
 from realsr_r1.policy import ChainPolicy, PolicyConfig
 from realsr_r1.pretraining import recipes
 from realsr_r1.pretraining.loop import FitConfig
-from realsr_r1.pretraining.recipes import Machine, PolicyLoss
+from realsr_r1.pretraining.recipes import Machine, PolicyLoss, Run
 
 SMALL = {"hidden_size": 128, "layers": 4, "mlp": 320, "eye_width": 64, "eye_blocks": 2}
 BATCH = 24  # sequences per step of fine-tuning
@@ -81,9 +81,9 @@ def fine_tune(
         minutes=10**6, steps=steps, lr=3e-3, ema=0.97, warmup=20, seed=s.seed, log_every=20
     )
     loss = PolicyLoss(tags=grpo.WORDS, own=0.0, reuse=s.reuse)
-    out, machine = s.out / f"{name}-{s.seed}", Machine(policy.device.type, BATCH)
+    run = Run(s.out / f"{name}-{s.seed}", Machine(policy.device.type, BATCH), fit)
     start = copy.deepcopy(policy)
-    return recipes.train_policy(start, model.tokenizer, data, out, machine, fit, loss).eval()
+    return recipes.train_policy(start, model.tokenizer, data, run, loss).eval()
 
 
 def claim(s: Settings) -> None:

@@ -36,6 +36,19 @@ class Machine:
     draws: int = 48  # chains that are drawn at a time
 
 
+@dataclass(frozen=True)
+class Run:
+    """One training: where its log and checkpoints go, on what, how long, and what it shows."""
+
+    out: Path
+    machine: Machine
+    fit: FitConfig
+    preview: Callable[[nn.Module], dict] | None = None
+
+    def of(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Fit:
+        return Fit(model, optimizer, self.out, self.fit)
+
+
 def autocast(device: str | torch.device) -> torch.autocast:
     """bfloat16 on a GPU."""
     kind = torch.device(device).type
@@ -216,25 +229,20 @@ class Counting(torch.utils.data.Sampler):
 
 
 def train_tokenizer(
-    model: VQModel,
-    data: Dataset,
-    out: Path,
-    machine: Machine,
-    fit: FitConfig,
-    loss: TokenizerLoss = TokenizerLoss(),
-    preview=None,
+    model: VQModel, data: Dataset, run: Run, loss: TokenizerLoss = TokenizerLoss()
 ) -> VQModel:
     """Train the tokenizer on crops; returns the averaged weights."""
     model.decoder.clean = None  # it belongs to the weights before
-    model = model.to(machine.device, memory_format=torch.channels_last).train()
+    model = model.to(run.machine.device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=fit.lr, betas=(0.9, 0.95), weight_decay=0.01
+        model.parameters(), lr=run.fit.lr, betas=(0.9, 0.95), weight_decay=0.01
     )
-    run = Fit(model, optimizer, out, fit)
-    batches = forever(data, machine, Counting(lambda: run.step * machine.batch), _stack)
-    training = TokenizerTraining(model, batches, machine, loss)
-    run.extra = {"critic": training.critic, "critic_step": training.critic_step}
-    return run.run(training, preview)
+    fit = run.of(model, optimizer)
+    used = Counting(lambda: fit.step * run.machine.batch)
+    batches = forever(data, run.machine, used, _stack)
+    training = TokenizerTraining(model, batches, run.machine, loss)
+    fit.extra = {"critic": training.critic, "critic_step": training.critic_step}
+    return fit.run(training, run.preview)
 
 
 def _stack(items: list[dict]) -> dict:
@@ -296,34 +304,32 @@ def train_policy(
     policy: ChainPolicy,
     tokenizer: VQModel,
     data: Dataset,
-    out: Path,
-    machine: Machine,
-    fit: FitConfig,
+    run: Run,
     loss: PolicyLoss = PolicyLoss(),
-    preview=None,
 ) -> ChainPolicy:
     """Supervised fine-tuning from scratch on true chains; returns the averaged weights.
 
     Part of the codes that the policy has before it are its own, drawn given the true ones: in a
     chain of its own it meets nothing else (scheduled sampling in two passes, Mihaylova and Martins
     2019, arXiv 1906.07651)."""
-    policy, tokenizer = policy.to(machine.device).train(), tokenizer.to(machine.device).eval()
+    device, batch = run.machine.device, run.machine.batch
+    policy, tokenizer = policy.to(device).train(), tokenizer.to(device).eval()
     if loss.muon:
-        optimizer = MuonAdamW(policy, lr=fit.lr)
+        optimizer = MuonAdamW(policy, lr=run.fit.lr)
     else:
         optimizer = torch.optim.AdamW(
-            policy.parameters(), lr=fit.lr, betas=(0.9, 0.95), weight_decay=0.05
+            policy.parameters(), lr=run.fit.lr, betas=(0.9, 0.95), weight_decay=0.05
         )
-    weights = sft.token_weights(policy.vocabulary, loss.text_weight).to(machine.device)
+    weights = sft.token_weights(policy.vocabulary, loss.text_weight).to(device)
     collate = sft.collate(policy.vocabulary, loss.tags)
-    run = Fit(policy, optimizer, out, fit)
-    used = Counting(lambda: run.step * machine.batch / loss.reuse)
-    batches = forever(data, machine, used, collate)
-    source = Replay(_chains(policy, tokenizer, batches), machine.batch, loss.reuse)
+    fit = run.of(policy, optimizer)
+    used = Counting(lambda: fit.step * batch / loss.reuse)
+    batches = forever(data, run.machine, used, collate)
+    source = Replay(_chains(policy, tokenizer, batches), batch, loss.reuse)
 
     def loss_of(step: int, done: float) -> tuple[Tensor, dict[str, Tensor]]:
-        batch = next(source)
-        ids, lr = batch["ids"].long(), batch["lr"].float() / 255
+        chains = next(source)
+        ids, lr = chains["ids"].long(), chains["lr"].float() / 255
         ids = ids[:, : int((ids != policy.vocabulary.ids[PAD]).sum(1).max())]
         seen = ids
         with autocast(policy.device):
@@ -335,7 +341,7 @@ def train_policy(
                 seen = redraw(policy, ids, lr, share=share)
             return sft.chain_loss(policy, ids, lr, weights, seen), {}
 
-    return run.run(loss_of, preview)
+    return fit.run(loss_of, run.preview)
 
 
 def _drawn(policy: ChainPolicy, batches: Iterator[dict], model: VQModel) -> Iterator[dict]:
@@ -351,40 +357,37 @@ def _drawn(policy: ChainPolicy, batches: Iterator[dict], model: VQModel) -> Iter
         yield pictures | {"drawn": drawn, "true": true}
 
 
-def _source(
-    run: Fit, policy: ChainPolicy, model: VQModel, data: Dataset, machine: Machine, reuse: float
-) -> Replay:
-    """Batches of `_drawn`, each chain used about `reuse` times; a run that is resumed gets new
-    ones."""
-    used = Counting(lambda: run.step * machine.batch / reuse)
+def _on_drawn(
+    model: VQModel, policy: ChainPolicy, data: Dataset, run: Run, reuse: float
+) -> tuple[Fit, Replay]:
+    """What the trainings of the decoder share: the fit of those weights that want a gradient, and
+    batches of `_drawn`, each chain used about `reuse` times; a resumed run gets new ones."""
+    machine = run.machine
+    policy.to(machine.device).eval().requires_grad_(False)
+    model.to(machine.device, memory_format=torch.channels_last)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=run.fit.lr, betas=(0.9, 0.95), weight_decay=0.01)
+    fit = run.of(model, optimizer)
+    used = Counting(lambda: fit.step * machine.batch / reuse)
     batches = forever(data, replace(machine, batch=machine.draws), used, _stack)
-    return Replay(_drawn(policy, batches, model), machine.batch, reuse, 30_000)
+    return fit, Replay(_drawn(policy, batches, model), machine.batch, reuse, 30_000)
 
 
 def train_decoder(
     model: VQModel,
     policy: ChainPolicy,
     data: Dataset,
-    out: Path,
-    machine: Machine,
-    fit: FitConfig,
+    run: Run,
     loss: TokenizerLoss = TokenizerLoss(),
-    preview=None,
 ) -> VQModel:
     """Go on with the decoder alone, three quarters of its codes from chains that the policy has
     drawn: it learns what to believe of them. Encoder and codebook stay, so the policy's tokens keep
     their meaning."""
-    model = model.to(machine.device, memory_format=torch.channels_last)
-    policy = policy.to(machine.device).eval().requires_grad_(False)
     model.decoder.clean = None  # it belongs to the weights before
     model.eval().requires_grad_(False)
     model.decoder.train().requires_grad_(True)
-    optimizer = torch.optim.AdamW(
-        model.decoder.parameters(), lr=fit.lr, betas=(0.9, 0.95), weight_decay=0.01
-    )
-    run = Fit(model, optimizer, out, fit)
-    source = _source(run, policy, model, data, machine, loss.reuse)
-    training = TokenizerTraining(model, source, machine, loss)
+    fit, source = _on_drawn(model, policy, data, run, loss.reuse)
+    training = TokenizerTraining(model, source, run.machine, loss)
 
     def loss_of(step: int, done: float) -> tuple[Tensor, dict[str, Tensor]]:
         batch = next(source)
@@ -401,8 +404,8 @@ def train_decoder(
                 total = total - loss.adversary * training.critic(y).float().mean()
         return total, figures
 
-    run.extra = {"critic": training.critic, "critic_step": training.critic_step}
-    return run.run(loss_of, preview)
+    fit.extra = {"critic": training.critic, "critic_step": training.critic_step}
+    return fit.run(loss_of, run.preview)
 
 
 @dataclass(frozen=True)
@@ -430,27 +433,16 @@ def sharpened(x: Tensor, amount: float, sigma: float = 3.0) -> Tensor:
 
 
 def train_ending(
-    model: VQModel,
-    policy: ChainPolicy,
-    data: Dataset,
-    out: Path,
-    machine: Machine,
-    fit: FitConfig,
-    loss: EndingLoss = EndingLoss(),
-    preview=None,
+    model: VQModel, policy: ChainPolicy, data: Dataset, run: Run, loss: EndingLoss = EndingLoss()
 ) -> VQModel:
     """A second ending of the decoder, for pictures beside an LR photo: clean where the first paints
     strokes. What is kept lies between the two (network interpolation, ESRGAN, Wang et al. 2018,
     section 3.4); targets are sharpened as Real-ESRGAN's (Wang et al. 2021). All else stays."""
-    model = model.to(machine.device, memory_format=torch.channels_last)
-    policy = policy.to(machine.device).eval().requires_grad_(False)
     model.eval().requires_grad_(False)
     first = model.decoder.ending()
-    ending = model.decoder.clean = copy.deepcopy(first).requires_grad_(True)
-    optimizer = torch.optim.AdamW(ending.parameters(), lr=fit.lr, betas=(0.9, 0.95))
-    run = Fit(model, optimizer, out, fit)
-    source = _source(run, policy, model, data, machine, loss.reuse)
-    generator = torch.Generator().manual_seed(fit.seed)
+    model.decoder.clean = copy.deepcopy(first).requires_grad_(True)
+    fit, source = _on_drawn(model, policy, data, run, loss.reuse)
+    generator = torch.Generator().manual_seed(run.fit.seed)
 
     def loss_of(step: int, done: float) -> tuple[Tensor, dict[str, Tensor]]:
         batch = next(source)
@@ -464,7 +456,7 @@ def train_ending(
             away = losses.robust_distance(y, target, generator).mean()
         return loss.l1 * l1 + loss.lpips * away, {"l1": l1.detach(), "lpips": away.detach()}
 
-    made = run.run(loss_of, preview)
+    made = fit.run(loss_of, run.preview)
     with torch.no_grad():
         for new, old in zip(made.decoder.clean.parameters(), first.parameters(), strict=True):
             new.lerp_(old, 1 - loss.share)

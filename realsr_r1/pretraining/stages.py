@@ -24,7 +24,7 @@ from realsr_r1.pipeline import RealSR
 from realsr_r1.policy import ChainPolicy, PolicyConfig
 from realsr_r1.pretraining import recipes
 from realsr_r1.pretraining.loop import FitConfig
-from realsr_r1.pretraining.recipes import Machine, PolicyLoss, TokenizerLoss
+from realsr_r1.pretraining.recipes import Machine, PolicyLoss, Run, TokenizerLoss
 from realsr_r1.pretraining.redraw import final_codes, redraw
 from realsr_r1.sampling import sample
 from realsr_r1.tokenizer import TokenizerConfig, VQModel
@@ -69,6 +69,9 @@ class Settings:
     def fit(self, stage: str) -> FitConfig:
         lr = self.lr or RATES[stage]
         return FitConfig(self.minutes, self.steps, lr, seed=seed_of(stage, self.seed))
+
+    def run(self, stage: str, preview: Callable[[nn.Module], dict]) -> Run:
+        return Run(self.out / stage, self.machine(stage), self.fit(stage), preview)
 
 
 class Preview:
@@ -157,11 +160,10 @@ def _crops(s: Settings, what: str) -> recipes.Mixture:
 def _tokenizer(s: Settings, start: RealSR | None) -> VQModel:
     torch.manual_seed(s.seed)
     model = start.tokenizer if start else VQModel(TokenizerConfig())
-    data = _crops(s, "tokenizer")
-    loss = TokenizerLoss(vgg_file=s.vgg)
-    preview = Preview(s, "tokenizer").tokenizer
-    machine, fit = s.machine("tokenizer"), s.fit("tokenizer")
-    return recipes.train_tokenizer(model, data, s.out / "tokenizer", machine, fit, loss, preview)
+    run = s.run("tokenizer", Preview(s, "tokenizer").tokenizer)
+    return recipes.train_tokenizer(
+        model, _crops(s, "tokenizer"), run, TokenizerLoss(vgg_file=s.vgg)
+    )
 
 
 def _policy(s: Settings, tokenizer: VQModel, start: ChainPolicy | None) -> ChainPolicy:
@@ -169,25 +171,19 @@ def _policy(s: Settings, tokenizer: VQModel, start: ChainPolicy | None) -> Chain
     policy = start or ChainPolicy(PolicyConfig(codes=tokenizer.config.codes, dropout=0.1))
     if start is None:
         policy.start_from(tokenizer, s.seed)
-    machine, fit = s.machine("policy"), s.fit("policy")
     data = Pairs(photographs.load("train", s.photographs), seed=seed_of("policy", s.seed))
-    tokenizer = tokenizer.to(machine.device).eval()
-    preview = Preview(s, "policy").policy(tokenizer)
-    loss = PolicyLoss(reuse=s.reuse)
-    return recipes.train_policy(
-        policy, tokenizer, data, s.out / "policy", machine, fit, loss, preview
-    )
+    tokenizer = tokenizer.to(s.machine("policy").device).eval()
+    run = s.run("policy", Preview(s, "policy").policy(tokenizer))
+    return recipes.train_policy(policy, tokenizer, data, run, PolicyLoss(reuse=s.reuse))
 
 
 def _decoder(s: Settings, model: RealSR, what: str) -> VQModel:
-    preview = Preview(s, what).decoder(model.policy)
-    run = s.out / what, s.machine(what), s.fit(what)
+    run = s.run(what, Preview(s, what).decoder(model.policy))
     if what == "ending":
-        data = _crops(s, what)
-        return recipes.train_ending(model.tokenizer, model.policy, data, *run, preview=preview)
+        return recipes.train_ending(model.tokenizer, model.policy, _crops(s, what), run)
     data = Pairs(photographs.load("train", s.photographs), seed=seed_of(what, s.seed))
     loss = TokenizerLoss(l1=3.0, adversary=0.02, see_lr=0.75, vgg_file=s.vgg)
-    return recipes.train_decoder(model.tokenizer, model.policy, data, *run, loss, preview)
+    return recipes.train_decoder(model.tokenizer, model.policy, data, run, loss)
 
 
 def finish(run: Path, part: nn.Module, weights: Path, settings: Settings) -> None:

@@ -13,7 +13,7 @@ from realsr_r1.policy import ChainPolicy, PolicyConfig
 from realsr_r1.pretraining import recipes, stages
 from realsr_r1.pretraining.loop import FitConfig
 from realsr_r1.pretraining.muon import MuonAdamW, orthogonalize
-from realsr_r1.pretraining.recipes import Machine, PolicyLoss, Replay, TokenizerLoss
+from realsr_r1.pretraining.recipes import Machine, PolicyLoss, Replay, Run, TokenizerLoss
 from realsr_r1.tokenizer import TokenizerConfig, VQModel
 
 
@@ -88,12 +88,12 @@ def test_the_policy_trains_on_codes_of_its_own_and_goes_on_after_a_kill(data, tm
     vq, policy = tiny()
     loss = PolicyLoss(own_from=0.0, own=1.0, reuse=2)
     fit = FitConfig(minutes=60, steps=4, lr=1e-2, warmup=1, log_every=2, checkpoint_minutes=0)
-    recipes.train_policy(policy, vq, data, tmp_path, Machine(batch=2), fit, loss)
+    recipes.train_policy(policy, vq, data, Run(tmp_path, Machine(batch=2), fit), loss)
     assert (tmp_path / "log.csv").read_text(encoding="utf-8").count("\n") == 3
     last = tmp_path / "checkpoint.pt"
     last.write_bytes(last.read_bytes()[:-5000])  # the disk was full: the one before is whole
     more = FitConfig(minutes=60, steps=7, lr=1e-2, warmup=1, log_every=2, checkpoint_minutes=0)
-    recipes.train_policy(tiny()[1], vq, data, tmp_path, Machine(batch=2), more, loss)
+    recipes.train_policy(tiny()[1], vq, data, Run(tmp_path, Machine(batch=2), more), loss)
     assert (tmp_path / "log.csv").read_text(encoding="utf-8").splitlines()[-1].startswith("7,")
 
 
@@ -108,11 +108,11 @@ def test_a_training_goes_on_with_new_items_and_its_own_settings(data, tmp_path):
         seen = []
         fit = FitConfig(steps=steps, lr=1e-3, warmup=1, checkpoint_minutes=0)
         pairs = Noting(data.photos, labels=False)
-        recipes.train_tokenizer(tiny()[0], pairs, tmp_path, Machine(batch=2), fit, loss)
+        recipes.train_tokenizer(tiny()[0], pairs, Run(tmp_path, Machine(batch=2), fit), loss)
     assert seen == [4, 5]
     other = FitConfig(steps=4, lr=2e-3, warmup=1)
     with pytest.raises(ValueError, match=r"other settings \(lr 0.001, now 0.002\)"):
-        recipes.train_tokenizer(tiny()[0], data, tmp_path, Machine(batch=2), other, loss)
+        recipes.train_tokenizer(tiny()[0], data, Run(tmp_path, Machine(batch=2), other), loss)
 
 
 def test_the_decoder_learns_and_the_codes_keep_their_meaning(data, tmp_path):
@@ -122,7 +122,7 @@ def test_the_decoder_learns_and_the_codes_keep_their_meaning(data, tmp_path):
     last = vq.decoder.out[1].weight.clone()
     fit = FitConfig(minutes=60, steps=2, lr=1e-3, warmup=1)
     machine = Machine(batch=2, draws=2)
-    made = recipes.train_decoder(vq, policy, data, tmp_path, machine, fit, TokenizerLoss())
+    made = recipes.train_decoder(vq, policy, data, Run(tmp_path, machine, fit))
     assert torch.equal(made.codebook.weight, book)
     assert torch.equal(next(made.encoder.parameters()), first)
     assert not torch.equal(vq.decoder.out[1].weight, last)
@@ -135,7 +135,7 @@ def test_only_the_second_ending_learns(data, tmp_path):
     plain, both = vq.decode(codes), vq.decode(codes, lr)
     fit = FitConfig(minutes=60, steps=2, lr=1e-3, warmup=1, ema=0.0)
     machine = Machine(batch=2, draws=2)
-    made = recipes.train_ending(vq, policy, data, tmp_path, machine, fit)
+    made = recipes.train_ending(vq, policy, data, Run(tmp_path, machine, fit))
     assert all(torch.equal(v, before[k]) for k, v in made.state_dict().items() if k in before)
     assert torch.equal(made.decode(codes), plain)
     assert not torch.equal(made.decode(codes, lr), both)
@@ -152,7 +152,7 @@ def test_what_is_kept_lies_between_the_endings(data, tmp_path):
         torch.manual_seed(1)
         machine = Machine(batch=2, draws=2)
         out = tmp_path / str(share)
-        made = recipes.train_ending(vq, policy, data, out, machine, fit, loss)
+        made = recipes.train_ending(vq, policy, data, Run(out, machine, fit), loss)
         kept.append(made.decoder.clean[1][0].weight)
     first = made.decoder.at2[0].weight
     torch.testing.assert_close(kept[0], first)
