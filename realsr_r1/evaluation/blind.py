@@ -4,6 +4,7 @@
 `report` opens the key. No metric says whether people like a picture; a class can find out."""
 
 import base64
+import copy
 import csv
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -30,8 +31,12 @@ CROP = 64  # LR pixels a side, of real photos
 
 
 def method(name: str, model: RealSR, seed: int = 0, sampling: Sampling = Sampling()) -> Method:
-    """A method by name: chain, LR alone, bicubic, or one of `peers.METHODS`."""
-    if name == "chain":
+    """A method by name: chain, first ending (the chain by that ending of the decoder), LR alone,
+    bicubic, or one of `peers.METHODS`."""
+    if name == "first ending":
+        model = RealSR(copy.deepcopy(model.tokenizer), model.policy, model.name)
+        model.tokenizer.decoder.clean = None
+    if name in ("chain", "first ending"):
         call = chain_method(model, sampling)
         return lambda lr: call(lr, seed)[0]
     if name == "LR alone":
@@ -41,7 +46,7 @@ def method(name: str, model: RealSR, seed: int = 0, sampling: Sampling = Samplin
     from realsr_r1.evaluation import peers
 
     if name not in peers.METHODS and not name.startswith(peers.ANY):
-        known = ", ".join(("chain", "LR alone", *peers.METHODS))
+        known = ", ".join(("chain", "first ending", "LR alone", *peers.METHODS))
         raise ValueError(f"no method {name!r}; choose from {known}")
     return peers.load(name)
 

@@ -230,7 +230,7 @@ def register(sub) -> None:
     add_photographs(p, "val")
     add_model(p)
     p = leaf(leaves, "blind", blind, "pairs of two methods in secret order, for people to choose")
-    names = "chain, 'LR alone', bicubic, or a peer such as realesrgan-x4plus"
+    names = "chain, 'first ending', 'LR alone', bicubic, or a peer such as realesrgan-x4plus"
     p.add_argument("--methods", nargs=2, default=["chain", "bicubic"], help=names)
     p.add_argument("-n", type=integer(), default=60, help="photographs, spread over the split")
     text = "squares of the shipped real photos instead, as they are"

@@ -7,6 +7,7 @@ import torch
 from realsr_r1.cli import main
 from realsr_r1.evaluation import blind
 from realsr_r1.photographs import load
+from realsr_r1.pipeline import RealSR
 
 
 def gray(level: float):
@@ -75,6 +76,16 @@ def test_the_page_goes_through_the_pairs(comparison):
     assert all(b.disabled for b in buttons.children)
     again = blind.page(comparison)  # a page that is opened again goes on where it was
     assert again.children[0].value.startswith("bright preferred")
+
+
+def test_the_first_ending_is_a_method_and_leaves_the_model_alone():
+    model = RealSR.from_pretrained("nano", "cpu")
+    lr = next(blind.damaged(load("val")[:1])).lr[None]
+    chain, first = (blind.method(name, model)(lr) for name in ("chain", "first ending"))
+    drawn = model.sample(lr, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(chain, model.finish(drawn.chains, lr))
+    torch.testing.assert_close(first, model.finish(drawn.chains, lr, clean=False))
+    assert (chain - first).abs().mean() > 0.003
 
 
 def test_errors_are_one_sentence(comparison, tmp_path):
