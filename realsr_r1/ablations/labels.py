@@ -14,8 +14,8 @@ from torch.utils.data import Dataset
 
 from realsr_r1 import photographs
 from realsr_r1.degradation import LABELS, LEVELS, RESIZES, from_words
+from realsr_r1.evaluation.experts import NanoExpert
 from realsr_r1.evaluation.nano import SEVERITIES, cluster_of
-from realsr_r1.experts import NanoExpert
 from realsr_r1.pretraining.loop import Fit, FitConfig
 from realsr_r1.pretraining.recipes import Counting, Machine, Replay, autocast, forever
 from realsr_r1.stats import clustered

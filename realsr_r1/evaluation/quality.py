@@ -16,7 +16,7 @@ import huggingface_hub
 import torch
 from torch import Tensor
 
-from realsr_r1.experts import WEIGHTS, Expert, load_expert
+from realsr_r1.evaluation.experts import WEIGHTS, Expert, load_expert
 
 # Each metric: its value that scores 0, the one that scores 1 (straight in between, clipped beyond),
 # and what pyiqa would fetch: files in torch's hub folder, and whole repositories (timm/…) in the

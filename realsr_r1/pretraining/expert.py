@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from realsr_r1 import degradation, perceptual
-from realsr_r1.experts import Expert, NanoExpert
+from realsr_r1.evaluation.experts import Expert, NanoExpert
 from realsr_r1.pipeline import RealSR
 from realsr_r1.pretraining.loop import Fit, FitConfig
 from realsr_r1.sampling import Sampling

@@ -51,6 +51,7 @@ class Settings:
     device: str | None = None
     seed: int = 0
     reuse: float = 1.0
+    words: int = 0
     vgg: str = ""
 
     @classmethod
@@ -171,10 +172,13 @@ def _policy(s: Settings, tokenizer: VQModel, start: ChainPolicy | None) -> Chain
     policy = start or ChainPolicy(PolicyConfig(codes=tokenizer.config.codes, dropout=0.1))
     if start is None:
         policy.start_from(tokenizer, s.seed)
+    if policy.second_eye is None:
+        policy.open_second_eye()
     data = Pairs(photographs.load("train", s.photographs), seed=seed_of("policy", s.seed))
     tokenizer = tokenizer.to(s.machine("policy").device).eval()
     run = s.run("policy", Preview(s, "policy").policy(tokenizer))
-    return recipes.train_policy(policy, tokenizer, data, run, PolicyLoss(reuse=s.reuse))
+    loss = PolicyLoss(reuse=s.reuse, words=s.words)
+    return recipes.train_policy(policy, tokenizer, data, run, loss)
 
 
 def _decoder(s: Settings, model: RealSR, what: str) -> VQModel:
@@ -249,7 +253,7 @@ def reinforce(
     --help`); the policy goes to `out`/policy-grpo beside a copy of the tokenizer."""
     from realsr_r1 import grpo, rewards
     from realsr_r1.ablations import rewards as variants
-    from realsr_r1.experts import load_expert
+    from realsr_r1.evaluation.experts import load_expert
     from realsr_r1.pretraining.sharded import ShardedTrainer
 
     start = RealSR.from_pretrained(model, device)

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from PIL import Image
 from record import SERIES, Peak, Record, side_by_side
 
-from realsr_r1 import degradation, experts, grpo, images, photographs, rewards
-from realsr_r1.evaluation import peers
+from realsr_r1 import degradation, grpo, images, photographs, rewards
+from realsr_r1.evaluation import experts, peers
 from realsr_r1.pipeline import RealSR
 from realsr_r1.sampling import Sampling, sample
 

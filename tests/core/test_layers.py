@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[2] / "realsr_r1"
 ORDER = (
     "version _torchvision common images stats degradation photographs perceptual tokenizer eye "
     "vlcot "
-    "grammar policy decoding sampling sft experts rewards objective grpo pipeline"
+    "grammar policy decoding sampling sft rewards objective grpo pipeline"
 ).split()
 TOP = {"__init__", "__main__", "cli"}  # the face and the command line may import anything
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from realsr_r1 import photographs
-from realsr_r1.experts import load_expert
+from realsr_r1.evaluation.experts import load_expert
 from realsr_r1.pipeline import RealSR
 from realsr_r1.pretraining import expert as E
 from realsr_r1.pretraining.loop import FitConfig

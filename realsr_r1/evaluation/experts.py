@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-WEIGHTS = Path(__file__).parent / "assets" / "weights"
+WEIGHTS = Path(__file__).parents[1] / "assets" / "weights"
 Expert = Callable[[Tensor], Tensor]
 
 

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from realsr_r1 import experts, perceptual, photographs
+from realsr_r1 import perceptual, photographs
 from realsr_r1.degradation import blur, gaussian_kernel
+from realsr_r1.evaluation import experts
 from realsr_r1.pipeline import RealSR
 
 
