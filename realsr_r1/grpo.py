@@ -101,9 +101,7 @@ def part_advantages(rewards: Tensor, weights: Tensor, decided: list[Tensor], gro
 
 def without_dropout(policy: ChainPolicy) -> ChainPolicy:
     """The same policy, whose loss now sees the probabilities that it samples from."""
-    for module in policy.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    policy.drop.p = 0.0
     for layer in policy.model.layers:
         layer.self_attn.attention_dropout = 0.0
     return policy

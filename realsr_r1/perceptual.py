@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-MAPS = (192, 384, 256, 256)  # channels of `alexnet_maps`
 ALEX = Path(__file__).parent / "assets" / "weights" / "alexnet_conv.safetensors"
 
 
@@ -39,14 +38,6 @@ def lpips_alex(device: str = "cpu") -> nn.Module:
         net = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
     load_convolutions(net, ALEX)
     return net.to(device).eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def alexnet_maps(x: Tensor) -> list[Tensor]:
-    """What AlexNet's convolutions 2 to 5 see in pictures (b, 3, h, w) in [0, 1], h, w ≥ 64: four
-    maps (b, MAPS[i], …), the network LPIPS compares by."""
-    net = lpips_alex(str(x.device))
-    return list(net.net(net.scaling_layer(x.float() * 2 - 1)))[1:]
 
 
 def _check_alike(x: Tensor, y: Tensor) -> None:

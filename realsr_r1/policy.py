@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, Qwen3Config, Qwen3Model
 from transformers.modeling_outputs import CausalLMOutput
 
-from realsr_r1.eye import Eye, SecondEye
+from realsr_r1.eye import Eye
 from realsr_r1.grammar import LayoutGrammar
 from realsr_r1.tokenizer import VQModel
 from realsr_r1.vlcot import GRIDS, IMAGE_TAGS, LR, PATCH_TOKENS, START, TAGS, Vocabulary
@@ -54,7 +54,6 @@ class PolicyConfig(PreTrainedConfig):
     eye_blocks: int = 4
     dropout: float = 0.0
     aligned: bool = True
-    second_eye: bool = False
 
     @property
     def body(self) -> Qwen3Config:
@@ -105,20 +104,12 @@ class ChainPolicy(PreTrainedModel):
         self.from_previous = nn.Linear(hidden, hidden)
         self.drop = nn.Dropout(config.dropout)
         self.post_init()
-        self.second_eye: SecondEye | None = None
-        if config.second_eye:
-            self.open_second_eye()
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
-
-    def open_second_eye(self) -> None:
-        """Give the policy a second eye, which changes nothing until it is trained."""
-        self.config.second_eye = True
-        self.second_eye = SecondEye(self.config.hidden_size, self.config.dropout).to(self.device)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.model.embed_tokens
@@ -161,8 +152,6 @@ class ChainPolicy(PreTrainedModel):
         eye and the positions give each cell (b, cells, hidden)."""
         features = self.eye(pixel_values.to(self.dtype))
         patches = self.eye.patches(features) + self.patch_position.weight
-        if self.second_eye is not None:
-            patches = patches + self.second_eye(pixel_values)
         pooled = [F.adaptive_avg_pool2d(features, n).flatten(2) for n in GRIDS]
         seen = self.from_eye(torch.cat(pooled, 2).transpose(1, 2))
         return patches, seen + self.cell_position.weight

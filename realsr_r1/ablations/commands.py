@@ -52,6 +52,20 @@ def labels(a: argparse.Namespace) -> None:
     print(ablation.report(ablation.measure(namer, photos), a.table))
 
 
+def names(a: argparse.Namespace) -> None:
+    from realsr_r1 import photographs
+    from realsr_r1.ablations import labels
+    from realsr_r1.ablations import names as ablation
+    from realsr_r1.common import seed_of
+    from realsr_r1.evaluation.commands import spread
+
+    photos = spread(photographs.load(a.split, a.photographs), a.n)
+    seed = seed_of("labels", a.seed)
+    namer = ablation.train(photographs.load("train", a.photographs), a.crops, seed=seed)
+    rows = ablation.measure(namer, photos)
+    print(labels.report(rows, a.table, "AlexNet and two layers"))
+
+
 def words(a: argparse.Namespace) -> None:
     from realsr_r1 import photographs
     from realsr_r1.ablations import words as ablation
@@ -114,6 +128,15 @@ def register(sub) -> None:
     p.add_argument("-n", type=integer(), help="so many photographs, spread over the split")
     p.add_argument("--seed", type=integer(0), default=0, help="of weights and photographs")
     p.add_argument("--device", help="cpu, cuda or mps; the best there is if left out")
+
+    text = "how well frozen AlexNet names subject and background: what has seen more could say"
+    p = leaf(leaves, "names", names, text)
+    p.add_argument("--photographs", type=place, help="a folder of annotated photographs")
+    p.add_argument("--crops", type=integer(), default=18_000, help="damaged ones to learn from")
+    p.add_argument("--table", type=place, help="a CSV of realsr eval table, to compare with")
+    p.add_argument("--split", default="val", choices=("val", "test"), help="what is measured")
+    p.add_argument("-n", type=integer(), help="so many photographs, spread over the split")
+    p.add_argument("--seed", type=integer(0), default=0, help="of weights and photographs")
 
     text = "whether GRPO makes first words righter than more fine-tuning does, from a short start"
     p = leaf(leaves, "words", words, text)

@@ -80,7 +80,7 @@ def train(data: Dataset, out: Path, machine: Machine, fit: FitConfig, reuse: flo
 
 @dataclass(frozen=True)
 class Right:
-    """Whether each label of one photo was named right, 1 or 0, and which photo it was."""
+    """Whether each label or name of one photo was right, 1 or 0, and which photo it was."""
 
     severity: str
     file: str
@@ -103,8 +103,8 @@ def measure(model: Namer, photos: list, seed: int = 0) -> list[Right]:
     return rows
 
 
-def report(rows: list[Right], table: Path | None = None) -> str:
-    """Markdown: the share of each label that is named right; beside the chain's share and its
+def report(rows: list[Right], table: Path | None = None, who: str = "CNN on the LR pixels") -> str:
+    """Markdown: the share of each label that `who` names right; beside the chain's share and its
     paired difference where `table`, a CSV of `realsr eval table`, has the same photos."""
     said = {}
     if table:
@@ -113,15 +113,15 @@ def report(rows: list[Right], table: Path | None = None) -> str:
         missing = [r.file for r in rows if (r.severity, r.file) not in said]
         if missing:
             raise ValueError(f"{table} lacks {missing[0]}: measure the same photographs")
-    head = ["label", "CNN on the LR pixels"] + ["the chain", "chain minus CNN"] * bool(said)
+    head = ["label", who] + ["the chain", "chain minus it"] * bool(said)
     out = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     clusters = [r.cluster for r in rows]
-    for k in LABELS:
-        cnn = [r.labels[k] for r in rows]
-        cells = [k, str(clustered(cnn, clusters))]
+    for k in rows[0].labels:
+        right = [r.labels[k] for r in rows]
+        cells = [k, str(clustered(right, clusters))]
         if said:
             chain = [float(said[r.severity, r.file][k]) for r in rows]
-            minus = [a - b for a, b in zip(chain, cnn, strict=True)]
+            minus = [a - b for a, b in zip(chain, right, strict=True)]
             cells += [str(clustered(chain, clusters)), str(clustered(minus, clusters))]
         out.append(f"| {' | '.join(cells)} |")
     return "\n".join(out) + "\n"

@@ -123,8 +123,6 @@ def register(sub) -> None:
         if name in ("policy", "all"):
             text = "how often the policy sees each pair: on a GPU, 5 keeps up with 16 cores"
             p.add_argument("--reuse", type=real(), default=1.0, help=text)
-            text = "beginnings of chains beside each batch, up to the first description"
-            p.add_argument("--words", type=integer(0), default=0, help=text)
         if name not in ("policy", "ending"):
             p.add_argument(
                 "--vgg",

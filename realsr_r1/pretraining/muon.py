@@ -38,19 +38,12 @@ class MuonAdamW(torch.optim.Optimizer):
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.05,
-        fresh: tuple[nn.Module | None, float] = (None, 0.0),
     ):
-        """`fresh`: a part of the model that begins at 0 beside trained ones: AdamW, and its rate
-        where that is above `lr`."""
-        part, rate = fresh
-        new = list(part.parameters()) if part is not None else []
-        apart = {id(p) for p in new}
         embedding = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-        params = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
+        params = [p for p in model.parameters() if p.requires_grad]
         matrices = [p for p in params if p.ndim == 2 and id(p) not in embedding]
         rest = [p for p in params if p.ndim != 2 or id(p) in embedding]
         groups = [{"params": matrices, "muon": True}, {"params": rest, "muon": False}]
-        groups.append({"params": new, "muon": False, "lr": max(lr, rate)})
         super().__init__(
             [g for g in groups if g["params"]],
             {"lr": lr, "momentum": momentum, "betas": betas, "weight_decay": weight_decay},

@@ -23,7 +23,7 @@ from realsr_r1.pretraining.muon import MuonAdamW
 from realsr_r1.pretraining.redraw import blank_codes, redraw
 from realsr_r1.sampling import Sampling, sample
 from realsr_r1.tokenizer import VQModel
-from realsr_r1.vlcot import EOS, PAD
+from realsr_r1.vlcot import PAD
 
 
 @dataclass(frozen=True)
@@ -285,26 +285,17 @@ class PolicyLoss:
     own: float = 0.5  # share of the chains that hold such codes, up to half of their cells
     reuse: float = 1.0  # how often each pair is used
     tags: tuple[str, ...] = sft.TAGS
-    words: int = 0  # sequences beside each batch of chains that end with the first description
-    second_eye: float = 1.5e-3  # its rate, where the others' is lower
     muon: bool = True
     blank: bool = False  # it sees no code before the one it draws (a control)
 
 
-def _chains(
-    policy: ChainPolicy, tokenizer: VQModel | None, batches: Iterator[dict]
-) -> Iterator[dict]:
-    """True chains with their codes, all of one length, and LR photos, small in memory. Without a
-    tokenizer: beginnings of chains, which have no images yet and no end."""
-    pad, end = (policy.vocabulary.ids[x] for x in (PAD, EOS))
+def _chains(policy: ChainPolicy, tokenizer: VQModel, batches: Iterator[dict]) -> Iterator[dict]:
+    """True chains with their codes, all of one length, and LR photos, small in memory."""
+    pad = policy.vocabulary.ids[PAD]
     length = len(policy.vocabulary.prompt) + policy.grammar().max_length
     for batch in batches:
-        ids = batch["ids"]
-        if tokenizer is None:
-            ids = ids.masked_fill(ids == end, pad)
-        else:
-            with torch.no_grad(), autocast(policy.device):
-                ids = sft.fill(policy, ids, tokenizer.encode_steps(batch["hr"]))
+        with torch.no_grad(), autocast(policy.device):
+            ids = sft.fill(policy, batch["ids"], tokenizer.encode_steps(batch["hr"]))
         ids = F.pad(ids, (0, length - ids.shape[1]), value=pad)
         yield {"ids": ids.short(), "lr": (batch["lr"] * 255).round().byte()}
 
@@ -316,7 +307,7 @@ def train_policy(
     run: Run,
     loss: PolicyLoss = PolicyLoss(),
 ) -> ChainPolicy:
-    """Supervised fine-tuning on true chains, from scratch or further; returns the averaged weights.
+    """Supervised fine-tuning from scratch on true chains; returns the averaged weights.
 
     Part of the codes that the policy has before it are its own, drawn given the true ones: in a
     chain of its own it meets nothing else (scheduled sampling in two passes, Mihaylova and Martins
@@ -324,34 +315,23 @@ def train_policy(
     device, batch = run.machine.device, run.machine.batch
     policy, tokenizer = policy.to(device).train(), tokenizer.to(device).eval()
     if loss.muon:
-        fresh = policy.second_eye, loss.second_eye
-        optimizer = MuonAdamW(policy, lr=run.fit.lr, fresh=fresh)
+        optimizer = MuonAdamW(policy, lr=run.fit.lr)
     else:
         optimizer = torch.optim.AdamW(
             policy.parameters(), lr=run.fit.lr, betas=(0.9, 0.95), weight_decay=0.05
         )
     weights = sft.token_weights(policy.vocabulary, loss.text_weight).to(device)
+    collate = sft.collate(policy.vocabulary, loss.tags)
     fit = run.of(policy, optimizer)
-
-    def source(vq: VQModel | None, tags: tuple[str, ...], size: int) -> Replay:
-        first = 0 if vq else 5 * 10**8  # the two learn from different pairs
-        used = Counting(lambda: first + fit.step * size / loss.reuse)
-        collate = sft.collate(policy.vocabulary, tags)
-        batches = forever(data, replace(run.machine, batch=size), used, collate)
-        return Replay(_chains(policy, vq, batches), size, loss.reuse)
-
-    def drawn(source: Replay) -> tuple[Tensor, Tensor]:
-        chains = next(source)
-        ids = chains["ids"].long()
-        longest = int((ids != policy.vocabulary.ids[PAD]).sum(1).max())
-        return ids[:, :longest], chains["lr"].float() / 255
-
-    chains = source(tokenizer, loss.tags, batch)
-    words = source(None, sft.TAGS[:2], loss.words) if loss.words else None
+    used = Counting(lambda: fit.step * batch / loss.reuse)
+    batches = forever(data, run.machine, used, collate)
+    source = Replay(_chains(policy, tokenizer, batches), batch, loss.reuse)
 
     def loss_of(step: int, done: float) -> tuple[Tensor, dict[str, Tensor]]:
-        ids, lr = drawn(chains)
-        seen, total = ids, 0.0
+        chains = next(source)
+        ids, lr = chains["ids"].long(), chains["lr"].float() / 255
+        ids = ids[:, : int((ids != policy.vocabulary.ids[PAD]).sum(1).max())]
+        seen = ids
         with autocast(policy.device):
             if loss.blank:
                 seen = blank_codes(policy, ids)
@@ -359,9 +339,7 @@ def train_policy(
                 share = torch.rand(len(ids), 1, device=ids.device) / 2
                 share = share * (torch.rand_like(share) < loss.own)
                 seen = redraw(policy, ids, lr, share=share)
-            if words:
-                total = sft.chain_loss(policy, *drawn(words), weights)
-            return total + sft.chain_loss(policy, ids, lr, weights, seen), {}
+            return sft.chain_loss(policy, ids, lr, weights, seen), {}
 
     return fit.run(loss_of, run.preview)
 

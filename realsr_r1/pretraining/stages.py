@@ -51,7 +51,6 @@ class Settings:
     device: str | None = None
     seed: int = 0
     reuse: float = 1.0
-    words: int = 0
     vgg: str = ""
 
     @classmethod
@@ -172,13 +171,10 @@ def _policy(s: Settings, tokenizer: VQModel, start: ChainPolicy | None) -> Chain
     policy = start or ChainPolicy(PolicyConfig(codes=tokenizer.config.codes, dropout=0.1))
     if start is None:
         policy.start_from(tokenizer, s.seed)
-    if policy.second_eye is None:
-        policy.open_second_eye()
     data = Pairs(photographs.load("train", s.photographs), seed=seed_of("policy", s.seed))
     tokenizer = tokenizer.to(s.machine("policy").device).eval()
     run = s.run("policy", Preview(s, "policy").policy(tokenizer))
-    loss = PolicyLoss(reuse=s.reuse, words=s.words)
-    return recipes.train_policy(policy, tokenizer, data, run, loss)
+    return recipes.train_policy(policy, tokenizer, data, run, PolicyLoss(reuse=s.reuse))
 
 
 def _decoder(s: Settings, model: RealSR, what: str) -> VQModel:

@@ -164,43 +164,6 @@ def test_a_cell_sees_the_image_before(model, lr):
     assert children <= seen and seen - children <= {6}  # 6 comes after the changed token
 
 
-def seeing(**changes) -> ChainPolicy:
-    """A tiny policy whose second eye is open and has learnt something."""
-    torch.manual_seed(0)
-    policy = ChainPolicy(config(eye_blocks=1, second_eye=True, **changes)).eval()
-    torch.nn.init.normal_(policy.second_eye.out.weight, std=0.3)
-    return policy
-
-
-def test_a_second_eye_changes_nothing_until_it_is_trained(model, lr):
-    policy = copy.deepcopy(model.policy).eval()
-    ids = with_prompt(policy, true_ids(policy))
-    before = policy(ids, lr).logits
-    policy.open_second_eye()
-    assert torch.equal(policy(ids, lr).logits, before)
-    torch.nn.init.normal_(policy.second_eye.out.weight, std=0.3)
-    assert (policy(ids, lr).logits - before).abs().max() > 1e-3
-
-
-def test_the_second_eye_sees_each_place_in_its_own_patch(lr):
-    """A change in one corner of the photo hardly reaches the patch of the opposite one."""
-    policy, other = seeing(), lr.clone()
-    other[..., :8, :8] = 1 - other[..., :8, :8]
-    with torch.no_grad():
-        moved = (policy.second_eye(lr) - policy.second_eye(other)).norm(dim=-1).mean(0)
-    assert moved.shape == (64,) and moved[0] > 5 * moved[-1]
-
-
-def test_a_second_eye_travels_without_alexnet(tmp_path, lr):
-    policy = seeing()
-    assert not [k for k, v in policy.state_dict().items() if v.numel() > 10**5]
-    policy.save_pretrained(tmp_path)
-    again = ChainPolicy.from_pretrained(tmp_path).eval()
-    assert again.config.second_eye
-    ids = with_prompt(policy, true_ids(policy))
-    torch.testing.assert_close(again(ids, lr).logits, policy(ids, lr).logits)
-
-
 @pytest.mark.parametrize("kv_heads", [None, 1])
 def test_decoder_is_the_body_unrolled(kv_heads):
     torch.manual_seed(0)
@@ -267,7 +230,8 @@ def test_a_wave_does_not_depend_on_the_batch(model, lr, lag):
 def test_sampling_is_the_policy(lr, aligned):
     """The log-probabilities of sampling are those of one forward pass under the grammar: a group's
     first ratio is 1."""
-    policy = seeing(aligned=aligned)
+    torch.manual_seed(0)
+    policy = ChainPolicy(config(aligned=aligned, eye_blocks=1)).eval()
     g = torch.Generator().manual_seed(0)
     s = sample(policy, lr, Sampling.rollout(num_generations=2), g)
     with torch.no_grad():

@@ -15,7 +15,6 @@ from realsr_r1.pretraining.loop import FitConfig
 from realsr_r1.pretraining.muon import MuonAdamW, orthogonalize
 from realsr_r1.pretraining.recipes import Machine, PolicyLoss, Replay, Run, TokenizerLoss
 from realsr_r1.tokenizer import TokenizerConfig, VQModel
-from realsr_r1.vlcot import EOS
 
 
 @pytest.fixture(scope="module")
@@ -96,42 +95,6 @@ def test_the_policy_trains_on_codes_of_its_own_and_goes_on_after_a_kill(data, tm
     more = FitConfig(minutes=60, steps=7, lr=1e-2, warmup=1, log_every=2, checkpoint_minutes=0)
     recipes.train_policy(tiny()[1], vq, data, Run(tmp_path, Machine(batch=2), more), loss)
     assert (tmp_path / "log.csv").read_text(encoding="utf-8").splitlines()[-1].startswith("7,")
-
-
-def test_beginnings_of_chains_are_learnt_beside_whole_ones(data, tmp_path, monkeypatch):
-    """They stop after the first description and have no end: its place is the first image's."""
-    seen, real = [], recipes.sft.chain_loss
-
-    def noting(policy, ids, *args):
-        seen.append(ids)
-        return real(policy, ids, *args)
-
-    monkeypatch.setattr(recipes.sft, "chain_loss", noting)
-    vq, policy = tiny()
-    policy.open_second_eye()
-    fit = FitConfig(minutes=60, steps=2, lr=1e-4, warmup=1)
-    run = Run(tmp_path, Machine(batch=2), fit)
-    made = recipes.train_policy(policy, vq, data, run, PolicyLoss(words=3))
-    words, chains = seen[:2]
-    ids, v = policy.vocabulary.ids, policy.vocabulary
-    assert len(words) == 3 and len(chains) == 2
-    assert not (words == ids[EOS]).any() and (words < v.first_code).all()
-    assert ((words == ids["</rough_understand>"]).sum(1) == 1).all()
-    assert ((chains == ids[EOS]).sum(1) == 1).all() and (chains >= v.first_code).any()
-    assert made.second_eye.out.weight.abs().max() > 0
-
-
-def test_what_begins_at_nothing_learns_at_a_rate_of_its_own():
-    _, policy = tiny()
-    policy.open_second_eye()
-    before = {k: v.clone() for k, v in policy.state_dict().items()}
-    optimizer = MuonAdamW(policy, lr=1e-5, fresh=(policy.second_eye, 1e-2))
-    ids = torch.tensor([policy.vocabulary.prompt])
-    policy(ids, torch.rand(1, 3, 32, 32)).logits.square().mean().backward()
-    optimizer.step()
-    moved = {k: float((v - before[k]).abs().max()) for k, v in policy.state_dict().items()}
-    assert moved["second_eye.out.weight"] == pytest.approx(1e-2, rel=0.1)
-    assert max(v for k, v in moved.items() if "second_eye" not in k) < 1e-3
 
 
 def test_a_training_goes_on_with_new_items_and_its_own_settings(data, tmp_path):
