@@ -13,6 +13,9 @@ def test_every_way_has_its_line_and_ways_differ():
     lines = trust.report(model, load("val")[:2]).splitlines()[2:]
     assert [line.split(" | ")[0][2:] for line in lines] == list(trust.WAYS)
     assert len({line.split(" | ", 1)[1] for line in lines[:6]}) == 6
+    last = dict(zip(trust.WAYS, (line.split(" | ")[-1] for line in lines), strict=True))
+    assert last[trust.SHIPPED].startswith("0.000 [0.000, 0.000]")
+    assert last["trust 1.0"] != last["trust 0.5"]
 
 
 def test_who_is_held_agrees_more_with_the_photo():
