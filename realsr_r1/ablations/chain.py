@@ -84,6 +84,11 @@ def length_ratio(words: int = 40) -> float:
     return chain / (PATCH_TOKENS + 1 + 2 + image_length(GRIDS[-1]) + 1)
 
 
+def place(s: Settings, variant: str) -> Path:
+    """Where a variant's log, checkpoints and weights go."""
+    return s.out / f"{variant.replace(', ', '-').replace(' ', '-')}-{s.seed}"
+
+
 def train(model: RealSR, variant: str, s: Settings, machine: Machine) -> ChainPolicy:
     """One policy, from scratch or from the model's."""
     torch.manual_seed(s.seed)
@@ -98,10 +103,11 @@ def train(model: RealSR, variant: str, s: Settings, machine: Machine) -> ChainPo
     data = photographs.Pairs(
         photographs.load("train", s.photographs), seed=seed_of("chain", s.seed)
     )
-    out = s.out / f"{variant.replace(', ', '-').replace(' ', '-')}-{s.seed}"
     fit = FitConfig(minutes=10**6, steps=steps, lr=s.lr, ema=0.99, seed=s.seed)
     loss = PolicyLoss(tags=tags_of(variant), reuse=s.reuse, blank=variant.startswith("eye"))
-    return recipes.train_policy(policy, model.tokenizer, data, Run(out, machine, fit), loss)
+    return recipes.train_policy(
+        policy, model.tokenizer, data, Run(place(s, variant), machine, fit), loss
+    )
 
 
 @torch.no_grad()
@@ -148,6 +154,10 @@ def run(model: RealSR, photos: list, s: Settings, machine: Machine) -> Path:
     rows: list[dict] = []
     for variant in s.variants:
         policy = train(model, variant, s, machine)
+        if variant.startswith("direct"):  # for `realsr eval benchmark --methods direct`
+            RealSR(model.tokenizer, policy.eval()).save_pretrained(
+                place(s, variant), "policy-direct"
+            )
         found = measure(model, policy, variant, photos)
         rows += [{"variant": variant, "seed": s.seed, **row} for row in found]
         with path.open("w", newline="", encoding="utf-8") as f:

@@ -4,10 +4,10 @@ intervals to a baseline.
     realsr eval benchmark --data eval --methods bicubic chain-sft --metrics psnr_y lpips niqe
 
 Methods are those of `peers.METHODS`, "ncnn:FOLDER/NAME", and our own (OWN): chain-sft and
-chain-grpo, and two controls with the same decoder, without chain (lr-alone) and without LR photo
-(plain). Every output is kept as an 8-bit PNG, and scores are computed from that file, so a run that
-was interrupted and goes on gives what an undisturbed one gives. A method or metric that cannot be
-had here is named in the table with the reason.
+chain-grpo, and controls with the same decoder: a policy without a chain (direct), no codes
+(lr-alone), no LR photo (plain). Every output is kept as an 8-bit PNG, and scores are computed from
+that file, so a run that was interrupted and goes on gives what an undisturbed one gives. A method
+or metric that cannot be had here is named in the table with the reason.
 
 Time is that of restoring alone, the first call included, loading not. Kept outputs are used again
 as long as the weights, the seed, the pictures and this package's version are the same; after a
@@ -39,12 +39,13 @@ from realsr_r1.evaluation.sets import BenchSet, Item
 from realsr_r1.evaluation.tables import write
 from realsr_r1.pipeline import STRIDE, TILE, RealSR, find_weights, pad
 from realsr_r1.planning.budget import Meter
-from realsr_r1.sampling import Sampling
+from realsr_r1.sampling import Samples, Sampling, sample
 from realsr_r1.version import __version__
 
 OWN = {
     "chain-sft": "the chain after the cold start",
     "chain-grpo": "the chain after GRPO",
+    "direct": "control: a policy that draws the final image at once (realsr ablate chain)",
     "lr-alone": "control: the same decoder without codes",
     "plain": "control: the chain after the cold start, decoded without the LR photo",
 }
@@ -80,6 +81,14 @@ class Method:
 
 
 # ---------------------------------------------------------------- methods
+
+
+class Direct(RealSR):
+    """A model whose policy draws the final image and nothing before it."""
+
+    def sample(self, lr: Tensor, sampling: Sampling, generator=None, texts=None) -> Samples:
+        layout = self.policy.grammar(vlcot.IMAGE_TAGS[-1:])
+        return sample(self.policy, lr, sampling, generator, layout)
 
 
 def chain_method(model: RealSR, sampling: Sampling = Sampling(), plain: bool = False) -> Callable:
@@ -135,8 +144,10 @@ def load_method(name: str, device: str | None = None, weights: str = "nano") -> 
         peer = peers.load(name)
         key = f"{name} {fingerprint(*peers.files(name))}"
         return Method(lambda lr, seed: (peer(lr), None), key)
-    policy, sampling = "policy-grpo" if name == "chain-grpo" else "policy-sft", Sampling()
-    model, folder = RealSR.from_pretrained(weights, device, policy), find_weights(weights)
+    named = {"chain-grpo": "policy-grpo", "direct": "policy-direct"}
+    policy, sampling = named.get(name, "policy-sft"), Sampling()
+    kind = Direct if name == "direct" else RealSR
+    model, folder = kind.from_pretrained(weights, device, policy), find_weights(weights)
     key = f"{fingerprint(folder / policy, folder / 'tokenizer')} {sampling} {STRIDE} {model.device}"
     if name == "lr-alone":
         return Method(lr_alone(model), f"{key} lr-alone")

@@ -4,6 +4,7 @@ import torch
 
 from realsr_r1 import photographs, sft
 from realsr_r1.ablations import chain
+from realsr_r1.evaluation import benchmark
 from realsr_r1.pipeline import RealSR
 from realsr_r1.pretraining import redraw
 from realsr_r1.pretraining.recipes import Machine
@@ -18,6 +19,11 @@ def test_variants_of_a_seed_are_trained_and_measured_side_by_side(tmp_path):
     for variant in chain.MEASURED:
         assert f"| {variant} |" in text
     assert text.count("[") == 3  # a paired difference for each but the first
+    kept = tmp_path / "direct-equal-pairs-0"
+    direct = benchmark.load_method("direct", "cpu", str(kept))
+    made, chains = direct.call(torch.rand(1, 3, 40, 34), 0)
+    assert made.shape == (1, 3, 160, 136)
+    assert all(c.final_image is not None and c.rough_image is None for c in chains[0])
 
 
 def test_the_eye_alone_sees_no_code():
