@@ -3,7 +3,7 @@ sentence: a plain CNN, trained on the LR photo's pixels for nothing but these la
 """
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,18 +89,30 @@ class Right:
 
 
 @torch.no_grad()
-def measure(model: Namer, photos: list, seed: int = 0) -> list[Right]:
-    """The pairs of `realsr eval table` with the same seed, so that the two can be compared."""
-    rows, device = [], next(model.parameters()).device
+def measured(
+    photos: list, right: Callable[[Tensor, dict], dict[str, float]], seed: int = 0
+) -> list[Right]:
+    """What is `right`, given an LR photo (1, 3, 32, 32) in [0, 1] and its item, on the pairs of
+    `realsr eval table` with the same seed, so that the two can be compared."""
+    rows = []
     for severity in SEVERITIES:
         data = photographs.Pairs(photos, f"nano-{severity}", seed=seed, training=False)
         for i, photo in enumerate(photos):
             item = data[i]
-            parts = model.parts(item["lr"][None].to(device).float() / 255)
-            found, true = [int(p.argmax()) for p in parts], targets([item])[0].tolist()
-            right = {k: float(a == b) for k, a, b in zip(LABELS, found, true, strict=True)}
-            rows.append(Right(severity, photo.file, cluster_of(vars(photo)), right))
+            found = right(item["lr"][None].float() / 255, item)
+            rows.append(Right(severity, photo.file, cluster_of(vars(photo)), found))
     return rows
+
+
+def measure(model: Namer, photos: list, seed: int = 0) -> list[Right]:
+    """Which labels the network names right."""
+
+    def right(lr: Tensor, item: dict) -> dict[str, float]:
+        found = [int(p.argmax()) for p in model.parts(lr.to(next(model.parameters()).device))]
+        pairs = zip(LABELS, found, targets([item])[0].tolist(), strict=True)
+        return {k: float(a == b) for k, a, b in pairs}
+
+    return measured(photos, right, seed)
 
 
 def report(rows: list[Right], table: Path | None = None, who: str = "CNN on the LR pixels") -> str:

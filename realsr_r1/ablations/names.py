@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from realsr_r1 import perceptual
-from realsr_r1.ablations.labels import Right
-from realsr_r1.evaluation.nano import SEVERITIES, cluster_of
+from realsr_r1.ablations.labels import Right, measured
 from realsr_r1.photographs import SIDE, Pairs, Photograph
+from realsr_r1.rewards import words
 
 NAMES = ("subject", "background")
 POOLED = {1: 2, 2: 2, 3: 2, 4: 3}  # AlexNet's layers, and to how many cells a side each is pooled
@@ -34,17 +34,17 @@ def true_names(photo: Photograph) -> dict[str, str]:
 
 
 class Namer(nn.Module):
-    """Features (b, 5632) → logits of each of NAMES; `words` are those that can be said."""
+    """Features (b, 5632) → logits of each of NAMES; `known` are the names that can be said."""
 
-    def __init__(self, words: dict[str, list[str]], x: Tensor, width: int = 512):
+    def __init__(self, known: dict[str, list[str]], x: Tensor, width: int = 512):
         super().__init__()
-        self.words = words
+        self.known = known
         self.register_buffer("mean", x.float().mean(0))
         self.register_buffer("scale", x.float().std(0) + 1e-5)
         self.body = nn.Sequential(
             nn.Dropout(0.5), nn.Linear(x.shape[1], width), nn.ReLU(), nn.Dropout(0.5)
         )
-        self.heads = nn.ModuleList([nn.Linear(width, len(words[k])) for k in NAMES])
+        self.heads = nn.ModuleList([nn.Linear(width, len(known[k])) for k in NAMES])
 
     def forward(self, x: Tensor) -> list[Tensor]:
         h = self.body((x.float() - self.mean) / self.scale)
@@ -54,7 +54,7 @@ class Namer(nn.Module):
         """The likeliest names of LR photos (b, 3, 32, 32)."""
         best = [logits.argmax(1).tolist() for logits in self(features(lr))]
         pairs = zip(*best, strict=True)
-        return [{k: self.words[k][i] for k, i in zip(NAMES, p, strict=True)} for p in pairs]
+        return [{k: self.known[k][i] for k, i in zip(NAMES, p, strict=True)} for p in pairs]
 
 
 def seen(data: Pairs, n: int) -> tuple[Tensor, Tensor]:
@@ -72,10 +72,10 @@ def train(photos: list[Photograph], n: int, epochs: int = 20, seed: int = 0) -> 
     reads each but once."""
     x, index = seen(Pairs(photos, seed=seed, labels=False), n)
     names = [true_names(p) for p in photos]
-    words = {k: sorted({t[k] for t in names}) for k in NAMES}
-    target = torch.tensor([[words[k].index(t[k]) for k in NAMES] for t in names])[index]
+    known = {k: sorted({t[k] for t in names}) for k in NAMES}
+    target = torch.tensor([[known[k].index(t[k]) for k in NAMES] for t in names])[index]
     torch.manual_seed(seed)
-    model = Namer(words, x)
+    model = Namer(known, x)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
     steps = max(1, epochs * n // 256)
     for step in range(steps):
@@ -89,14 +89,11 @@ def train(photos: list[Photograph], n: int, epochs: int = 20, seed: int = 0) -> 
     return model.eval()
 
 
-@torch.no_grad()
 def measure(model: Namer, photos: list[Photograph], seed: int = 0) -> list[Right]:
-    """The pairs of `realsr eval table` with the same seed, so that the two can be compared."""
-    rows = []
-    for severity in SEVERITIES:
-        data = Pairs(photos, f"nano-{severity}", seed=seed, training=False, labels=False)
-        for i, photo in enumerate(photos):
-            said, true = model.say(data[i]["lr"][None].float() / 255)[0], true_names(photo)
-            right = {k: float(said[k] == true[k]) for k in NAMES}
-            rows.append(Right(severity, photo.file, cluster_of(vars(photo)), right))
-    return rows
+    """Which names are right, by the rule for the chain's: `rewards.words`."""
+
+    def right(lr: Tensor, item: dict) -> dict[str, float]:
+        said, true = model.say(lr)[0], true_names(photos[item["index"]])
+        return {k: float(words(true[k]) in words(said[k])) for k in NAMES}
+
+    return measured(photos, right, seed)

@@ -39,7 +39,7 @@ from realsr_r1.evaluation.sets import BenchSet, Item
 from realsr_r1.evaluation.tables import write
 from realsr_r1.pipeline import STRIDE, TILE, RealSR, find_weights, pad
 from realsr_r1.planning.budget import Meter
-from realsr_r1.sampling import Samples, Sampling, sample
+from realsr_r1.sampling import Generators, Samples, Sampling, sample
 from realsr_r1.version import __version__
 
 OWN = {
@@ -86,7 +86,14 @@ class Method:
 class Direct(RealSR):
     """A model whose policy draws the final image and nothing before it."""
 
-    def sample(self, lr: Tensor, sampling: Sampling, generator=None, texts=None) -> Samples:
+    def sample(
+        self,
+        lr: Tensor,
+        sampling: Sampling = Sampling(),
+        generator: Generators = None,
+        texts: dict[str, str] | None = None,
+    ) -> Samples:
+        """As RealSR's; it writes no words, so `texts` have no place."""
         layout = self.policy.grammar(vlcot.IMAGE_TAGS[-1:])
         return sample(self.policy, lr, sampling, generator, layout)
 

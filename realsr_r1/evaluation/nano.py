@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from realsr_r1 import perceptual, vlcot
 from realsr_r1.degradation import LABELS, from_words
 from realsr_r1.photographs import Pairs, Photograph
-from realsr_r1.pipeline import RealSR
+from realsr_r1.pipeline import HOLD, RealSR, hold, reads_clean
 from realsr_r1.rewards import understanding_reward
 from realsr_r1.sampling import Sampling
 from realsr_r1.stats import Interval, clustered
@@ -29,6 +29,7 @@ STEPS = vlcot.IMAGE_TAGS[::-1]
 METHODS = (
     "bicubic",
     "LR alone",
+    "LR alone, held",
     "chain",
     "chain, first ending",
     "chain, codes in full",
@@ -70,7 +71,8 @@ def enlarged(x: Tensor, size: int) -> Tensor:
 
 
 def pictures(model: RealSR, lr: Tensor, hr: Tensor, chains: list[vlcot.Chain]) -> dict[str, Tensor]:
-    """The picture (b, 3, 4h, 4w) of each method."""
+    """The picture (b, 3, 4h, 4w) of each method. "LR alone, held": those photos that the chain is
+    held to, and as much, so that nothing but codes is between the two."""
     drawn, middle, rough = (torch.stack([getattr(c, t) for c in chains]) for t in STEPS)
     g = torch.Generator().manual_seed(0)
     confetti = torch.randint(0, model.tokenizer.config.codes, drawn.shape, generator=g)
@@ -80,9 +82,12 @@ def pictures(model: RealSR, lr: Tensor, hr: Tensor, chains: list[vlcot.Chain]) -
         in_full = [
             model.tokenizer.decode(c, seen, trust=1.0) for c in (drawn.to(seen.device), true)
         ]
+    alone = model.decode(lr=lr).cpu()
+    held = torch.tensor([HOLD * reads_clean(c) for c in chains])[:, None, None, None]
     return {
         "bicubic": bicubic(lr),
-        "LR alone": model.decode(lr=lr).cpu(),
+        "LR alone": alone,
+        "LR alone, held": hold(alone, lr, held),
         "chain": model.finish(chains, lr),
         "chain, first ending": model.finish(chains, lr, clean=False),
         "chain, codes in full": in_full[0].cpu(),
