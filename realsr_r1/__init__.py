@@ -4,15 +4,18 @@
     result = RealSR.from_pretrained("nano")("photo.jpg", seed=0)
 
 The core is read in this order: degradation, photographs, perceptual, tokenizer, eye, vlcot,
-grammar, policy, decoding, sampling, sft, pipeline. The subpackages are the apparatus around it.
+grammar, policy, decoding, sampling, sft, rewards, objective, grpo, pipeline. The subpackages are
+the apparatus around it.
 """
 
 import importlib
 import logging
 import os
 
-# Before torch loads: waiting threads sleep. Two that spin slow each other down a hundredfold.
+# Before torch loads: waiting threads spin for a moment, then sleep. Two that spin on slow each
+# other down a hundredfold; to sleep at once costs a fifth of a small photo's time.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 from realsr_r1 import _torchvision  # noqa: F401  must run before anything imports torchvision
 from realsr_r1.version import __version__
@@ -20,9 +23,9 @@ from realsr_r1.version import __version__
 # Comes with pyiqa, is not used on a CPU, and says so at every import.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-_FACE = {name: "pipeline" for name in ("RealSR", "Restoration", "restore")}
+_FACE = {name: "pipeline" for name in ("RealSR", "Restoration")}
 _FACE |= {"Chain": "vlcot", "Sampling": "sampling"}
-__all__ = ["Chain", "RealSR", "Restoration", "Sampling", "__version__", "restore"]
+__all__ = ["Chain", "RealSR", "Restoration", "Sampling", "__version__"]
 
 
 def __getattr__(name: str):

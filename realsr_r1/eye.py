@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from realsr_r1.tokenizer import ChannelNorm, ResBlock
 
-PATCHES = 8  # per side: what the prompt holds
-
 
 class Eye(nn.Module):
     """LR photo (b, 3, h, w) in [0, 1] → map (b, hidden, h/2, w/2): a vector per final code."""

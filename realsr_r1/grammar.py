@@ -20,10 +20,9 @@ class LayoutGrammar:
         vocabulary: Vocabulary,
         tags: tuple[str, ...] = TAGS,
         texts: dict[str, str] | None = None,
-        max_words: int = MAX_WORDS,
     ):
         """`tags`: the parts of the layout. `texts`: parts whose words are given, so forced."""
-        self.vocabulary, self.tags, self.max_words = vocabulary, tags, max_words
+        self.vocabulary, self.tags = vocabulary, tags
         ids = vocabulary.ids
         text = frozenset(ids[w] for w in vocabulary.text)
         codes = frozenset(range(vocabulary.first_code, len(vocabulary)))
@@ -36,9 +35,9 @@ class LayoutGrammar:
                 given = vocabulary.encode(texts[tag].replace(",", " ,"))
                 allowed += [*[frozenset({i}) for i in given], close]
             elif tag in TEXT_TAGS:
-                allowed += [text] + [text | close] * (max_words - 1) + [close]
-                after = first + max_words + 1
-                jumps |= {s: (*close, after) for s in range(first + 1, first + max_words)}
+                allowed += [text] + [text | close] * (MAX_WORDS - 1) + [close]
+                after = first + MAX_WORDS + 1
+                jumps |= {s: (*close, after) for s in range(first + 1, first + MAX_WORDS)}
             else:
                 level = IMAGE_TAGS.index(tag)
                 n = GRIDS[level] ** 2

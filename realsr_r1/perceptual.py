@@ -11,6 +11,7 @@ from pathlib import Path
 
 import lpips
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -18,14 +19,17 @@ ALEX = Path(__file__).parent / "assets" / "weights" / "alexnet_conv.safetensors"
 
 
 def load_convolutions(net: nn.Module, path: str | Path) -> None:
-    """Put the convolution weights of a file into the network behind an LPIPS module."""
+    """Put the convolution weights of a file into the network behind an LPIPS module. Raises
+    ValueError for a file that has others."""
     stages = [getattr(net.net, f"slice{s}") for s in range(1, 6)]
     convs = [m for stage in stages for m in stage if isinstance(m, nn.Conv2d)]
-    weights = load_file(path)
-    for i, conv in enumerate(convs):
-        if f"conv{i}.weight" in weights:
+    try:
+        weights = load_file(path)
+        for i, conv in enumerate(convs):
             conv.weight.data.copy_(weights[f"conv{i}.weight"].float())
             conv.bias.data.copy_(weights[f"conv{i}.bias"].float())
+    except (KeyError, RuntimeError, SafetensorError) as e:
+        raise ValueError(f"{path} holds no weights conv0.weight, … of such a network") from e
 
 
 @lru_cache(maxsize=2)

@@ -34,6 +34,7 @@ COUNTS = {"one": "", "two": "two", "few": "a few", "many": "many"}
 _WORDS = json.loads((ASSETS / "words.json").read_text(encoding="utf-8"))
 BACKGROUNDS, PLACES = _WORDS["backgrounds"], _WORDS["places"]
 SUBJECTS, EXTRAS = tuple(_WORDS["subjects"]), tuple(_WORDS["extras"])
+CLOSED = {"split": SPLITS, "count": COUNTS, "place": PLACES}  # fields with a closed list
 FOLDED = {name.replace("-", " "): w for w, names in _WORDS["wider"].items() for name in names}
 
 
@@ -111,8 +112,15 @@ class Photograph:
 
 
 def from_row(row: dict, read: Callable[[], bytes] | None = None) -> Photograph:
-    """A row of the table (strings, lists joined by +) → Photograph, rare words folded."""
-    many = {k: tuple(filter(None, row[k].split("+"))) for k in ("colors", "background", "extras")}
+    """A row of the table (strings, lists joined by +) → Photograph, rare words folded. ValueError
+    for a field that is missing or that no caption can be made of."""
+    for name in ("file", "subject", "view", "colors", "background", *CLOSED):
+        value, choice = row.get(name), CLOSED.get(name)
+        if not value or (choice and value not in choice):
+            what = f"choose one of {', '.join(choice)}" if choice else "give it a word"
+            raise ValueError(f"the annotation of {row.get('file')} has {name} {value!r}: {what}")
+    lists = ("colors", "background", "extras")
+    many = {k: tuple(filter(None, (row.get(k) or "").split("+"))) for k in lists}
     subject = row["subject"]
     subject = subject if subject in SUBJECTS else FOLDED.get(subject.replace("-", " "), "thing")
     extras = (_WORDS["singular"].get(e, e) for e in many["extras"])
@@ -150,7 +158,7 @@ def load(split: str, where: str | Path | None = None) -> list[Photograph]:
             return [from_row(r, partial(bytes, r["image"])) for r in rows]
     table = next(p for w in (where, ASSETS) if (p := w / "annotations.csv").exists())
     with table.open(newline="", encoding="utf-8-sig") as f:
-        rows = [r for r in csv.DictReader(f) if r["split"] == split]
+        rows = [r for r in csv.DictReader(f) if r.get("split", split) == split]
     found = []
     for row in rows:
         places = (where / row["source"] / row["file"], where / row["file"])

@@ -11,7 +11,6 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +186,7 @@ class RealSR:
             max_pixels: refuse larger photos.
         Raises ValueError, in one sentence, for unreadable or too large photos. Ctrl-C keeps what is
         done: the rest comes from the LR photo alone."""
-        photo = _opened(photo, max_pixels)
+        photo = opened(photo, max_pixels)
         w, h = photo.image.size
         lr = pad(images.to_tensor(photo.image))
         reading = self.read(lr, sampling, generator(seed))
@@ -225,11 +224,11 @@ class RealSR:
         return draw
 
 
-def _opened(photo: images.Source | images.Photo, max_pixels: int) -> images.Photo:
+def opened(photo: images.Source | images.Photo, max_pixels: int) -> images.Photo:
     photo = photo if isinstance(photo, images.Photo) else images.read(photo)
     w, h = photo.image.size
     if w * h > max_pixels:
-        raise ValueError(f"{w}x{h} pixels rarely need ×4: scale it down, or raise max_pixels")
+        raise ValueError(f"{w}x{h} pixels rarely need ×4: scale it down, or allow larger photos")
     return photo
 
 
@@ -337,17 +336,3 @@ def decode_grid(model: RealSR, grid: Tensor, lr: Tensor, strength: float = 0.0) 
             at = slice(y * FACTOR, y * FACTOR + cut.shape[1])
             out[:, at, x * FACTOR : x * FACTOR + cut.shape[2]] = cut
     return out
-
-
-@lru_cache(maxsize=2)
-def _loaded(name: str, device: str | None) -> RealSR:
-    return RealSR.from_pretrained(name, device)
-
-
-def restore(
-    photo: Image.Image | str | Path, seed: int = 0, model: str | RealSR = "nano", **options
-) -> Restoration:
-    """Restore a photo ×4 with the shipped model: `RealSR.from_pretrained(model)(photo, seed)`."""
-    if not isinstance(model, RealSR):
-        model = _loaded(model, options.pop("device", None))
-    return model(photo, seed, **options)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from realsr_r1 import degradation as labels_of
 from realsr_r1 import photographs, vlcot
-from realsr_r1.tokenizer import FACTOR, VQModel
+from realsr_r1.tokenizer import VQModel
 
 Reward = Callable[..., list[float]]
 
@@ -179,7 +179,7 @@ def understanding_reward(
 
 
 def final_images(
-    completions: Sequence, tokenizer: VQModel, batch: int
+    completions: Sequence, tokenizer: VQModel, batch: int = 32
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Final images (b, 3, h, w) of equal size that can be read, with their completions' indices."""
     book, groups = tokenizer.codebook.weight, defaultdict(list)
@@ -199,26 +199,17 @@ class GenerationReward:
     Paper: the same. Released code: the mean of TOPIQ-NR, MUSIQ/100, MANIQA-pipal and CLIPIQA; a cut
     final image has the score of the step before, and without any image it crashes.
 
-    `expert`: images (b, 3, h, w) in [0, 1] → (b,) in [0, 1], higher is better. `size`: codes a side
-    of the final image (None: any). `batch`: images decoded at a time. ValueError if the expert does
-    not return one score an image; `guarded` checks their range."""
+    `expert`: images (b, 3, h, w) in [0, 1] → (b,) in [0, 1], higher is better. ValueError if it
+    does not return one score an image; `guarded` checks their range."""
 
-    def __init__(
-        self,
-        expert: Callable[[Tensor], Tensor],
-        tokenizer: VQModel,
-        size: int | None = None,
-        batch: int = 32,
-    ):
-        self.expert, self.tokenizer, self.size, self.batch = expert, tokenizer, size, batch
+    def __init__(self, expert: Callable[[Tensor], Tensor], tokenizer: VQModel):
+        self.expert, self.tokenizer = expert, tokenizer
         self.__name__ = "generation_reward"
 
     @torch.no_grad()
     def __call__(self, completions: Sequence, **_) -> list[float]:
         out = [0.0] * len(completions)
-        for index, images in final_images(completions, self.tokenizer, self.batch):
-            if self.size is not None and images.shape[-2:] != (self.size * FACTOR,) * 2:
-                continue
+        for index, images in final_images(completions, self.tokenizer):
             scores = self.expert(images)
             if not isinstance(scores, Tensor) or scores.shape != (len(index),):
                 raise ValueError(

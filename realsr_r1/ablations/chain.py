@@ -59,6 +59,10 @@ class Settings:
     variants: tuple[str, ...] = MEASURED
     warm: bool = False  # start from the model's policy, which is then the chain itself
 
+    def __post_init__(self) -> None:
+        if unknown := set(self.variants) - set(VARIANTS):
+            raise ValueError(f"no variant {unknown.pop()!r}: choose from {'; '.join(VARIANTS)}")
+
     def policy(self, codes: int, aligned: bool) -> PolicyConfig:
         """The policies' shape: at `hidden` 224 the shipped one's."""
         hidden = self.hidden

@@ -44,12 +44,12 @@ def labels(a: argparse.Namespace) -> None:
     from realsr_r1.pretraining.recipes import Machine
 
     photos = spread(photographs.load(a.split, a.photographs), a.n)
-    seed = seed_of("labels", a.seed)
+    said, seed = ablation.said_in(a.table), seed_of("labels", a.seed)
     data = photographs.Pairs(photographs.load("train", a.photographs), seed=seed)
     fit = FitConfig(minutes=a.minutes, steps=a.steps, lr=a.lr, ema=0.99, seed=a.seed)
     machine = Machine(device_of(a.device).type, a.batch, a.workers)
     namer = ablation.train(data, a.out, machine, fit, a.reuse)
-    print(ablation.report(ablation.measure(namer, photos), a.table))
+    print(ablation.report(ablation.measure(namer, photos), said))
 
 
 def names(a: argparse.Namespace) -> None:
@@ -60,10 +60,10 @@ def names(a: argparse.Namespace) -> None:
     from realsr_r1.evaluation.commands import spread
 
     photos = spread(photographs.load(a.split, a.photographs), a.n)
-    seed = seed_of("labels", a.seed)
+    said, seed = labels.said_in(a.table), seed_of("labels", a.seed)
     namer = ablation.train(photographs.load("train", a.photographs), a.crops, seed=seed)
     rows = ablation.measure(namer, photos)
-    print(labels.report(rows, a.table, "AlexNet and two layers"))
+    print(labels.report(rows, said, "AlexNet and two layers"))
 
 
 def words(a: argparse.Namespace) -> None:
@@ -91,7 +91,11 @@ def register(sub) -> None:
     p.add_argument("--seeds", type=integer(), default=3, help="so many, from --seed on")
     text = "controls begin with the model's policy, which is the chain, instead of from scratch"
     p.add_argument("--warm", action="store_true", help=text)
-    p.add_argument("--variants", nargs="+", help="which; the first is what others are held to")
+    text = (
+        "of 'chain', 'direct, equal pairs', 'direct, equal compute', 'eye alone, equal pairs' and "
+        "'chain, 1-D positions'; the first is what others are held to"
+    )
+    p.add_argument("--variants", nargs="+", help=text)
     p.add_argument("--batch", type=integer(), default=12, help="chains per step")
     p.add_argument("--lr", type=real(), default=3e-3, help="peak learning rate")
     p.add_argument("--reuse", type=real(), default=1.0, help="as in realsr train policy")

@@ -115,16 +115,29 @@ def measure(model: Namer, photos: list, seed: int = 0) -> list[Right]:
     return measured(photos, right, seed)
 
 
-def report(rows: list[Right], table: Path | None = None, who: str = "CNN on the LR pixels") -> str:
-    """Markdown: the share of each label that `who` names right; beside the chain's share and its
-    paired difference where `table`, a CSV of `realsr eval table`, has the same photos."""
-    said = {}
-    if table:
+Said = dict[tuple[str, str], dict]  # by severity and file what the chain named rightly
+
+
+def said_in(table: Path | None) -> Said:
+    """The chain's rows of a CSV of `realsr eval table`; {} for None. ValueError for another CSV."""
+    if table is None:
+        return {}
+    try:
         with table.open(newline="", encoding="utf-8-sig") as f:
-            said = {(r["severity"], r["file"]): r for r in csv.DictReader(f) if r.get("blur")}
-        missing = [r.file for r in rows if (r.severity, r.file) not in said]
-        if missing:
-            raise ValueError(f"{table} lacks {missing[0]}: measure the same photographs")
+            rows = list(csv.DictReader(f))
+    except (UnicodeDecodeError, csv.Error):
+        rows = []
+    if not rows or not {"severity", "file", "subject", *LABELS} <= set(rows[0]):
+        raise ValueError(f"{table} is no table that realsr eval table has written")
+    return {(r["severity"], r["file"]): r for r in rows if r["blur"]}
+
+
+def report(rows: list[Right], said: Said, who: str = "CNN on the LR pixels") -> str:
+    """Markdown: the share of each label that `who` names right; beside the chain's share and its
+    paired difference where it has `said` something of the same photos."""
+    missing = [r.file for r in rows if said and (r.severity, r.file) not in said]
+    if missing:
+        raise ValueError(f"the table lacks {missing[0]}: measure the same photographs")
     head = ["label", who] + ["the chain", "chain minus it"] * bool(said)
     out = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     clusters = [r.cluster for r in rows]

@@ -4,15 +4,16 @@ The same minutes, photographs, seed and schedule; what differs is the optimizer 
 rate. Measured by the loss of true chains on validation photographs.
 """
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 from realsr_r1 import photographs, sft
 from realsr_r1.common import seed_of
 from realsr_r1.evaluation.chains import chain_metrics
+from realsr_r1.files.writable import append_row
 from realsr_r1.pipeline import RealSR
 from realsr_r1.policy import ChainPolicy, PolicyConfig
 from realsr_r1.pretraining import recipes
@@ -71,14 +72,9 @@ def measure(model: RealSR, policy: ChainPolicy, photos: list) -> dict[str, float
 def run(model: RealSR, photos: list, s: Settings, machine: Machine) -> dict:
     """Train, measure, and add a row to `out`/optimizer.csv."""
     policy = train(model, s, machine).eval()
-    log = list(csv.DictReader((s.out / s.name / "log.csv").open(newline="", encoding="utf-8-sig")))
-    row = {"optimizer": s.name, "seed": s.seed, "steps": int(log[-1]["step"])}
+    log = s.out / s.name / "log.csv"  # absent after fewer steps than it takes to write a line
+    steps = int(pd.read_csv(log)["step"].max()) if log.exists() else s.steps
+    row = {"optimizer": s.name, "seed": s.seed, "steps": steps}
     row |= measure(model, policy, photos)
-    path = s.out / "optimizer.csv"
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as f:
-        w = csv.DictWriter(f, list(row))
-        if new:
-            w.writeheader()
-        w.writerow(row)
+    append_row(s.out / "optimizer.csv", row)
     return row

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from realsr_r1 import degradation as labels_of
-from realsr_r1 import perceptual, photographs, vlcot
+from realsr_r1 import perceptual, photographs
 from realsr_r1.rewards import (
     SYNONYMS,
     Reward,
@@ -20,7 +20,6 @@ from realsr_r1.rewards import (
     needs,
     rough,
     short,
-    text_of,
     words,
 )
 from realsr_r1.tokenizer import VQModel
@@ -28,20 +27,6 @@ from realsr_r1.tokenizer import VQModel
 
 def _columns(*rewards: Reward) -> tuple[str, ...]:
     return tuple(dict.fromkeys(c for r in rewards for c in getattr(r, "columns", ())))
-
-
-def partial_format_reward(completions: Sequence, **_) -> list[float]:
-    """Partial credit for form: (parts that are whole and there just once + 1 if the whole is in
-    form) / 8.
-
-    1 only where `format_reward` is 1. A cut chain keeps its whole parts; out of order or with words
-    around it, it has 7/8.
-    """
-    parses = [(text_of(c), vlcot.parse(text_of(c))) for c in completions]
-    return [
-        (sum(getattr(chain, t) is not None for t in vlcot.TAGS) + vlcot.well_formed(text)) / 8
-        for text, chain in parses
-    ]
 
 
 @needs("degradation")
@@ -118,38 +103,6 @@ def substring_understanding_reward(
     return [sum(t in text for t in wanted) / max(1, len(wanted)) for text, wanted in pairs]
 
 
-def weighted_sum(
-    rewards: Sequence[Reward], weights: Sequence[float] | None = None, name: str = "weighted_sum"
-) -> Reward:
-    """One reward from several: Σ wᵢ·rᵢ with weights divided by their sum, so that the result stays
-    in [0, 1] (None: equal).
-
-    ValueError if weights do not fit the rewards, are negative or not finite, or are all 0. (GRPO
-    divides by the group's spread, so a common factor hardly matters to it.)
-    """
-    weights = [1.0] * len(rewards) if weights is None else [float(w) for w in weights]
-    if (
-        len(weights) != len(rewards)
-        or not all(0 <= w < float("inf") for w in weights)
-        or not sum(weights)
-    ):
-        raise ValueError(
-            f"weighted_sum needs for each of {len(rewards)} rewards a finite weight of at least "
-            f"0, not all 0; got {weights}"
-        )
-    total = sum(weights)
-
-    def reward(completions: Sequence, **columns) -> list[float]:
-        scores = [r(completions=completions, **columns) for r in rewards]
-        return [
-            min(1.0, sum(w * s for w, s in zip(weights, row, strict=True)) / total)
-            for row in zip(*scores, strict=True)
-        ]
-
-    reward.__name__, reward.columns = name, _columns(*rewards)
-    return reward
-
-
 def gated(reward: Reward, gate: Reward = format_reward) -> Reward:
     """The reward where the gate gives 1, and 0 elsewhere: with the default gate, a chain out of
     form earns nothing."""
@@ -174,14 +127,14 @@ class ReferenceReward:
 
     columns = ("hr",)
 
-    def __init__(self, tokenizer: VQModel, batch: int = 32):
-        self.tokenizer, self.batch, self.__name__ = tokenizer, batch, "reference_reward"
+    def __init__(self, tokenizer: VQModel):
+        self.tokenizer, self.__name__ = tokenizer, "reference_reward"
 
     @torch.no_grad()
     def __call__(self, completions: Sequence, hr: Sequence | None = None, **_) -> list[float]:
         true = [pixels(v, i) for i, v in enumerate(column("hr", hr, len(completions)))]
         out = [0.0] * len(completions)
-        for index, made in final_images(completions, self.tokenizer, self.batch):
+        for index, made in final_images(completions, self.tokenizer):
             fit = [k for k, i in enumerate(index) if made[k].shape == true[i].shape]
             if fit:
                 truth = torch.stack([true[index[k]] for k in fit]).to(made.device)

@@ -4,7 +4,6 @@ two cores. The control is as many sequences of more supervised fine-tuning.
 """
 
 import copy
-import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from realsr_r1 import grpo, photographs, rewards
 from realsr_r1.ablations.rewards import understanding_f1_reward
 from realsr_r1.common import seed_of
 from realsr_r1.evaluation import words
+from realsr_r1.files.writable import claim
 from realsr_r1.pipeline import RealSR
 from realsr_r1.policy import ChainPolicy, PolicyConfig
 from realsr_r1.pretraining import recipes
@@ -86,16 +86,6 @@ def fine_tune(
     return recipes.train_policy(start, model.tokenizer, data, run, loss).eval()
 
 
-def claim(s: Settings) -> None:
-    """Mark `out` as this run's, so that a stopped one can go on there; ValueError where it holds
-    policies of other settings, which would be measured for these."""
-    path, now = s.out / f"settings-{s.seed}.json", json.dumps(asdict(s), default=str)
-    if path.exists() and path.read_text(encoding="utf-8") != now:
-        raise ValueError(f"{s.out} holds a run of other settings: choose another --out")
-    s.out.mkdir(parents=True, exist_ok=True)
-    path.write_text(now, encoding="utf-8")
-
-
 def kept(folder: Path, make: Callable[[], ChainPolicy], device: torch.device) -> ChainPolicy:
     """The policy in a folder; where there is none, it is made and saved there."""
     if (folder / "model.safetensors").exists():
@@ -108,7 +98,7 @@ def kept(folder: Path, make: Callable[[], ChainPolicy], device: torch.device) ->
 def run(model: RealSR, photos: list, s: Settings) -> dict[str, words.Words]:
     """Cold start, GRPO and its control, of one seed, measured on `photos`; the policies and the
     log go to `out`. Raises ValueError where `out` holds a run of other settings."""
-    claim(s)
+    claim(s.out / f"settings-{s.seed}.json", asdict(s))
 
     def cold() -> ChainPolicy:
         torch.manual_seed(s.seed)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
+from realsr_r1.common import atomic
 from realsr_r1.photographs import Photograph, from_row
 
 PATTERN = "annotated-*.parquet"
@@ -42,10 +43,9 @@ def write_shards(photos: list[Photograph], out: str | Path, per_file: int = 1000
             raise ValueError(f"{path} is not of these photographs and sizes: use a new folder")
     out.mkdir(parents=True, exist_ok=True)
     for path in sorted(shards.keys() - set(done)):
-        part = path.with_suffix(".parquet.part")
         table = pa.Table.from_pylist([row_of(p) for p in shards[path]], SCHEMA)
-        parquet.write_table(table, part, row_group_size=ROWS)
-        part.replace(path)
+        with atomic(path) as part:
+            parquet.write_table(table, part, row_group_size=ROWS)
     return list(shards)
 
 

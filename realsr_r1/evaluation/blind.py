@@ -18,8 +18,10 @@ from PIL import Image
 from torch import Tensor
 
 from realsr_r1 import images
+from realsr_r1.evaluation import peers
 from realsr_r1.evaluation.benchmark import chain_method
-from realsr_r1.evaluation.nano import SEVERITIES, bicubic, cluster_of
+from realsr_r1.evaluation.nano import SEVERITIES, cluster_of
+from realsr_r1.files.writable import append_row
 from realsr_r1.photographs import ASSETS, Pairs, Photograph
 from realsr_r1.pipeline import RealSR
 from realsr_r1.sampling import Sampling
@@ -41,10 +43,6 @@ def method(name: str, model: RealSR, seed: int = 0, sampling: Sampling = Samplin
         return lambda lr: call(lr, seed)[0]
     if name == "LR alone":
         return lambda lr: model.decode(lr=lr).cpu()
-    if name == "bicubic":
-        return bicubic
-    from realsr_r1.evaluation import peers
-
     if name not in peers.METHODS and not name.startswith(peers.ANY):
         known = ", ".join(("chain", "first ending", "LR alone", *peers.METHODS))
         raise ValueError(f"no method {name!r}; choose from {known}")
@@ -118,13 +116,7 @@ def answer(out: Path, pair: int, choice: str) -> None:
     """Keep one answer; ValueError for anything but left, right and same."""
     if choice not in ("left", "right", "same"):
         raise ValueError(f"an answer is left, right or same, not {choice!r}")
-    path = out / "answers.csv"
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as f:
-        w = csv.writer(f)
-        if new:
-            w.writerow(["pair", "choice"])
-        w.writerow([pair, choice])
+    append_row(out / "answers.csv", {"pair": pair, "choice": choice})
 
 
 @dataclass(frozen=True)

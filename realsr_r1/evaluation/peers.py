@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-SCALE = 4
+from realsr_r1.tokenizer import SCALE
+
 WINDOW, OVERLAP = (
     256,
     16,

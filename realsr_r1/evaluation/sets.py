@@ -35,8 +35,8 @@ from torch import Tensor
 from realsr_r1 import degradation, photographs
 from realsr_r1 import images as photos
 from realsr_r1.corpus.folders import pictures_in, same_name
+from realsr_r1.tokenizer import SCALE
 
-SCALE = 4
 # pixels of the `eval` originals: a square of the photo's shorter side (288 px or more), scaled down
 # to be sharp
 SIDE = 256

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from realsr_r1.common import atomic
 from realsr_r1.evaluation import metrics
 from realsr_r1.stats import clustered
 
@@ -28,9 +29,8 @@ FEWEST = 5  # photos below which a bootstrap interval says too little for a mark
 
 def write(path: Path, text: str) -> None:
     """Write a text file in one go: a reader sees the old one or the new one, never half."""
-    part = path.with_suffix(path.suffix + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    with atomic(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def grouped(values: Sequence[float | None], groups: Sequence[str]) -> np.ndarray:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from realsr_r1 import perceptual
+from realsr_r1.common import generator
 from realsr_r1.evaluation.nano import SEVERITIES, clusters_of, held_out, stacked
 from realsr_r1.photographs import Photograph
 from realsr_r1.pipeline import HOLD, RealSR, hold, reads_clean
@@ -50,7 +51,7 @@ def report(
         lr, hr = stacked(held_out(photos, severity, seed))
         chains = []
         for i, some in enumerate(lr.split(batch)):
-            g = torch.Generator().manual_seed(seed * 1_000_003 + i * batch)
+            g = generator(seed, i * batch)
             chains += model.sample(some, sampling, g).chains
         for name, how in WAYS.items():
             made = decoded(model, chains, lr, *how)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from realsr_r1 import rewards
+from realsr_r1.common import generator
 from realsr_r1.evaluation.nano import SEVERITIES, clusters_of
 from realsr_r1.grpo import WORDS
 from realsr_r1.photographs import Pairs, Photograph
@@ -52,7 +53,7 @@ def _said(
     grammar, texts = policy.grammar(WORDS), []
     for first in range(0, len(items), batch):
         lr = torch.stack([x["lr"] for x in items[first : first + batch]]).float() / 255
-        g = torch.Generator().manual_seed(seed * 1_000_003 + first)
+        g = generator(seed, first)
         texts += [render(c, WORDS) for c in sample(policy, lr, sampling, g, grammar).chains]
     return texts
 

@@ -25,16 +25,18 @@ def outputs(photos: list[Path], out: Path, trace: Path | None) -> dict[Path, Pat
 
 def restore(a: argparse.Namespace) -> int:
     """Inputs and outputs are looked at before any work; of several photos those that cannot be
-    read are left out, said at the end, and make the exit status 2."""
+    read or are too large are left out, said at the end, and make the exit status 2."""
     from realsr_r1 import images
     from realsr_r1.files.writable import check_writable
+    from realsr_r1.pipeline import opened
     from realsr_r1.sampling import Sampling
     from realsr_r1.tokenizer import SCALE
 
     places, left_out = outputs(a.photos, a.out, a.trace), []
+    most = round(a.max_megapixels * 1024**2)
     for photo, out in list(places.items()):
         try:
-            size = images.read(photo).image.size
+            size = opened(photo, most).image.size
         except ValueError as e:
             if len(a.photos) == 1:
                 raise
@@ -43,7 +45,6 @@ def restore(a: argparse.Namespace) -> int:
             continue
         check_writable(out, a.trace, tuple(n * SCALE for n in size))
     sampling = Sampling(image_temperature=a.temperature, guidance=a.guidance)
-    most = round(a.max_megapixels * 1e6)
     model = model_of(a) if places else None
     for path, out in places.items():
         photo = images.read(path)

@@ -22,12 +22,13 @@ def leaf(sub, name: str, run: Callable, text: str) -> argparse.ArgumentParser:
     return p
 
 
-def add_model(p: argparse.ArgumentParser) -> None:
-    """The options of every command that needs a model."""
+def add_model(p: argparse.ArgumentParser, policy: bool = True) -> None:
+    """The options of every command that needs a model; `policy`: one of its policies."""
     p.add_argument(
         "--model", type=filled, default="nano", help="a shipped name, a folder, or a hub id"
     )
-    p.add_argument("--policy", default="policy-sft", help="which of the model's policies")
+    if policy:
+        p.add_argument("--policy", default="policy-sft", help="which of the model's policies")
     p.add_argument("--device", help="cpu, cuda or mps; the best there is if left out")
     p.add_argument(
         "--seed", type=integer(-(2**200)), default=0, help="the same seed gives the same picture"

@@ -1,12 +1,16 @@
-"""Whether a result can be written, asked before the work that leads to it."""
+"""Whether a result can be written, asked before the work that leads to it; tables that grow."""
 
+import json
 import math
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
+import pandas as pd
+
 from realsr_r1 import images
+from realsr_r1.common import atomic
 
 LARGEST = {"JPEG": 65_500, "WEBP": 16_383, "AVIF": 65_535, "GIF": 65_535, "ICO": 256}  # pixels
 
@@ -38,3 +42,20 @@ def check_writable(
         raise ValueError(
             f"a side of {side} pixels is too long for {kind}, which takes {largest}: use .png"
         )
+
+
+def claim(path: Path, settings: dict) -> None:
+    """Keep a run's settings at `path`, so that a stopped one can go on there. Raises ValueError
+    where a run of other settings did: its results would be taken for this one's."""
+    now = json.dumps(settings, default=str)
+    if path.exists() and path.read_text(encoding="utf-8") != now:
+        raise ValueError(f"{path.parent} holds a run of other settings: choose another --out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(now, encoding="utf-8")
+
+
+def append_row(path: Path, row: dict) -> None:
+    """Add a row to a CSV file; a column that is new is empty in the rows before."""
+    before = [pd.read_csv(path)] if path.exists() else []
+    with atomic(path) as part:
+        pd.concat([*before, pd.DataFrame([row])]).to_csv(part, index=False)

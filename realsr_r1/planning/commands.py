@@ -13,13 +13,13 @@ def cost(a: argparse.Namespace) -> None:
 
     if a.table or a.measure:
         measured = budget.measured_table() if a.measure else ""
-        text = budget.report(a.photos, a.rl_photos, a.price or 3.0, measured)
+        text = budget.report(a.photos, a.rl_photos, 3.0 if a.price is None else a.price, measured)
     else:
         given = dict(budget.REFERENCE) if a.model == "reference" else {"fused": False}
         names = ("prompt", "completion", "precision", "optimizer", *COUNTS)
         given |= {k: getattr(a, k) for k in names if getattr(a, k) is not None}
         given |= {k: True for k in ("checkpointing", "sharded", "offload") if getattr(a, k)}
-        text = budget.describe(budget.shape_of(a.model), Run(a.phase, **given), a.price)
+        text = budget.describe(budget.shape_of(a.model), Run(a.phase, **given), a.price or 0.0)
     if a.out is None:
         print(text)
         return
@@ -55,8 +55,8 @@ def register(sub) -> None:
     p.add_argument("--checkpointing", action="store_true", help="activations are computed twice")
     p.add_argument("--sharded", action="store_true", help="FSDP2 or ZeRO-3")
     p.add_argument("--offload", action="store_true", help="weights and states in the host's memory")
-    text = "of a card and hour, in your currency"
-    p.add_argument("--price", type=real(zero=True), default=0.0, help=text)
+    text = "of a card and hour, in your currency; of the table 3.0 if left out"
+    p.add_argument("--price", type=real(zero=True), help=text)
     text = "instead: what fits on which card, and the paper's recipe"
     p.add_argument("--table", action="store_true", help=text)
     text = "with --table: run the nano policy's trainers and compare (minutes)"

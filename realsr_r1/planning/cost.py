@@ -10,7 +10,8 @@ compared. Seconds follow from operations, bytes and a stated utilization.
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
+
+import psutil
 
 from realsr_r1.policy import PolicyConfig
 from realsr_r1.vlcot import GRIDS, PATCH_TOKENS, TAGS, image_length
@@ -120,11 +121,7 @@ class Shape:
 
 def nano() -> Shape:
     """The shipped policy's body and table; eye and positions, a quarter more, are left out."""
-    c = PolicyConfig().body
-    head = c.head_dim
-    kv = c.num_key_value_heads
-    sizes = (c.hidden_size, c.num_hidden_layers, c.num_attention_heads, kv, head)
-    return Shape(*sizes, c.intermediate_size, c.vocab_size, True, 2 * head)
+    return Shape.of(PolicyConfig().body)
 
 
 def qwen3(vocabulary: int = 151_936) -> Shape:
@@ -379,15 +376,12 @@ def seconds(
 
 
 def free_bytes(device) -> float:
-    """Free memory of a torch.device, in bytes; infinite where the system does not say."""
+    """Free memory of a torch.device, in bytes."""
     import torch
 
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    if not Path("/proc/meminfo").exists():
-        return float("inf")
-    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemAvailable"))
+    return float(psutil.virtual_memory().available)
 
 
 def require(need: float, device, what: str) -> None:

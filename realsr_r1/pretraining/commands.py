@@ -112,7 +112,8 @@ def register(sub) -> None:
             "--minutes", type=real(), default=60.0, help="how long; a killed run goes on"
         )
         p.add_argument("--steps", type=integer(), default=10**9, help="at most so many steps")
-        p.add_argument("--init", type=place, help="a folder of weights to start from")
+        first = " (the tokenizer alone)" if name == "all" else ""
+        p.add_argument("--init", type=place, help=f"a folder of weights to start from{first}")
         p.add_argument(
             "--batch", type=integer(), help="8 crops or 12 chains on a CPU, 64 or 128 on a GPU"
         )

@@ -1,6 +1,5 @@
 """One training loop for every network: cosine rate, averaged weights, a log, checkpoints."""
 
-import csv
 import math
 import time
 import zipfile
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from realsr_r1.common import check_number
+from realsr_r1.files.writable import append_row
 
 
 @dataclass(frozen=True)
@@ -108,13 +108,7 @@ class Fit:
         print(f"resumed {self.out.name} at step {self.step}", flush=True)
 
     def log(self, row: dict) -> None:
-        path = self.out / "log.csv"
-        new = not path.exists()
-        with path.open("a", newline="", encoding="utf-8") as f:
-            w = csv.DictWriter(f, list(row))
-            if new:
-                w.writeheader()
-            w.writerow(row)
+        append_row(self.out / "log.csv", row)
         print(row, flush=True)
 
     def _update(self, loss: Tensor, rate: float) -> None:
@@ -128,7 +122,7 @@ class Fit:
 
     def run(self, loss_of: LossOf, preview: Callable[[nn.Module], dict] | None = None) -> nn.Module:
         """Train to the end; returns the averaged model. Raises RuntimeError if the loss is lost."""
-        c, sums, n = self.config, {}, 0
+        c, seen = self.config, {}
         self.resume()
         start, saved = time.time() - self.seconds, time.time()
         self.model.train()
@@ -139,16 +133,15 @@ class Fit:
             self._update(loss, rate)
             self.step, self.seconds = self.step + 1, time.time() - start
             for k, v in {"loss": loss, **figures}.items():
-                sums[k] = sums.get(k, 0.0) + v.detach()
-            n += 1
-            if n == c.log_every:
-                means = {k: round(float(v) / n, 4) for k, v in sums.items()}
+                seen.setdefault(k, []).append(v.detach())
+            if len(seen["loss"]) == c.log_every:
+                means = {k: round(float(torch.stack(v).mean()), 4) for k, v in seen.items()}
                 if not math.isfinite(means["loss"]):
                     raise RuntimeError(
                         f"the loss of {self.out.name} is lost at step {self.step}: lower the rate"
                     )
                 self.log({"step": self.step, "seconds": round(self.seconds, 1), **means})
-                sums, n = {}, 0
+                seen = {}
             if time.time() - saved > 60 * c.checkpoint_minutes:
                 self.save()
                 self._preview(preview)

@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -19,6 +20,7 @@ from realsr_r1 import perceptual, photographs, sft
 from realsr_r1.common import device_of, seed_of
 from realsr_r1.evaluation import sheets
 from realsr_r1.evaluation.chains import chain_metrics
+from realsr_r1.files.writable import claim
 from realsr_r1.photographs import Pairs
 from realsr_r1.pipeline import RealSR
 from realsr_r1.policy import ChainPolicy, PolicyConfig
@@ -56,6 +58,11 @@ class Settings:
     @classmethod
     def of(cls, a: argparse.Namespace) -> "Settings":
         return cls(**{k: v for k, v in vars(a).items() if k in cls.__dataclass_fields__})
+
+    @property
+    def text(self) -> str:
+        """All settings, as a finished stage keeps them."""
+        return json.dumps(asdict(self), default=str, indent=1)
 
     def machine(self, stage: str) -> Machine:
         device = device_of(self.device).type
@@ -157,9 +164,9 @@ def _crops(s: Settings, what: str) -> recipes.Mixture:
     return recipes.crops(photos, *others, seed=seed_of(what, s.seed))
 
 
-def _tokenizer(s: Settings, start: RealSR | None) -> VQModel:
+def _tokenizer(s: Settings, start: VQModel | None) -> VQModel:
     torch.manual_seed(s.seed)
-    model = start.tokenizer if start else VQModel(TokenizerConfig())
+    model = start or VQModel(TokenizerConfig())
     run = s.run("tokenizer", Preview(s, "tokenizer").tokenizer)
     return recipes.train_tokenizer(
         model, _crops(s, "tokenizer"), run, TokenizerLoss(vgg_file=s.vgg)
@@ -200,41 +207,51 @@ def finish(run: Path, part: nn.Module, weights: Path, settings: Settings) -> Non
             ending.unlink(missing_ok=True)
     part.float()
     (weights / "README.md").unlink(missing_ok=True)  # the hub's empty card
-    text = json.dumps(asdict(settings), default=str, indent=1)
-    (run / "settings.json").write_text(text, encoding="utf-8")
+    (run / "settings.json").write_text(settings.text, encoding="utf-8")
     for kept in run.glob("checkpoint*.pt"):
         kept.unlink()
 
 
 def run(what: str, settings: Settings) -> None:
-    """Train `what`: a stage of SHARES or "all", which shares the minutes. Weights go to `out`,
-    where `RealSR.from_pretrained(out)` finds them; the log and a preview to `out`/<stage>.
+    """Train `what`: a stage of SHARES or "all", which shares the minutes, passes over stages that
+    were finished with the same settings, and starts the first one alone from `init`. Weights go to
+    `out`, where `RealSR.from_pretrained(out)` finds them; the log and a preview to `out`/<stage>.
 
     Raises ValueError where a stage lacks what it builds on."""
-    if what == "all":
-        for stage, share in SHARES.items():
-            part = replace(settings, minutes=settings.minutes * share)
-            run(stage, part if stage == "tokenizer" else replace(part, init=part.init or part.out))
+    if what != "all":
+        _stage(what, settings)
         return
-    s, out, machine = settings, settings.out, settings.machine(what)
+    for stage, share in SHARES.items():
+        part = replace(settings, minutes=settings.minutes * share)
+        part = part if stage == "tokenizer" else replace(part, init=None)
+        done = settings.out / stage / "settings.json"
+        if done.exists() and done.read_text(encoding="utf-8") == part.text:
+            print(f"{stage}: finished before with these settings, passed over", flush=True)
+        else:
+            _stage(stage, part)
+
+
+def _stage(what: str, s: Settings) -> None:
+    home, device = s.init or s.out, s.machine(what).device
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU
-    home = s.init or out
-    start = RealSR.from_pretrained(home, machine.device) if (home / "policy-sft").exists() else None
-    tokenizer = start.tokenizer if start else None
+    if (s.init or what != "tokenizer") and not (home / "tokenizer/model.safetensors").exists():
+        raise ValueError(f"{home} holds no tokenizer: train one first (realsr train tokenizer)")
     if what == "tokenizer":
-        finish(out / what, _tokenizer(s, start if s.init else None), out / "tokenizer", s)
+        start = VQModel.from_pretrained(home / what).float() if s.init else None
+        finish(s.out / what, _tokenizer(s, start), s.out / what, s)
         return
-    if tokenizer is None:
-        if not (home / "tokenizer" / "model.safetensors").exists():
-            raise ValueError(f"{home} holds no tokenizer: train one first (realsr train tokenizer)")
-        tokenizer = VQModel.from_pretrained(home / "tokenizer").float()
-    if what == "policy":
-        policy = _policy(s, tokenizer, start.policy if start and s.init else None)
-        finish(out / what, policy, out / "policy-sft", s)
-        return
-    if start is None:
+    start = RealSR.from_pretrained(home, device) if (home / "policy-sft").exists() else None
+    if start is None and what != "policy":
         raise ValueError(f"{home} holds no policy: train one first (realsr train policy)")
-    finish(out / what, _decoder(s, start, what), out / "tokenizer", s)
+    for part in ("tokenizer",) if what == "policy" else ("tokenizer", "policy-sft"):
+        if not (s.out / part).exists():  # so that `out` can be used by itself
+            shutil.copytree(home / part, s.out / part)
+    if what == "policy":
+        tokenizer = start.tokenizer if start else VQModel.from_pretrained(home / "tokenizer")
+        policy = _policy(s, tokenizer.float(), start.policy if start and s.init else None)
+        finish(s.out / what, policy, s.out / "policy-sft", s)
+        return
+    finish(s.out / what, _decoder(s, start, what), s.out / "tokenizer", s)
 
 
 def reinforce(
@@ -260,12 +277,14 @@ def reinforce(
         "generation": lambda: rewards.GenerationReward(load_expert(), start.tokenizer),
         "reference": lambda: variants.ReferenceReward(start.tokenizer),
     }
-    photos = photographs.load("train", folder)
+    photos, place = photographs.load("train", folder), out / "policy-grpo"
+    fixed = {"model": model, "photographs": folder, "rewards": names} | asdict(settings)
+    fixed.pop("steps")  # a run may well be made longer
+    claim(place / "settings.json", fixed)
     data = grpo.prompts(
         photos, settings.steps * settings.prompts, seed=seed_of("grpo", settings.seed)
     )
     chosen = [known[n]() for n in names]
-    place = out / "policy-grpo"
     trainer = ShardedTrainer(start.policy, data, chosen, place, settings, device)
     start.policy = grpo.finish(trainer)
     start.save_pretrained(out, "policy-grpo")

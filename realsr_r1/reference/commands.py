@@ -19,7 +19,7 @@ def restore(a: argparse.Namespace) -> int:
     options = {"device": a.device} if a.device else {}
     model = restoring.load_reference(a.weights, a.tokenizer, bits=a.bits, **options)
     how = {"sizes": tuple(a.sizes) if a.sizes else None, "window": a.window}
-    most = round(a.max_megapixels * 1e6)
+    most = round(a.max_megapixels * 1024**2)
     result = restoring.restore_reference(
         a.photo, model, restoring.PURE, a.seed, a.batch, most, **how
     )

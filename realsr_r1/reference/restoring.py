@@ -25,7 +25,7 @@ from transformers import (
 
 from realsr_r1 import images, vlcot
 from realsr_r1.common import generator as seeded
-from realsr_r1.pipeline import MAX_PIXELS, Restoration, Tile, in_batches, origins
+from realsr_r1.pipeline import MAX_PIXELS, Restoration, Tile, in_batches, opened, origins
 from realsr_r1.reference import chameleon, jacobi
 from realsr_r1.reference.chameleon import BOS, END, PAD, ROW, START, TURN, Layout
 from realsr_r1.reference.llamagen import LlamaGen, load_llamagen
@@ -455,10 +455,8 @@ def restore_reference(
 
     If memory runs out the batch is halved; on Ctrl-C what is done is kept and the rest is
     bicubic."""
-    photo = images.read(photo)
+    photo = opened(photo, max_pixels)
     w, h = photo.image.size
-    if w * h > max_pixels:
-        raise ValueError(f"{w}x{h} pixels rarely need ×4: scale it down, or raise max_pixels")
     reference = reference if isinstance(reference, Reference) else load_reference(reference)
     lr = images.to_tensor(photo.image)[None]
     lr = F.pad(lr, (0, max(0, TILE - w), 0, max(0, TILE - h)), mode="replicate")

@@ -22,17 +22,21 @@ def rows(tmp_path_factory):
 def test_every_label_of_every_photo_is_right_or_wrong(rows):
     assert len(rows) == 9 and {r.severity for r in rows} == {"light", "medium", "heavy"}
     assert all(set(r.labels.values()) <= {0.0, 1.0} and list(r.labels) == [*LABELS] for r in rows)
-    assert labels.report(rows).count("[") == 5
+    assert labels.report(rows, {}).count("[") == 5
 
 
 def test_the_chain_beside_it_on_the_same_photos(rows, tmp_path):
     """A chain that names everything right, against this CNN."""
     table = tmp_path / "nano.csv"
     with table.open("w", newline="", encoding="utf-8") as f:
-        w = csv.DictWriter(f, ["severity", "file", *LABELS])
+        w = csv.DictWriter(f, ["severity", "file", "subject", *LABELS])
         w.writeheader()
         for r in rows[:-1]:
             w.writerow({"severity": r.severity, "file": r.file} | dict.fromkeys(LABELS, 1.0))
-    assert "| 1.000 [1.000, 1.000] |" in labels.report(rows[:-1], table)
+    said = labels.said_in(table)
+    assert "| 1.000 [1.000, 1.000] |" in labels.report(rows[:-1], said)
     with pytest.raises(ValueError, match=r"lacks .*: measure the same photographs"):
-        labels.report(rows, table)
+        labels.report(rows, said)
+    table.write_text("a,b\n1,2\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="is no table that realsr eval table has written"):
+        labels.said_in(table)

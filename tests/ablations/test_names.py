@@ -41,5 +41,5 @@ def test_features_are_those_of_the_pairs_in_order(photos):
 
 
 def test_the_report_names_who_was_measured(namer, photos):
-    text = labels.report(names.measure(namer, photos[:2]), who="AlexNet and two layers")
+    text = labels.report(names.measure(namer, photos[:2]), {}, "AlexNet and two layers")
     assert "| label | AlexNet and two layers |" in text and "| subject |" in text

@@ -127,6 +127,10 @@ def test_the_pipeline_loads_no_trainer():
         ("restore {photo} -o {photo} --trace {photo}", "give two names"),
         ("eval table --photographs {tmp}", "none of the annotated photographs"),
         ("train decoder --out {tmp}/none --device cpu", "holds no tokenizer"),
+        ("train tokenizer --init {tmp} --out {tmp}/x --device cpu", "holds no tokenizer"),
+        ("restore {photo} -o {tmp}/o.png --max-megapixels 0.0001", "allow larger photos"),
+        ("ablate names --table {photo}", "is no table"),
+        ("ablate chain --variants chains --device cpu", "no variant 'chains'"),
     ],
 )
 def test_errors_are_one_sentence(command, message, tmp_path, capsys):
@@ -145,6 +149,11 @@ def test_a_training_leaves_weights_that_restore(tmp_path, capsys):
     for part in ("tokenizer/model", "tokenizer/clean", "policy-sft/model"):
         assert (out / f"{part}.safetensors").exists()
     assert (out / "policy" / "preview.png").exists() and not list(out.rglob("checkpoint*.pt"))
+    weights = (out / "tokenizer" / "model.safetensors").read_bytes()
+    capsys.readouterr()
+    assert main(f"train all --steps 1 --batch 2 --out {out} --device cpu".split()) == 0
+    assert capsys.readouterr().out.count("passed over") == 4
+    assert weights == (out / "tokenizer" / "model.safetensors").read_bytes()
     photo = tmp_path / "photo.png"
     Image.effect_noise((40, 32), 50).convert("RGB").save(photo)
     made, trace = tmp_path / "out.png", tmp_path / "trace.json"
@@ -153,7 +162,7 @@ def test_a_training_leaves_weights_that_restore(tmp_path, capsys):
     assert Image.open(made).size == (160, 128) and trace.exists()
 
 
-def test_grpo_starts_from_a_folder_of_weights(tmp_path):
+def test_grpo_starts_from_a_folder_of_weights(tmp_path, capsys):
     """A step on two groups of two, and the policy can be restored with."""
     import torch
 
@@ -171,6 +180,8 @@ def test_grpo_starts_from_a_folder_of_weights(tmp_path):
     assert main([*command.split(), "--micro-batch", "4", "--device", "cpu"]) == 0
     again = RealSR.from_pretrained(out, "cpu", policy="policy-grpo")
     assert (out / "policy-grpo" / "log.csv").exists() and again.policy.config.codes == 64
+    assert main([*command.split(), "--micro-batch", "2", "--device", "cpu"]) == 2
+    assert "holds a run of other settings" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -180,7 +191,9 @@ def test_several_photos_and_one_that_cannot_be_read(tmp_path, capsys):
     (tmp_path / "bad.jpg").write_text("no picture")
     out = tmp_path / "out"
     out.mkdir()
-    photos = " ".join(str(tmp_path / f"{n}.jpg") for n in ("a", "bad", "b"))
-    assert main(f"restore {photos} -o {out}".split()) == 2
+    Image.new("RGB", (90, 80), "gray").save(tmp_path / "large.jpg")
+    photos = " ".join(str(tmp_path / f"{n}.jpg") for n in ("a", "bad", "large", "b"))
+    assert main(f"restore {photos} -o {out} --max-megapixels 0.005".split()) == 2
     assert sorted(p.name for p in out.iterdir()) == ["a.png", "b.png"]
     assert "left out: " in (said := capsys.readouterr().out) and "bad.jpg" in said
+    assert "90x80 pixels" in said

@@ -65,6 +65,15 @@ def test_tags_are_what_the_understanding_reward_can_ask_for():
     assert photo.tags == ("tulip", "field", "sky", "leaf")  # rare extras are dropped
 
 
+@pytest.mark.parametrize(
+    "change", [{"place": "in the midle"}, {"colors": ""}, {"split": None}, {"count": "three"}]
+)
+def test_an_annotation_that_no_caption_can_be_made_of(change):
+    name = next(iter(change))
+    with pytest.raises(ValueError, match=f"annotation of .* has {name}"):
+        from_row(ROW | change)
+
+
 def test_a_mirror_image_changes_sides_only():
     assert from_row(ROW).mirrored().place == "right"
     assert from_row(ROW | {"place": "top-right"}).mirrored().place == "top-left"

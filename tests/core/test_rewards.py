@@ -6,10 +6,8 @@ from realsr_r1.ablations.rewards import (
     ReferenceReward,
     degradation_distance_reward,
     gated,
-    partial_format_reward,
     tag_nouns,
     understanding_f1_reward,
-    weighted_sum,
 )
 from realsr_r1.photographs import ASSETS, load, vocabulary
 from realsr_r1.rewards import (
@@ -35,25 +33,24 @@ def chain(words=TRUE, rough="a bird on grass", seed=0, grids=(2, 3, 4)):
 GOOD = chain()
 FINAL = GOOD[GOOD.rindex("<final_image>") :]
 AFTER = GOOD[GOOD.index("<rough_understand>") :]
-# Spoilt chains and what each earns: format, partial format (eighths), degradation, understanding,
-# generation (the expert gives 0.5).
+# Spoilt chains and what each earns: format, degradation, understanding, generation (the expert
+# gives 0.5).
 SPOILT = {
-    "empty": ("", 0, 0, 0, 0, 0),
-    "nonsense": ("bird grass </image> <c3> medium blur", 0, 0, 0, 0, 0),
-    "twice": (f"{GOOD} {GOOD}", 0, 0, 0, 0, 0),
-    "no degradation": (AFTER, 0, 6, 0, 1, 0.5),
-    "order": (f"{AFTER} {GOOD[: -len(AFTER)]}", 0, 7, 1, 1, 0.5),
-    "words around": (f"so {GOOD}", 0, 7, 1, 1, 0.5),
-    "cut in the image": (GOOD[: GOOD.rindex("<c")], 0, 6, 1, 1, 0),
-    "cut after the rough text": (GOOD[: GOOD.index("<rough_image>")], 0, 2, 1, 1, 0),
-    "image empty": (GOOD.replace(FINAL, "<final_image> </final_image>"), 0, 6, 1, 1, 0),
-    "image repeated": (f"{GOOD} {FINAL}", 0, 6, 1, 1, 0),
-    "a code short": (GOOD[: GOOD.rindex("<c")] + "</image> </final_image>", 0, 6, 1, 1, 0),
-    "unknown code": (GOOD[: GOOD.rindex("<c")] + "<c64> </image> </final_image>", 1, 8, 1, 1, 0),
+    "empty": ("", 0, 0, 0, 0),
+    "nonsense": ("bird grass </image> <c3> medium blur", 0, 0, 0, 0),
+    "twice": (f"{GOOD} {GOOD}", 0, 0, 0, 0),
+    "no degradation": (AFTER, 0, 0, 1, 0.5),
+    "order": (f"{AFTER} {GOOD[: -len(AFTER)]}", 0, 1, 1, 0.5),
+    "words around": (f"so {GOOD}", 0, 1, 1, 0.5),
+    "cut in the image": (GOOD[: GOOD.rindex("<c")], 0, 1, 1, 0),
+    "cut after the rough text": (GOOD[: GOOD.index("<rough_image>")], 0, 1, 1, 0),
+    "image empty": (GOOD.replace(FINAL, "<final_image> </final_image>"), 0, 1, 1, 0),
+    "image repeated": (f"{GOOD} {FINAL}", 0, 1, 1, 0),
+    "a code short": (GOOD[: GOOD.rindex("<c")] + "</image> </final_image>", 0, 1, 1, 0),
+    "unknown code": (GOOD[: GOOD.rindex("<c")] + "<c64> </image> </final_image>", 1, 1, 1, 0),
     "huge code": (
         f"{GOOD[: GOOD.rindex('<c')]}<c{'9' * 5000}> </image> </final_image>",
         0,
-        6,
         1,
         1,
         0,
@@ -74,15 +71,14 @@ def half(images):
 
 @pytest.mark.parametrize("kind", SPOILT)
 def test_what_spoilt_chains_earn(kind, vq):
-    text, form, eighths, *rest = SPOILT[kind]
+    text, *earned = SPOILT[kind]
     got = (
         *format_reward([text]),
-        *partial_format_reward([text]),
         *degradation_reward([text], [TRUE]),
         *understanding_reward([text], [TAGS]),
         *GenerationReward(half, vq)([text]),
     )
-    assert got == (form, eighths / 8, *rest)
+    assert got == tuple(earned)
 
 
 def test_the_papers_examples():
@@ -190,12 +186,6 @@ def test_guarded_names_the_reward_and_the_sample():
         guarded(short)(completions=[GOOD, GOOD])
 
 
-def test_sums_and_gates():
-    both = weighted_sum([format_reward, degradation_reward], [1, 3])
-    assert both.columns == ("degradation",)
-    said = "medium blur, downsample, no noise, no compression, keep"
-    assert both(completions=[chain(said)], degradation=[TRUE]) == [pytest.approx((1 + 3 * 0.4) / 4)]
+def test_a_gate():
     closed = gated(degradation_reward)
     assert closed(completions=[GOOD, "so " + GOOD], degradation=[TRUE, TRUE]) == [1.0, 0.0]
-    with pytest.raises(ValueError, match="finite weight"):
-        weighted_sum([format_reward], [-1])

@@ -64,11 +64,11 @@ def test_a_killed_run_goes_on(photos, tmp_path):
     first = sorted(tmp_path.glob("*.parquet"))
     times = [f.stat().st_mtime_ns for f in first]
     assert len(first) == 2
-    (tmp_path / "annotated-00002.parquet.part").write_bytes(b"half")
+    (tmp_path / ".annotated-00002.parquet.part").write_bytes(b"half")
     shards.write_shards(photos[:6], tmp_path, per_file=2)
     assert [f.stat().st_mtime_ns for f in first] == times
     assert plain(photographs.load("train", tmp_path)) == plain(photos[:6])
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob(".*.part"))
 
 
 def test_files_of_other_photographs_are_not_mixed_in(photos, tmp_path):

@@ -10,28 +10,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from realsr_r1 import objective
 from realsr_r1.course.checks import Mistake, check, expect
-
-
-def _group_advantages(rewards: Tensor, group: int, eps: float = 1e-4) -> Tensor:
-    """Rewards (n,), the members of a group adjacent → advantages (n,)."""
-    r = rewards.view(-1, group)
-    return ((r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + eps)).flatten()
-
-
-def _clipped_surrogate(
-    logp: Tensor, old: Tensor, advantages: Tensor, epsilon: float = 0.2
-) -> Tensor:
-    """Log-probabilities now and when sampled (b, n), advantages (b,) → what each word adds to the
-    objective, (b, n)."""
-    ratio, a = torch.exp(logp - old), advantages[:, None]
-    return torch.minimum(ratio * a, ratio.clamp(1 - epsilon, 1 + epsilon) * a)
-
-
-def _kl_k3(logp: Tensor, ref: Tensor) -> Tensor:
-    """Log-probabilities of the sampled words under the policy and under the reference, any shape →
-    k3, the same shape."""
-    return torch.exp(ref - logp) - (ref - logp) - 1
 
 
 def _completion_logprobs(logits: Tensor, ids: Tensor, prompt: int) -> Tensor:
@@ -39,12 +19,6 @@ def _completion_logprobs(logits: Tensor, ids: Tensor, prompt: int) -> Tensor:
     each completion word, (b, n)."""
     logp = logits[:, prompt - 1 : -1].log_softmax(-1)
     return logp.gather(-1, ids[:, prompt:, None])[..., 0]
-
-
-def _masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Values and mask (b, n) → scalar: the mean over each chain's free words, then the mean over
-    chains."""
-    return ((x * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
 
 
 def _stop_at(entropy: list[float], share: float = 0.5, patience: int = 2) -> int | None:
@@ -59,11 +33,11 @@ def _stop_at(entropy: list[float], share: float = 0.5, patience: int = 2) -> int
 
 
 reference = SimpleNamespace(
-    group_advantages=_group_advantages,
-    clipped_surrogate=_clipped_surrogate,
-    kl_k3=_kl_k3,
+    group_advantages=objective.group_advantages,
+    clipped_surrogate=objective.clipped_surrogate,
+    kl_k3=objective.kl_k3,
     completion_logprobs=_completion_logprobs,
-    masked_mean=_masked_mean,
+    masked_mean=objective.masked_mean,
     stop_at=_stop_at,
 )
 
@@ -143,7 +117,10 @@ def group_advantages(student) -> None:
         "a group whose rewards are all equal must get advantages of 0",
     )
     tiny = torch.tensor([0.5, 0.5001])
-    value, want = float(student(tiny, 2, eps)[1]), float(_group_advantages(tiny, 2, eps)[1])
+    value, want = (
+        float(student(tiny, 2, eps)[1]),
+        float(objective.group_advantages(tiny, 2, eps)[1]),
+    )
     expect(
         abs(value - want) < 0.05,
         f"eps is added to the standard deviation, outside any root, as it is given: rewards 0.5 "
@@ -158,7 +135,7 @@ def clipped_surrogate(student) -> None:
     old = torch.tensor([-1.0, -2.0, -0.5, -3.0]).expand(3, 4)
     logp, advantages, e = old + ratio.log(), torch.tensor([1.0, -1.0, 2.0]), 0.2
     a = advantages[:, None]
-    right = _clipped_surrogate(logp, old, advantages, e)
+    right = objective.clipped_surrogate(logp, old, advantages, e)
     try:
         out = student(logp, old, advantages, e)
     except RuntimeError as error:
@@ -210,7 +187,7 @@ def clipped_surrogate(student) -> None:
         )
     other = student(logp, old, advantages, 0.1)
     expect(
-        _near(other, _clipped_surrogate(logp, old, advantages, 0.1)),
+        _near(other, objective.clipped_surrogate(logp, old, advantages, 0.1)),
         "your clipping ignores epsilon: use the parameter, not 0.2",
     )
     x = old.clone().requires_grad_()
