@@ -131,7 +131,7 @@ def sampling_section(b: Bench) -> None:
 def rollouts_section(b: Bench) -> None:
     """Whole chains one at a time and together; groups that share their prompt or read it for each
     chain, of whole chains and of first words only."""
-    many, group = (4, 2) if b.small else (16, 8)
+    many = 4 if b.small else 16
     runs = {"one": lambda: b.chains(b.lr[:1]), "many": lambda: b.chains(b.lr[:many])}
     s = side_by_side(runs, b.repeats)
     b.row("a sampled chain, one at a time", f"{s['one']:.2f} s")
@@ -139,14 +139,13 @@ def rollouts_section(b: Bench) -> None:
         f"a sampled chain, {many} together",
         f"{s['many'] / many:.3f} s: {s['one'] * many / s['many']:.1f}× faster",
     )
-    for groups, words in (
-        ((2, False), (2, True)) if b.small else ((2, False), (8, False), (8, True))
-    ):
+    sizes = ((2, 8, False), (8, 8, False), (8, 8, True), (2, 16, True))
+    for groups, group, words in ((2, 2, False), (2, 2, True)) if b.small else sizes:
         some = b.lr[:groups]
         s = side_by_side(
             {
-                "shared": lambda some=some, words=words: b.chains(some, group, words),
-                "anew": lambda some=some, words=words: b.chains(
+                "shared": lambda some=some, group=group, words=words: b.chains(some, group, words),
+                "anew": lambda some=some, group=group, words=words: b.chains(
                     some.repeat_interleave(group, 0), 1, words
                 ),
             },
