@@ -1,16 +1,14 @@
 """The course: what every notebook starts with, and the commands that run, save, share and
 re-address the notebooks.
 
-    python -m realsr_r1.course.notebooks run                 execute all in order into a temporary
-      folder (make course)
-    python -m realsr_r1.course.notebooks execute NAME…       execute and save with outputs (all of
-      them without a name)
-    python -m realsr_r1.course.notebooks student             the edition without solutions →
-      editions/student
-    python -m realsr_r1.course.notebooks solutions           the edition with every exercise solved
-      → editions/solutions
-    python -m realsr_r1.course.notebooks address [OWNER/REPO]   point badges and install lines to a
-      fork; without a name to this checkout's remote
+python -m realsr_r1.course.notebooks …
+
+    run                     execute all in order into a temporary folder (make course)
+    execute NAME…           execute and save with outputs (all of them without a name)
+    student                 the edition without solutions → editions/student
+    solutions               the edition with every exercise solved → editions/solutions
+    address [OWNER/REPO]    point badges and install lines to a fork; without a name to this
+                            checkout's remote
 
 A saved notebook carries a fingerprint of the code that made its outputs, so that a test sees when
 the two drift apart.

@@ -1,9 +1,9 @@
-"""Metrics of restored pictures: `(output, original or None) → (b,)`, pictures (b, 3, h, w) in [0,
-1]; one table of all of them.
+"""Metrics of restored pictures: `(output, original or None) → (b,)`, pictures (b, 3, h, w) in
+[0, 1]; one table of all of them.
 
-With the original:  PSNR and SSIM, on Y and on RGB, LPIPS, DISTS, FSIM.  Without: NIQE, BRISQUE,
-                    PIQE, MUSIQ, MANIQA, CLIPIQA,
-TOPIQ.  Of two whole sets: FID.
+with the original   PSNR and SSIM, on Y and on RGB, LPIPS, DISTS, FSIM
+without             NIQE, BRISQUE, PIQE, MUSIQ, MANIQA, CLIPIQA, TOPIQ
+of two whole sets   FID
 
     score = metrics.load("psnr_y")
     score(restored, original)  # dB, one number a picture

@@ -1,19 +1,17 @@
 """Benchmark sets: named items of an LR photo, its original where there is one, and labels and scene
 where they are known.
 
-offline   eval      the shipped photos that no training has seen: the center square scaled to 256
-          px, under three degradations with
-                    fixed seeds ("eval:light", "eval:medium", "eval:heavy": one of them)
-          real_lr   the shipped real low-quality photos, whole; there is no original
-          photographs   the annotated test photographs that ship, their middle squares at 128 px,
-                    under the same three; photographs:FOLDER has those of a folder
-yours     FOLDER    pairs of one name in `hr/` and `lr/` (of LR, also 0001x4 or NAME_x4), or files
-          NAME_HR and NAME_LR4 side by side;
-                    photos alone: LR without originals
-          hf:NAME   a data set of the Hugging Face hub or a local folder of one, with columns lr and
-                    hr, or image alone; hf:NAME:SPLIT
-paper's   realsr:FOLDER, reallq250:FOLDER, div2k-val:FOLDER, ost-val:FOLDER   a folder that must
-          hold what KNOWN says
+eval          offline: the shipped photos that no training has seen, the center square scaled to 256
+              px, under three degradations with fixed seeds ("eval:light": one of the three)
+real_lr       offline: the shipped real low-quality photos, whole; there is no original
+photographs   offline: the annotated test photographs that ship, their middle squares at 128 px,
+              under the same three; photographs:FOLDER has those of a folder
+FOLDER        yours: pairs of one name in `hr/` and `lr/` (of LR, also 0001x4 or NAME_x4), or files
+              NAME_HR and NAME_LR4 side by side; photos alone: LR without originals
+hf:NAME       yours: a data set of the Hugging Face hub or a local folder of one, with columns lr
+              and hr, or image alone; hf:NAME:SPLIT
+realsr:FOLDER, reallq250:FOLDER, div2k-val:FOLDER, ost-val:FOLDER
+              the paper's: a folder that must hold what KNOWN says
 
 The scale is 4 throughout: an original has exactly four times the LR photo's width and height, and
 nothing is cropped or scaled to make it so. An item reads its pictures when asked to, so that a

@@ -18,7 +18,7 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import psutil  # comes with accelerate
+import psutil
 import torch
 from torch.optim.swa_utils import AveragedModel
 from transformers import AutoConfig
