@@ -639,7 +639,7 @@ def test_little_memory_and_ctrl_c(small, monkeypatch):
     monkeypatch.setattr(R, "restore_tiles", flaky)
     out = restored(photo(20, 10), small, batch=2)
     assert seen == [2, 1, 1] and not out.complete and len(out.tiles) == 1
-    with pytest.raises(ValueError, match="scale it down, or raise max_pixels"):
+    with pytest.raises(ValueError, match="scale it down, or allow larger photos"):
         restored(photo(20, 10), small, max_pixels=100)
 
 
