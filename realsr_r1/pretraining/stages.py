@@ -36,6 +36,7 @@ RATES = {"tokenizer": 1.5e-3, "policy": 4e-3, "decoder": 4e-4, "ending": 8e-4}
 ON_CPU = {"policy": 12}  # samples a step, else 8
 ON_GPU = {"policy": 128}  # else 64
 PREVIEW = 24  # validation photographs
+ANYWHERE = ("device", "workers", "out")  # settings that change nothing in what is learnt
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,12 @@ class Settings:
     def of(cls, a: argparse.Namespace) -> "Settings":
         return cls(**{k: v for k, v in vars(a).items() if k in cls.__dataclass_fields__})
 
-    @property
-    def text(self) -> str:
-        """All settings, as a finished stage keeps them."""
-        return json.dumps(asdict(self), default=str, indent=1)
+    def made(self, stage: str) -> bool:
+        """Whether a stage was finished in `out` with these settings, wherever it ran."""
+        kept = self.out / stage / "settings.json"
+        before = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+        now = json.loads(json.dumps(asdict(self), default=str))
+        return all(before.get(k, "") == v for k, v in now.items() if k not in ANYWHERE)
 
     def machine(self, stage: str) -> Machine:
         device = device_of(self.device).type
@@ -207,28 +210,38 @@ def finish(run: Path, part: nn.Module, weights: Path, settings: Settings) -> Non
             ending.unlink(missing_ok=True)
     part.float()
     (weights / "README.md").unlink(missing_ok=True)  # the hub's empty card
-    (run / "settings.json").write_text(settings.text, encoding="utf-8")
-    for kept in run.glob("checkpoint*.pt"):
-        kept.unlink()
+    text = json.dumps(asdict(settings), default=str, indent=1)
+    (run / "settings.json").write_text(text, encoding="utf-8")
+    _forget(run)
 
 
 def run(what: str, settings: Settings) -> None:
-    """Train `what`: a stage of SHARES or "all", which shares the minutes, passes over stages that
-    were finished with the same settings, and starts the first one alone from `init`. Weights go to
-    `out`, where `RealSR.from_pretrained(out)` finds them; the log and a preview to `out`/<stage>.
+    """Train `what`: a stage of SHARES or "all", which shares the minutes, starts the first stage
+    alone from `init`, and passes over the first ones that were finished with the same settings;
+    what builds on a stage that is trained anew begins anew, too. Weights go to `out`, where
+    `RealSR.from_pretrained(out)` finds them; the log and a preview to `out`/<stage>.
 
     Raises ValueError where a stage lacks what it builds on."""
     if what != "all":
         _stage(what, settings)
         return
+    trained = False
     for stage, share in SHARES.items():
         part = replace(settings, minutes=settings.minutes * share)
         part = part if stage == "tokenizer" else replace(part, init=None)
-        done = settings.out / stage / "settings.json"
-        if done.exists() and done.read_text(encoding="utf-8") == part.text:
+        if not trained and part.made(stage):
             print(f"{stage}: finished before with these settings, passed over", flush=True)
-        else:
-            _stage(stage, part)
+            continue
+        if trained:
+            _forget(part.out / stage)
+        _stage(stage, part)
+        trained = True
+
+
+def _forget(run: Path) -> None:
+    """Drop a stage's checkpoints."""
+    for kept in run.glob("checkpoint*.pt"):
+        kept.unlink()
 
 
 def _stage(what: str, s: Settings) -> None:
@@ -280,7 +293,8 @@ def reinforce(
     photos, place = photographs.load("train", folder), out / "policy-grpo"
     fixed = {"model": model, "photographs": folder, "rewards": names} | asdict(settings)
     fixed.pop("steps")  # a run may well be made longer
-    claim(place / "settings.json", fixed)
+    if os.environ.get("RANK", "0") == "0":  # one of several processes
+        claim(place / "settings.json", fixed)
     data = grpo.prompts(
         photos, settings.steps * settings.prompts, seed=seed_of("grpo", settings.seed)
     )

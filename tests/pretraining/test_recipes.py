@@ -1,6 +1,8 @@
 """The trainings on a tiny scale: they run, resume, and learn from what they say they do."""
 
 import copy
+import json
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -185,3 +187,30 @@ def test_sharpening_adds_what_a_blur_takes_away():
     torch.testing.assert_close(out[[0, -1]], torch.tensor([0.3, 0.6]))
     half = recipes.sharpened(edge, 0.5)[0, 0, 20]
     torch.testing.assert_close(half - edge[0, 0, 20], (out - edge[0, 0, 20]) / 2)
+
+
+def test_what_builds_on_a_stage_that_is_trained_anew_begins_anew(tmp_path, monkeypatch):
+    """Else a policy would go on with codes that mean something else now."""
+    done = []
+
+    def stage(what, s):
+        done.append(what)
+        (s.out / what).mkdir(exist_ok=True)
+        if what == stops:
+            (s.out / what / "checkpoint.pt").touch()
+            raise KeyboardInterrupt
+        kept = json.dumps(asdict(s), default=str)
+        (s.out / what / "settings.json").write_text(kept, encoding="utf-8")
+
+    monkeypatch.setattr(stages, "_stage", stage)
+    settings, stops = stages.Settings(out=tmp_path, minutes=10), "policy"
+    with pytest.raises(KeyboardInterrupt):
+        stages.run("all", settings)
+    assert done == ["tokenizer", "policy"]
+    done, stops = [], ""
+    stages.run("all", replace(settings, workers=2))
+    assert done == ["policy", "decoder", "ending"]
+    assert (tmp_path / "policy" / "checkpoint.pt").exists()  # it went on from there
+    done = []
+    stages.run("all", replace(settings, minutes=20))
+    assert done == [*stages.SHARES] and not list(tmp_path.rglob("checkpoint.pt"))
