@@ -32,7 +32,7 @@ WEIGHTS = Path(__file__).parent / "assets" / "nano"
 TILE = GRIDS[-1] * FACTOR // SCALE  # LR pixels
 STRIDE = 28  # LR pixels: a tile's outer codes are drawn but not used, where it has neighbors
 CODE = FACTOR // SCALE  # LR pixels per code
-HOLD = 1.0  # of the gap to an LR photo that is read as clean, how much is closed
+HOLD = 0.6  # of the gap to an LR photo that is read as clean, how much is closed
 MAX_PIXELS = 1024 * 1024  # of the LR photo: the result has 16 times as many
 WINDOW, MARGIN = 64, 8  # codes: the decoder's window on large photos, and what it sees around it
 

@@ -32,6 +32,7 @@ class TokenizerConfig:
     blocks: int = 2  # residual blocks at 1/8 and 1/4
     commitment: float = 0.25
     trust: float = 0.7  # of a code's vector beside an LR photo; the rest is that for "no codes"
+    wide_blocks: int = 6  # of the second ending
 
     def __post_init__(self) -> None:
         check_number("trust", self.trust, 0.0, 1.0)
@@ -112,6 +113,26 @@ class ResBlock(nn.Module):
         return x + self.body(x)
 
 
+class WideBlock(nn.Module):
+    """x + a 7×7 convolution of each channel and two 1×1 (ConvNeXt, Liu et al. 2022), which begins
+    as 0: it sees far for a quarter of a ResBlock's weights."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(width, width, 7, padding=3, groups=width),
+            ChannelNorm(width),
+            nn.Conv2d(width, 2 * width, 1),
+            nn.SiLU(),
+            nn.Conv2d(2 * width, width, 1),
+        )
+        nn.init.zeros_(self.body[-1].weight)
+        nn.init.zeros_(self.body[-1].bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
 def _blocks(width: int, n: int, norm: bool = True) -> nn.Sequential:
     return nn.Sequential(*[ResBlock(width, norm) for _ in range(n)])
 
@@ -147,6 +168,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
+        self.config = config
         a, b, c, e = config.decoder
         n, lr = config.blocks, config.lr_width
         self.no_codes = nn.Parameter(torch.zeros(config.code_dim, 1, 1))
@@ -163,6 +185,12 @@ class Decoder(nn.Module):
     def ending(self) -> nn.ModuleList:
         """The last layers: a block at 1/4, and what turns its features into a picture."""
         return nn.ModuleList([self.at4[-1], self.at2, self.at1, self.out])
+
+    def deeper_ending(self) -> nn.ModuleList:
+        """A second ending to be trained: wide blocks at 1/4, the rest a copy of the first."""
+        c = self.config
+        blocks = nn.Sequential(*[WideBlock(c.decoder[1]) for _ in range(c.wide_blocks)])
+        return nn.ModuleList([blocks, *copy.deepcopy(self.ending()[1:])])
 
     def forward(
         self, q: Opt, lr: Opt = None, use_codes: Opt = None, use_lr: Opt = None, clean: bool = True
@@ -209,7 +237,7 @@ class VQModel(nn.Module, PyTorchModelHubMixin):
         files = [Path(file), Path(file).with_name("clean.safetensors")]
         state = {k: v for f in files if f.exists() for k, v in load_file(f, device).items()}
         if any(k.startswith("decoder.clean.") for k in state):
-            model.decoder.clean = copy.deepcopy(model.decoder.ending())
+            model.decoder.clean = model.decoder.deeper_ending()
         model.load_state_dict(state)
         return model.eval()
 

@@ -65,24 +65,28 @@ def pictures(model: RealSR, lr: Tensor, hr: Tensor, chains: list[vlcot.Chain]) -
     confetti = torch.randint(0, model.tokenizer.config.codes, drawn.shape, generator=g)
     with torch.no_grad():
         true = model.tokenizer.encode(hr.to(model.device))
-        seen = lr.to(model.device)
-        in_full = [
-            model.tokenizer.decode(c, seen, trust=1.0) for c in (drawn.to(seen.device), true)
-        ]
-    alone = model.decode(lr=lr).cpu()
+
+    @torch.no_grad()
+    def decode(codes: Tensor | None, trust: float | None = None, clean: bool = True) -> Tensor:
+        codes = None if codes is None else codes.to(model.device)
+        return model.tokenizer.decode(codes, lr.to(model.device), trust, clean).cpu()
+
+    alone = decode(None)
     held = torch.tensor([HOLD * reads_clean(c) for c in chains])[:, None, None, None]
     return {
         "bicubic": bicubic(lr),
         "LR alone": alone,
         "LR alone, held": hold(alone, lr, held),
+        "LR alone, first ending": decode(None, clean=False),
         "chain": model.finish(chains, lr),
         "chain, first ending": model.finish(chains, lr, clean=False),
-        "chain, codes in full": in_full[0].cpu(),
+        "chain, codes in full": decode(drawn, 1.0),
         "chain, plain decode": model.decode(drawn).cpu(),
         "its middle image": enlarged(model.decode(middle).cpu(), hr.shape[-1]),
         "its rough image": enlarged(model.decode(rough).cpu(), hr.shape[-1]),
-        "random codes": model.decode(confetti, lr).cpu(),
-        "true codes": in_full[1].cpu(),
+        "random codes": decode(confetti),
+        "true codes": decode(true, 1.0),
+        "true codes, first ending": decode(true, 1.0, clean=False),
         "true codes, plain decode": model.decode(true).cpu(),
     }
 

@@ -111,6 +111,11 @@ def _installed(method: Method) -> Iterator[Path]:
 
 def missing(name: str) -> str | None:
     """None if the method can be loaded; otherwise one sentence that says what to install."""
+    try:
+        if _own_model(name):
+            return None
+    except RuntimeError as e:
+        return str(e)
     method = _method(name)
     if not method.weights:
         return None

@@ -5,6 +5,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from realsr_r1 import perceptual, sft
 from realsr_r1.photographs import SIDE, Pairs
+from realsr_r1.pipeline import RealSR, reads_clean
 from realsr_r1.policy import ChainPolicy
 from realsr_r1.pretraining import losses
 from realsr_r1.pretraining.loop import Fit, FitConfig
@@ -344,7 +346,7 @@ def train_policy(
     return fit.run(loss_of, run.preview)
 
 
-def _drawn(policy: ChainPolicy, batches: Iterator[dict], model: VQModel) -> Iterator[dict]:
+def _drawn(policy: ChainPolicy, model: VQModel, batches: Iterator[dict]) -> Iterator[dict]:
     """Pictures, LR photos, the codes of chains that the policy draws as at restoration, and the
     true codes."""
     for i, batch in enumerate(batches):
@@ -358,10 +360,16 @@ def _drawn(policy: ChainPolicy, batches: Iterator[dict], model: VQModel) -> Iter
 
 
 def _on_drawn(
-    model: VQModel, policy: ChainPolicy, data: Dataset, run: Run, reuse: float
+    model: VQModel,
+    policy: ChainPolicy,
+    data: Dataset,
+    run: Run,
+    reuse: float,
+    draw: Callable[[Iterator[dict]], Iterator[dict]],
 ) -> tuple[Fit, Replay]:
     """What the trainings of the decoder share: the fit of those weights that want a gradient, and
-    batches of `_drawn`, each chain used about `reuse` times; a resumed run gets new ones."""
+    batches of what `draw` makes of crops, each used about `reuse` times; a resumed run gets new
+    ones."""
     machine = run.machine
     policy.to(machine.device).eval().requires_grad_(False)
     model.to(machine.device, memory_format=torch.channels_last)
@@ -370,7 +378,7 @@ def _on_drawn(
     fit = run.of(model, optimizer)
     used = Counting(lambda: fit.step * machine.batch / reuse)
     batches = forever(data, replace(machine, batch=machine.draws), used, _stack)
-    return fit, Replay(_drawn(policy, batches, model), machine.batch, reuse, 30_000)
+    return fit, Replay(draw(batches), machine.batch, reuse, 30_000)
 
 
 def train_decoder(
@@ -386,7 +394,7 @@ def train_decoder(
     model.decoder.clean = None  # it belongs to the weights before
     model.eval().requires_grad_(False)
     model.decoder.train().requires_grad_(True)
-    fit, source = _on_drawn(model, policy, data, run, loss.reuse)
+    fit, source = _on_drawn(model, policy, data, run, loss.reuse, partial(_drawn, policy, model))
     training = TokenizerTraining(model, source, run.machine, loss)
 
     def loss_of(step: int, done: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -412,52 +420,75 @@ def train_decoder(
 class EndingLoss:
     """What the decoder's second ending learns from (see `train_ending`)."""
 
-    l1: float = 10.0
-    lpips: float = 0.15
-    sharpen: float = 1.0  # of the targets
-    see_codes: float = 0.8  # share of the samples; the others see the LR photo alone
+    l1: float = 5.0
+    lpips: float = 0.5
+    truth: float = 0.3  # LPIPS to the photograph itself
+    side: int = 48  # pixels of a picture that the teacher is shown, of 128
+    clean_side: int = 32  # where the chain reads the photo as clean: there it holds what counts
+    see_codes: float = 0.875  # share of the samples; the others see the LR photo alone
     reuse: float = 8.0
-    share: float = 0.45  # of what was learnt in the ending that is kept
 
 
-def sharpened(x: Tensor, amount: float, sigma: float = 3.0) -> Tensor:
-    """Pictures (b, 3, h, w) in [0, 1] with `amount` of what a blur of `sigma` pixels takes away
-    added once more (unsharp mask)."""
-    r = round(3 * sigma)
-    line = torch.exp(-(torch.arange(-r, r + 1, device=x.device) ** 2) / (2 * sigma**2))
-    line = (line / line.sum()).expand(x.shape[1], 1, 1, -1)
-    soft = F.pad(x, (r, r, r, r), mode="reflect")
-    for kernel in (line, line.mT):
-        soft = F.conv2d(soft, kernel, groups=x.shape[1])
-    return (x + amount * (x - soft)).clamp(0, 1)
+Teacher = Callable[[Tensor], Tensor]  # pictures (b, 3, h, w) in [0, 1] → (b, 3, 4h, 4w)
+
+
+def taught(picture: Tensor, teacher: Teacher, side: int) -> Tensor:
+    """A picture (3, s, s) in [0, 1] as the teacher makes it from what is left at `side` pixels: the
+    same content, drawn by a cleaner hand."""
+
+    def scaled(x: Tensor, size: int) -> Tensor:
+        return F.interpolate(x, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+
+    return scaled(teacher(scaled(picture[None], side)), picture.shape[-1])[0]
+
+
+def _lessons(
+    before: RealSR, batches: Iterator[dict], teacher: Teacher, loss: EndingLoss
+) -> Iterator[dict]:
+    """Pictures, LR photos, codes of chains drawn as at restoration, whether they are seen, and what
+    the teacher makes of the picture that comes of it by the ending there was `before`."""
+    for i, batch in enumerate(batches):
+        heat = 0.5 + 0.4 * float(torch.rand(()))
+        generator = torch.Generator().manual_seed(i)
+        drawn = before.sample(batch["lr"], Sampling(image_temperature=heat), generator)
+        see = torch.rand(len(drawn.codes)) < loss.see_codes
+        made = before.finish(drawn.chains, batch["lr"])
+        made = torch.where(see[:, None, None, None], made, before.decode(lr=batch["lr"]).cpu())
+        sides = [loss.clean_side if reads_clean(c) else loss.side for c in drawn.chains]
+        target = [taught(y, teacher, side) for y, side in zip(made, sides, strict=True)]
+        target = torch.stack(target).to(batch["lr"].device)
+        parts = {"hr": batch["hr"], "lr": batch["lr"], "target": target}
+        bytes_ = {k: (x * 255).round().byte() for k, x in parts.items()}
+        yield bytes_ | {"drawn": drawn.codes, "see": see.to(target.device)}
 
 
 def train_ending(
-    model: VQModel, policy: ChainPolicy, data: Dataset, run: Run, loss: EndingLoss = EndingLoss()
+    start: RealSR, data: Dataset, run: Run, teacher: Teacher, loss: EndingLoss = EndingLoss()
 ) -> VQModel:
     """A second ending of the decoder, for pictures beside an LR photo: clean where the first paints
-    strokes. What is kept lies between the two (network interpolation, ESRGAN, Wang et al. 2018,
-    section 3.4); targets are sharpened as Real-ESRGAN's (Wang et al. 2021). All else stays."""
+    strokes. It is deeper and learns by distillation (Hinton et al. 2015, arXiv 1503.02531): what
+    `taught` makes shows how a clean picture of the same content looks. It goes on from the one that
+    is there. All else stays; returns the tokenizer."""
+    model = start.tokenizer
+    before = RealSR(copy.deepcopy(model), start.policy)
     model.eval().requires_grad_(False)
-    first = model.decoder.ending()
-    model.decoder.clean = copy.deepcopy(first).requires_grad_(True)
-    fit, source = _on_drawn(model, policy, data, run, loss.reuse)
+    ending = model.decoder.clean or model.decoder.deeper_ending()
+    model.decoder.clean = ending.requires_grad_(True)
+    lessons = partial(_lessons, before, teacher=teacher, loss=loss)
+    fit, source = _on_drawn(model, start.policy, data, run, loss.reuse, lessons)
     generator = torch.Generator().manual_seed(run.fit.seed)
 
     def loss_of(step: int, done: float) -> tuple[Tensor, dict[str, Tensor]]:
         batch = next(source)
-        x, lr = (batch[k].float() / 255 for k in ("hr", "lr"))
-        target, q = sharpened(x, loss.sharpen), model.codebook.embed(batch["drawn"])
+        x, lr, target = (batch[k].float() / 255 for k in ("hr", "lr", "target"))
+        q = model.codebook.embed(batch["drawn"])
         q = torch.lerp(model.decoder.no_codes, q, model.config.trust)
-        see = torch.rand(len(x), device=x.device) < loss.see_codes
         with autocast(x.device):
-            y = model.decoder(q, lr, see).float()
+            y = model.decoder(q, lr, batch["see"]).float()
             l1 = (y - target).abs().mean()
             away = losses.robust_distance(y, target, generator).mean()
-        return loss.l1 * l1 + loss.lpips * away, {"l1": l1.detach(), "lpips": away.detach()}
+            true = losses.robust_distance(y, x, generator).mean()
+        total = loss.l1 * l1 + loss.lpips * away + loss.truth * true
+        return total, {"l1": l1.detach(), "lpips": away.detach(), "truth": true.detach()}
 
-    made = fit.run(loss_of, run.preview)
-    with torch.no_grad():
-        for new, old in zip(made.decoder.clean.parameters(), first.parameters(), strict=True):
-            new.lerp_(old, 1 - loss.share)
-    return made
+    return fit.run(loss_of, run.preview)

@@ -2,7 +2,6 @@
 
 Random weights are enough: everything here is about form, not about quality."""
 
-import copy
 import itertools
 import json
 import subprocess
@@ -550,7 +549,7 @@ def test_a_second_ending_travels_with_the_weights_or_in_its_own_file(model, tmp_
     codes = torch.randint(64, (len(lr), 16, 16))
     plain, both = model.decode(codes), model.decode(codes, lr)
     assert two.tokenizer.decoder.clean is None
-    ending = two.tokenizer.decoder.clean = copy.deepcopy(two.tokenizer.decoder.ending())
+    ending = two.tokenizer.decoder.clean = two.tokenizer.decoder.deeper_ending()
     with torch.no_grad():
         ending[3][1].bias += 0.5
     brighter = two.decode(codes, lr)

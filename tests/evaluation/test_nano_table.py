@@ -23,6 +23,7 @@ METHODS = (
     "bicubic",
     "LR alone",
     "LR alone, held",
+    "LR alone, first ending",
     "chain",
     "chain, first ending",
     "chain, codes in full",
@@ -31,6 +32,7 @@ METHODS = (
     "its rough image",
     "random codes",
     "true codes",
+    "true codes, first ending",
     "true codes, plain decode",
 )
 

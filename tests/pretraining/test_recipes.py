@@ -1,6 +1,5 @@
 """The trainings on a tiny scale: they run, resume, and learn from what they say they do."""
 
-import copy
 import json
 from dataclasses import asdict, replace
 
@@ -11,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from realsr_r1 import photographs
+from realsr_r1.pipeline import RealSR
 from realsr_r1.policy import ChainPolicy, PolicyConfig
 from realsr_r1.pretraining import recipes, stages
 from realsr_r1.pretraining.loop import FitConfig
@@ -130,41 +130,60 @@ def test_the_decoder_learns_and_the_codes_keep_their_meaning(data, tmp_path):
     assert not torch.equal(vq.decoder.out[1].weight, last)
 
 
+def bicubic(x):
+    return torch.nn.functional.interpolate(x, scale_factor=4, mode="bicubic").clamp(0, 1)
+
+
 def test_only_the_second_ending_learns(data, tmp_path):
     vq, policy = tiny()
     codes, lr = torch.randint(64, (1, 16, 16)), torch.rand(1, 3, 32, 32)
     before = {k: v.clone() for k, v in vq.state_dict().items()}
     plain, both = vq.decode(codes), vq.decode(codes, lr)
-    fit = FitConfig(minutes=60, steps=2, lr=1e-3, warmup=1, ema=0.0)
-    machine = Machine(batch=2, draws=2)
-    made = recipes.train_ending(vq, policy, data, Run(tmp_path, machine, fit))
+    fit = FitConfig(minutes=60, steps=2, lr=1e-2, warmup=1, ema=0.0)
+    run = Run(tmp_path, Machine(batch=2, draws=2), fit)
+    made = recipes.train_ending(RealSR(vq, policy), data, run, bicubic)
     assert all(torch.equal(v, before[k]) for k, v in made.state_dict().items() if k in before)
     assert torch.equal(made.decode(codes), plain)
-    assert not torch.equal(made.decode(codes, lr), both)
+    assert not torch.allclose(made.decode(codes, lr), both, atol=1e-3)
     made.decoder.clean = None
     torch.testing.assert_close(made.decode(codes, lr), both)
 
 
-def test_what_is_kept_lies_between_the_endings(data, tmp_path):
-    kept = []
-    for share in (0.0, 0.5, 1.0):
-        vq, policy = tiny()
-        fit = FitConfig(minutes=60, steps=1, lr=1e-2, warmup=1, ema=0.0)
-        loss = recipes.EndingLoss(share=share)
-        torch.manual_seed(1)
-        machine = Machine(batch=2, draws=2)
-        out = tmp_path / str(share)
-        made = recipes.train_ending(vq, policy, data, Run(out, machine, fit), loss)
-        kept.append(made.decoder.clean[1][0].weight)
-    first = made.decoder.at2[0].weight
-    torch.testing.assert_close(kept[0], first)
-    assert not torch.allclose(kept[2], first)
-    torch.testing.assert_close(kept[1], (first + kept[2]) / 2)
+def test_an_ending_learns_its_teachers_hand_from_the_picture_there_was(data, tmp_path):
+    """Each lesson is the chain's picture (or the LR photo's alone) seen small and drawn anew."""
+    vq, policy = tiny()
+    before = RealSR(vq, policy)
+    shown = []
+
+    def teacher(x):
+        shown.append(x)
+        return 1 - bicubic(x)
+
+    batch = {k: torch.stack([data[i][k] for i in range(4)]).float() / 255 for k in ("hr", "lr")}
+    torch.manual_seed(0)
+    loss = recipes.EndingLoss(see_codes=0.5)
+    out = next(recipes._lessons(before, iter([batch]), teacher, loss))
+    assert 0 < out["see"].sum() < 4 and loss.side in {x.shape[-1] for x in shown}
+    for i, seen in enumerate(out["see"]):
+        codes = out["drawn"][i : i + 1] if seen else None
+        made = before.decode(codes, batch["lr"][i : i + 1])
+        side = shown[i].shape[-1]
+        assert side in (loss.side, loss.clean_side)
+        if side == loss.side:  # else it is held to the LR photo before
+            expected = 1 - recipes.taught(made[0], bicubic, side)
+            torch.testing.assert_close(out["target"][i] / 255, expected, atol=0.01, rtol=0)
+
+
+def test_what_a_teacher_is_shown_keeps_its_content():
+    smooth = torch.linspace(0.2, 0.8, 128).expand(3, 128, 128)
+    torch.testing.assert_close(recipes.taught(smooth, bicubic, 48), smooth, atol=0.01, rtol=0)
+    fine = torch.rand(3, 128, 128)
+    assert recipes.taught(fine, bicubic, 48).std() < 0.5 * fine.std()
 
 
 def test_an_ending_has_its_own_file_until_the_decoder_changes(tmp_path):
     vq, _ = tiny()
-    vq.decoder.clean = copy.deepcopy(vq.decoder.ending())
+    vq.decoder.clean = vq.decoder.deeper_ending()
     weights = tmp_path / "tokenizer"
     for stage in ("ending", "policy", "decoder"):
         (tmp_path / stage).mkdir()
@@ -177,19 +196,7 @@ def test_an_ending_has_its_own_file_until_the_decoder_changes(tmp_path):
     assert [f.name for f in weights.glob("*.safetensors")] == ["model.safetensors"]
 
 
-def test_sharpening_adds_what_a_blur_takes_away():
-    flat = torch.full((1, 3, 40, 40), 0.3)
-    torch.testing.assert_close(recipes.sharpened(flat, 1.0), flat)
-    edge = flat.clone()
-    edge[..., 20:] = 0.6
-    out = recipes.sharpened(edge, 1.0)[0, 0, 20]
-    assert out[19] < 0.2 and out[20] > 0.7  # overshoots on both sides
-    torch.testing.assert_close(out[[0, -1]], torch.tensor([0.3, 0.6]))
-    half = recipes.sharpened(edge, 0.5)[0, 0, 20]
-    torch.testing.assert_close(half - edge[0, 0, 20], (out - edge[0, 0, 20]) / 2)
-
-
-def test_what_builds_on_a_stage_that_is_trained_anew_begins_anew(tmp_path, monkeypatch):
+def test_what_builds_on_a_stage_that_is_trained_anew_begins_anew(tmp_path, monkeypatch, capsys):
     """Else a policy would go on with codes that mean something else now."""
     done = []
 
@@ -203,6 +210,7 @@ def test_what_builds_on_a_stage_that_is_trained_anew_begins_anew(tmp_path, monke
         (s.out / what / "settings.json").write_text(kept, encoding="utf-8")
 
     monkeypatch.setattr(stages, "_stage", stage)
+    monkeypatch.setattr(stages.peers, "missing", {"absent": "no weights"}.get)
     settings, stops = stages.Settings(out=tmp_path, minutes=10), "policy"
     with pytest.raises(KeyboardInterrupt):
         stages.run("all", settings)
@@ -214,3 +222,9 @@ def test_what_builds_on_a_stage_that_is_trained_anew_begins_anew(tmp_path, monke
     done = []
     stages.run("all", replace(settings, minutes=20))
     assert done == [*stages.SHARES] and not list(tmp_path.rglob("checkpoint.pt"))
+    for kept in tmp_path.rglob("settings.json"):
+        kept.unlink()
+    done = []
+    stages.run("all", replace(settings, teacher="absent"))
+    assert done == ["tokenizer", "policy", "decoder"]
+    assert "without its teacher: no weights" in capsys.readouterr().out
