@@ -125,7 +125,7 @@ def register(sub) -> None:
             text = "how often the policy sees each pair: on a GPU, 5 keeps up with 16 cores"
             p.add_argument("--reuse", type=real(), default=1.0, help=text)
         if name in ("ending", "all"):
-            text = "whose clean pictures the ending learns from: a name of `realsr eval methods`"
+            text = "whose clean pictures the ending learns from: one that `realsr peers` lists"
             p.add_argument("--teacher", default="realesrgan-x4plus", help=text)
         if name not in ("policy", "ending"):
             p.add_argument(
