@@ -445,7 +445,7 @@ def taught(picture: Tensor, teacher: Teacher, side: int) -> Tensor:
 def _lessons(
     before: RealSR, batches: Iterator[dict], teacher: Teacher, loss: EndingLoss
 ) -> Iterator[dict]:
-    """Pictures, LR photos, codes of chains drawn as at restoration, whether these are seen, and what
+    """Pictures, LR photos, codes of chains drawn as at restoration, whether they are seen, and what
     the teacher makes of the pictures that `before` makes."""
     for i, batch in enumerate(batches):
         heat = 0.5 + 0.4 * float(torch.rand(()))
