@@ -24,14 +24,14 @@ from realsr_r1.files.writable import claim
 from realsr_r1.photographs import Pairs
 from realsr_r1.pipeline import RealSR
 from realsr_r1.policy import ChainPolicy, PolicyConfig
-from realsr_r1.pretraining import recipes
+from realsr_r1.pretraining import ending, recipes
 from realsr_r1.pretraining.loop import FitConfig
 from realsr_r1.pretraining.recipes import Machine, PolicyLoss, Run, TokenizerLoss
 from realsr_r1.pretraining.redraw import final_codes, redraw
 from realsr_r1.sampling import sample
 from realsr_r1.tokenizer import TokenizerConfig, VQModel
 
-SHARES = {"tokenizer": 0.4, "policy": 0.45, "decoder": 0.1, "ending": 0.05}  # of "all"
+SHARES = {"tokenizer": 0.35, "policy": 0.45, "decoder": 0.1, "ending": 0.1}  # of "all"
 RATES = {"tokenizer": 1.5e-3, "policy": 4e-3, "decoder": 4e-4, "ending": 2e-3}
 ON_CPU = {"policy": 12}  # samples a step, else 8
 ON_GPU = {"policy": 128}  # else 64
@@ -75,7 +75,8 @@ class Settings:
             workers = 0 if device == "cpu" else max(1, (os.cpu_count() or 2) - 1)
         usual = ON_CPU.get(stage, 8) if device == "cpu" else ON_GPU.get(stage, 64)
         batch = self.batch or usual
-        return Machine(device, batch, workers, draws=48 if device == "cpu" else 1024)
+        few = device == "cpu" or stage == "ending"  # whose teacher works on the CPU
+        return Machine(device, batch, workers, draws=48 if few else 1024)
 
     def fit(self, stage: str) -> FitConfig:
         lr = self.lr or RATES[stage]
@@ -191,7 +192,7 @@ def _policy(s: Settings, tokenizer: VQModel, start: ChainPolicy | None) -> Chain
 def _decoder(s: Settings, model: RealSR, what: str) -> VQModel:
     run = s.run(what, Preview(s, what).decoder(model.policy))
     if what == "ending":
-        return recipes.train_ending(model, _crops(s, what), run, peers.load(s.teacher))
+        return ending.train_ending(model, _crops(s, what), run, peers.load(s.teacher))
     data = Pairs(photographs.load("train", s.photographs), seed=seed_of(what, s.seed))
     loss = TokenizerLoss(l1=3.0, adversary=0.02, see_lr=0.75, vgg_file=s.vgg)
     return recipes.train_decoder(model.tokenizer, model.policy, data, run, loss)
@@ -200,15 +201,15 @@ def _decoder(s: Settings, model: RealSR, what: str) -> VQModel:
 def finish(run: Path, part: nn.Module, weights: Path, settings: Settings) -> None:
     """Write the trained weights in half precision, and drop the checkpoint they came from. A second
     ending goes to a file of its own, beside the tokenizer's."""
-    ending = weights / "clean.safetensors"
+    clean = weights / "clean.safetensors"
     if run.name == "ending":
         weights.mkdir(parents=True, exist_ok=True)
         state = {k: v for k, v in part.half().state_dict().items() if ".clean." in k}
-        save_file({k: v.contiguous() for k, v in state.items()}, ending)
+        save_file({k: v.contiguous() for k, v in state.items()}, clean)
     else:
         part.half().save_pretrained(weights)
         if run.name in ("tokenizer", "decoder"):  # an ending belongs to the weights before
-            ending.unlink(missing_ok=True)
+            clean.unlink(missing_ok=True)
     part.float()
     (weights / "README.md").unlink(missing_ok=True)  # the hub's empty card
     text = json.dumps(asdict(settings), default=str, indent=1)

@@ -184,6 +184,7 @@ def test_an_absent_package_is_named_with_the_line_that_installs_it(nothing, name
 
 def test_filters_need_nothing(nothing):
     assert peers.missing("bicubic") is None and peers.missing("lanczos") is None
+    assert "are not both there" in peers.missing("ncnn:nowhere/model")
 
 
 @pytest.mark.parametrize("name", NETWORKS)

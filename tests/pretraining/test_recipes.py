@@ -10,7 +10,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from realsr_r1 import photographs
-from realsr_r1.pipeline import RealSR
 from realsr_r1.policy import ChainPolicy, PolicyConfig
 from realsr_r1.pretraining import recipes, stages
 from realsr_r1.pretraining.loop import FitConfig
@@ -128,57 +127,6 @@ def test_the_decoder_learns_and_the_codes_keep_their_meaning(data, tmp_path):
     assert torch.equal(made.codebook.weight, book)
     assert torch.equal(next(made.encoder.parameters()), first)
     assert not torch.equal(vq.decoder.out[1].weight, last)
-
-
-def bicubic(x):
-    return torch.nn.functional.interpolate(x, scale_factor=4, mode="bicubic").clamp(0, 1)
-
-
-def test_only_the_second_ending_learns(data, tmp_path):
-    vq, policy = tiny()
-    codes, lr = torch.randint(64, (1, 16, 16)), torch.rand(1, 3, 32, 32)
-    before = {k: v.clone() for k, v in vq.state_dict().items()}
-    plain, both = vq.decode(codes), vq.decode(codes, lr)
-    fit = FitConfig(minutes=60, steps=2, lr=1e-2, warmup=1, ema=0.0)
-    run = Run(tmp_path, Machine(batch=2, draws=2), fit)
-    made = recipes.train_ending(RealSR(vq, policy), data, run, bicubic)
-    assert all(torch.equal(v, before[k]) for k, v in made.state_dict().items() if k in before)
-    assert torch.equal(made.decode(codes), plain)
-    assert not torch.allclose(made.decode(codes, lr), both, atol=1e-3)
-    made.decoder.clean = None
-    torch.testing.assert_close(made.decode(codes, lr), both)
-
-
-def test_an_ending_learns_its_teachers_hand_from_the_picture_there_was(data, tmp_path):
-    """Each lesson is the chain's picture (or the LR photo's alone) seen small and drawn anew."""
-    vq, policy = tiny()
-    before = RealSR(vq, policy)
-    shown = []
-
-    def teacher(x):
-        shown.append(x)
-        return 1 - bicubic(x)
-
-    batch = {k: torch.stack([data[i][k] for i in range(4)]).float() / 255 for k in ("hr", "lr")}
-    torch.manual_seed(0)
-    loss = recipes.EndingLoss(see_codes=0.5)
-    out = next(recipes._lessons(before, iter([batch]), teacher, loss))
-    assert 0 < out["see"].sum() < 4 and loss.side in {x.shape[-1] for x in shown}
-    for i, seen in enumerate(out["see"]):
-        codes = out["drawn"][i : i + 1] if seen else None
-        made = before.decode(codes, batch["lr"][i : i + 1])
-        side = shown[i].shape[-1]
-        assert side in (loss.side, loss.clean_side)
-        if side == loss.side:  # else it is held to the LR photo before
-            expected = 1 - recipes.taught(made[0], bicubic, side)
-            torch.testing.assert_close(out["target"][i] / 255, expected, atol=0.01, rtol=0)
-
-
-def test_what_a_teacher_is_shown_keeps_its_content():
-    smooth = torch.linspace(0.2, 0.8, 128).expand(3, 128, 128)
-    torch.testing.assert_close(recipes.taught(smooth, bicubic, 48), smooth, atol=0.01, rtol=0)
-    fine = torch.rand(3, 128, 128)
-    assert recipes.taught(fine, bicubic, 48).std() < 0.5 * fine.std()
 
 
 def test_an_ending_has_its_own_file_until_the_decoder_changes(tmp_path):

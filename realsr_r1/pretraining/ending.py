@@ -1,0 +1,95 @@
+"""The decoder's second ending: it learns a clean hand from a teacher's pictures."""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from realsr_r1.pipeline import RealSR, reads_clean
+from realsr_r1.pretraining import losses
+from realsr_r1.pretraining.recipes import Run, autocast, on_drawn
+from realsr_r1.sampling import Sampling
+from realsr_r1.tokenizer import VQModel
+
+
+@dataclass(frozen=True)
+class EndingLoss:
+    """What the decoder's second ending learns from (see `train_ending`)."""
+
+    l1: float = 5.0
+    lpips: float = 0.5
+    truth: float = 0.3  # LPIPS to the photograph itself
+    side: int = 48  # pixels, of 128, at which the teacher is shown a picture
+    clean_side: int = 32  # where the chain reads the photo as clean: the LR photo says nearly all
+    see_codes: float = 0.875  # share of the samples; the others see the LR photo alone
+    reuse: float = 8.0
+
+
+Teacher = Callable[[Tensor], Tensor]  # pictures (b, 3, h, w) in [0, 1] → (b, 3, 4h, 4w)
+
+
+def taught(picture: Tensor, teacher: Teacher, side: int) -> Tensor:
+    """A picture (3, s, s) in [0, 1] as the teacher makes it from what is left at `side` pixels: the
+    same content, drawn by a cleaner hand."""
+
+    def scaled(x: Tensor, size: int) -> Tensor:
+        return F.interpolate(x, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+
+    return scaled(teacher(scaled(picture[None], side)), picture.shape[-1])[0]
+
+
+def _lessons(
+    before: RealSR, batches: Iterator[dict], teacher: Teacher, loss: EndingLoss
+) -> Iterator[dict]:
+    """Pictures, LR photos, codes of chains drawn as at restoration, whether they are seen, and what
+    the teacher makes of the pictures that `before` makes."""
+    for i, batch in enumerate(batches):
+        heat = 0.5 + 0.4 * float(torch.rand(()))
+        generator = torch.Generator().manual_seed(i)
+        drawn = before.sample(batch["lr"], Sampling(image_temperature=heat), generator)
+        see = torch.rand(len(drawn.codes)) < loss.see_codes
+        made = before.finish(drawn.chains, batch["lr"])
+        made = torch.where(see[:, None, None, None], made, before.decode(lr=batch["lr"]).cpu())
+        sides = [loss.clean_side if reads_clean(c) else loss.side for c in drawn.chains]
+        target = [taught(y, teacher, side) for y, side in zip(made, sides, strict=True)]
+        target = torch.stack(target).to(batch["lr"].device)
+        parts = {"hr": batch["hr"], "lr": batch["lr"], "target": target}
+        bytes_ = {k: (x * 255).round().byte() for k, x in parts.items()}
+        yield bytes_ | {"drawn": drawn.codes, "see": see.to(target.device)}
+
+
+def train_ending(
+    start: RealSR, data: Dataset, run: Run, teacher: Teacher, loss: EndingLoss = EndingLoss()
+) -> VQModel:
+    """A second ending of the decoder, for pictures beside an LR photo: clean where the first paints
+    strokes. It is deeper and learns by distillation (Hinton et al. 2015, arXiv 1503.02531): what
+    `taught` makes shows how a clean picture of the same content looks. It goes on from the one that
+    is there. All else stays; returns the tokenizer."""
+    model = start.tokenizer
+    before = RealSR(copy.deepcopy(model), start.policy)
+    model.eval().requires_grad_(False)
+    ending = model.decoder.clean or model.decoder.deeper_ending()
+    model.decoder.clean = ending.requires_grad_(True)
+    lessons = partial(_lessons, before, teacher=teacher, loss=loss)
+    fit, source = on_drawn(model, start.policy, data, run, loss.reuse, lessons)
+    generator = torch.Generator().manual_seed(run.fit.seed)
+
+    def loss_of(step: int, done: float) -> tuple[Tensor, dict[str, Tensor]]:
+        batch = next(source)
+        x, lr, target = (batch[k].float() / 255 for k in ("hr", "lr", "target"))
+        q = model.codebook.embed(batch["drawn"])
+        q = torch.lerp(model.decoder.no_codes, q, model.config.trust)
+        with autocast(x.device):
+            y = model.decoder(q, lr, batch["see"]).float()
+            l1 = (y - target).abs().mean()
+            away = losses.robust_distance(y, target, generator).mean()
+            true = losses.robust_distance(y, x, generator).mean()
+        total = loss.l1 * l1 + loss.lpips * away + loss.truth * true
+        return total, {"l1": l1.detach(), "lpips": away.detach(), "truth": true.detach()}
+
+    return fit.run(loss_of, run.preview)

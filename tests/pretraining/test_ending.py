@@ -1,0 +1,99 @@
+"""The second ending on a tiny scale: what it learns from, and that nothing else changes."""
+
+import copy
+
+import pytest
+import torch
+
+from realsr_r1 import photographs
+from realsr_r1.pipeline import RealSR
+from realsr_r1.policy import ChainPolicy, PolicyConfig
+from realsr_r1.pretraining import ending, stages
+from realsr_r1.pretraining.loop import FitConfig
+from realsr_r1.pretraining.recipes import Machine, Run
+from realsr_r1.tokenizer import TokenizerConfig, VQModel
+
+
+@pytest.fixture(scope="module")
+def data() -> photographs.Pairs:
+    return photographs.Pairs(photographs.load("train")[:8])
+
+
+def tiny() -> tuple[VQModel, ChainPolicy]:
+    torch.manual_seed(0)
+    shape = {"codes": 64, "hidden_size": 32, "layers": 1, "heads": 2, "mlp": 32, "eye_width": 16}
+    narrow = {"encoder": (16, 16), "decoder": (16, 16, 16, 16), "lr_width": 16, "blocks": 1}
+    vq = VQModel(TokenizerConfig(codes=64, **narrow))
+    return vq, ChainPolicy(PolicyConfig(eye_blocks=1, **shape))
+
+
+def bicubic(x):
+    return torch.nn.functional.interpolate(x, scale_factor=4, mode="bicubic").clamp(0, 1)
+
+
+def test_only_the_second_ending_learns(data, tmp_path):
+    vq, policy = tiny()
+    codes, lr = torch.randint(64, (1, 16, 16)), torch.rand(1, 3, 32, 32)
+    before = {k: v.clone() for k, v in vq.state_dict().items()}
+    plain, both = vq.decode(codes), vq.decode(codes, lr)
+    fit = FitConfig(minutes=60, steps=2, lr=1e-2, warmup=1, ema=0.0)
+    run = Run(tmp_path, Machine(batch=2, draws=2), fit)
+    made = ending.train_ending(RealSR(vq, policy), data, run, bicubic)
+    assert all(torch.equal(v, before[k]) for k, v in made.state_dict().items() if k in before)
+    torch.testing.assert_close(made.decode(codes), plain)
+    assert not torch.allclose(made.decode(codes, lr), both, atol=1e-3)
+    made.decoder.clean = None
+    torch.testing.assert_close(made.decode(codes, lr), both)
+
+
+def test_an_ending_learns_its_teachers_hand_from_the_picture_there_was(data, tmp_path):
+    """Each lesson is the chain's picture (or the LR photo's alone) seen small and drawn anew."""
+    vq, policy = tiny()
+    before = RealSR(vq, policy)
+    shown = []
+
+    def teacher(x):
+        shown.append(x)
+        return 1 - bicubic(x)
+
+    batch = {k: torch.stack([data[i][k] for i in range(4)]).float() / 255 for k in ("hr", "lr")}
+    torch.manual_seed(0)
+    loss = ending.EndingLoss(see_codes=0.5)
+    out = next(ending._lessons(before, iter([batch]), teacher, loss))
+    assert 0 < out["see"].sum() < 4 and loss.side in {x.shape[-1] for x in shown}
+    for i, seen in enumerate(out["see"]):
+        codes = out["drawn"][i : i + 1] if seen else None
+        made = before.decode(codes, batch["lr"][i : i + 1])
+        side = shown[i].shape[-1]
+        assert side in (loss.side, loss.clean_side)
+        if side == loss.side:  # else it is held to the LR photo before
+            expected = 1 - ending.taught(made[0], bicubic, side)
+            torch.testing.assert_close(out["target"][i] / 255, expected, atol=0.01, rtol=0)
+
+
+def test_what_a_teacher_is_shown_keeps_its_content():
+    smooth = torch.linspace(0.2, 0.8, 128).expand(3, 128, 128)
+    torch.testing.assert_close(ending.taught(smooth, bicubic, 48), smooth, atol=0.01, rtol=0)
+    fine = torch.rand(3, 128, 128)
+    assert ending.taught(fine, bicubic, 48).std() < 0.5 * fine.std()
+
+
+def test_a_training_goes_on_from_the_ending_that_is_there(data, tmp_path):
+    vq, policy = tiny()
+    vq.decoder.clean = vq.decoder.deeper_ending()
+    with torch.no_grad():
+        vq.decoder.clean[3][1].bias += 0.7
+    before = copy.deepcopy(vq.decoder.clean[3][1].bias)
+    fit = FitConfig(minutes=60, steps=1, lr=1e-4, warmup=1, ema=0.0)
+    run = Run(tmp_path, Machine(batch=2, draws=2), fit)
+    made = ending.train_ending(RealSR(vq, policy), data, run, bicubic)
+    learnt = made.decoder.clean[3][1].bias
+    assert not torch.equal(learnt, before)
+    torch.testing.assert_close(learnt, before, atol=1e-3, rtol=0)
+
+
+def test_a_teacher_on_the_cpu_is_asked_for_few_pictures_at_a_time(monkeypatch):
+    """A GPU would else wait minutes for the first step."""
+    monkeypatch.setattr(stages, "device_of", lambda _: torch.device("cuda"))
+    settings = stages.Settings()
+    assert settings.machine("ending").draws < settings.machine("decoder").draws / 10
