@@ -32,7 +32,6 @@ WEIGHTS = Path(__file__).parent / "assets" / "nano"
 TILE = GRIDS[-1] * FACTOR // SCALE  # LR pixels
 STRIDE = 28  # LR pixels: a tile's outer codes are drawn but not used, where it has neighbors
 CODE = FACTOR // SCALE  # LR pixels per code
-HOLD = 0.6  # of the gap to an LR photo that is read as clean, how much is closed
 MAX_PIXELS = 1024 * 1024  # of the LR photo: the result has 16 times as many
 WINDOW, MARGIN = 64, 8  # codes: the decoder's window on large photos, and what it sees around it
 
@@ -147,18 +146,22 @@ class RealSR:
         return sample(self.policy, lr, sampling, generator, self.policy.grammar(texts=texts))
 
     @torch.no_grad()
-    def decode(self, codes: Tensor | None = None, lr: Tensor | None = None) -> Tensor:
+    def decode(
+        self,
+        codes: Tensor | None = None,
+        lr: Tensor | None = None,
+        trust: Tensor | float | None = None,
+    ) -> Tensor:
         """Codes (b, h, w), LR photos (b, 3, 2h, 2w), or both → (b, 3, 8h, 8w) in [0, 1]."""
         parts = [None if x is None else x.to(self.device) for x in (codes, lr)]
-        return self.tokenizer.decode(*parts)
+        return self.tokenizer.decode(*parts, trust)
 
     @torch.no_grad()
     def finish(self, chains: list[Chain], lr: Tensor, clean: bool = True) -> Tensor:
         """Pictures (b, 3, 128, 128) of chains for tiles (b, 3, 32, 32), by either ending."""
         codes = torch.stack([c.final_image for c in chains]).to(self.device)
-        made = self.tokenizer.decode(codes, lr.to(self.device), clean=clean).cpu()
-        held = torch.tensor([reads_clean(c) for c in chains])
-        return hold(made, lr.cpu(), HOLD * held[:, None, None, None])
+        trust = self.tokenizer.trust(torch.tensor([float(reads_clean(c)) for c in chains]))
+        return self.tokenizer.decode(codes, lr.to(self.device), trust, clean).cpu()
 
     def read(self, lr: Tensor, sampling: Sampling, generator: torch.Generator) -> Chain:
         """The reading of a whole LR photo (3, h, w), from its middle square at one tile's size."""
@@ -199,10 +202,11 @@ class RealSR:
                 put(grid, chain.final_image, place)
         except KeyboardInterrupt:
             print(f"stopped after {len(tiles)} of {len(places)} tiles: the rest is without a chain")
-        held = HOLD * sum(reads_clean(t.chain) for t in tiles) / len(places)
-        out = decode_grid(self, grid, lr, held)[:, : h * SCALE, : w * SCALE]
+        clean = torch.tensor(sum(reads_clean(t.chain) for t in tiles) / len(places))
+        trust = float(self.tokenizer.trust(clean))
+        out = decode_grid(self, grid, lr, trust)[:, : h * SCALE, : w * SCALE]
         settings = {"model": self.name, "seed": int(seed), "device": str(self.device)}
-        settings |= {"trust": self.tokenizer.config.trust, "held": held}
+        settings |= {"trust": trust}
         settings |= {"lr_size": [w, h], "tile": TILE, "stride": STRIDE, "scale": SCALE}
         alpha = photo.alpha and photo.alpha.resize((w * SCALE, h * SCALE), Image.Resampling.BICUBIC)
         parts = settings | asdict(sampling), len(tiles) == len(places), alpha, photo.exif
@@ -305,17 +309,9 @@ def reads_clean(chain: Chain) -> bool:
     return all(level in ("no", "light") for level in named)
 
 
-def hold(made: Tensor, lr: Tensor, strength: float | Tensor = HOLD) -> Tensor:
-    """Pictures (b, 3, 4h, 4w) moved towards what LR photos (b, 3, h, w) say of them: `strength` of
-    a step of back-projection (Irani and Peleg 1991). For clean photos: it brings damage back."""
-    gap = lr - F.interpolate(made, size=lr.shape[-2:], mode="area")
-    gap = F.interpolate(gap, size=made.shape[-2:], mode="bicubic", align_corners=False)
-    return (made + strength * gap).clamp(0, 1)
-
-
-def decode_grid(model: RealSR, grid: Tensor, lr: Tensor, strength: float = 0.0) -> Tensor:
+def decode_grid(model: RealSR, grid: Tensor, lr: Tensor, trust: float | None = None) -> Tensor:
     """The whole picture (3, 4h, 4w) from the code grid (h/2, w/2), -1 where the decoder has the LR
-    photo (3, h, w) alone, in windows where it is large. `strength`: see `hold`."""
+    photo (3, h, w) alone, in windows where it is large. `trust`: see `VQModel.decode`."""
     known, codes = grid >= 0, grid.clamp(min=0)
     out = torch.zeros(3, *(n * SCALE for n in lr.shape[-2:]))
     for y in range(0, grid.shape[0], WINDOW):
@@ -324,13 +320,12 @@ def decode_grid(model: RealSR, grid: Tensor, lr: Tensor, strength: float = 0.0) 
             bottom, right = y + WINDOW + MARGIN, x + WINDOW + MARGIN
             part = codes[None, top:bottom, left:right]
             seen = lr[None, :, top * CODE : bottom * CODE, left * CODE : right * CODE]
-            whole = model.decode(part, seen)[0].cpu()
+            whole = model.decode(part, seen, trust)[0].cpu()
             missing = ~known[top:bottom, left:right]
             if missing.any():
                 alone = model.decode(None, seen)[0].cpu()
                 mask = missing.repeat_interleave(FACTOR, 0).repeat_interleave(FACTOR, 1)
                 whole = torch.where(mask, alone, whole)
-            whole = hold(whole[None], seen, strength)[0]
             cut = whole[:, (y - top) * FACTOR :, (x - left) * FACTOR :]
             cut = cut[:, : WINDOW * FACTOR, : WINDOW * FACTOR]
             at = slice(y * FACTOR, y * FACTOR + cut.shape[1])

@@ -8,6 +8,7 @@ restoration (both) and control (LR alone); the last two have an ending of their 
 """
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,11 +32,13 @@ class TokenizerConfig:
     lr_width: int = 48
     blocks: int = 2  # residual blocks at 1/8 and 1/4
     commitment: float = 0.25
-    trust: float = 0.7  # of a code's vector beside an LR photo; the rest is that for "no codes"
+    trust: float = 0.6  # of a code's vector beside an LR photo; the rest is that for "no codes"
+    trust_clean: float = 0.35  # the same beside one that is read as clean: it says more itself
     wide_blocks: int = 6  # of the second ending
 
     def __post_init__(self) -> None:
         check_number("trust", self.trust, 0.0, 1.0)
+        check_number("trust_clean", self.trust_clean, 0.0, 1.0)
 
 
 Opt = Tensor | None
@@ -133,8 +136,34 @@ class WideBlock(nn.Module):
         return x + self.body(x)
 
 
+_up = nn.Upsample(scale_factor=2.0, mode="nearest")
+
+
+def _enlarge(x: Tensor, later: Iterable[nn.Module]) -> Tensor:
+    """Features (b, c, h/4, w/4) → a correction (b, 3, h, w), by layers for 1/2, 1 and output."""
+    at2, at1, out = later
+    return out(at1(_up(at2(_up(x)))))
+
+
 def _blocks(width: int, n: int, norm: bool = True) -> nn.Sequential:
     return nn.Sequential(*[ResBlock(width, norm) for _ in range(n)])
+
+
+class Ending(nn.Module):
+    """The decoder's last layers once more and deeper, for pictures beside an LR photo: wide blocks
+    at 1/4 on the features (b, c, h/4, w/4) and the photo (b, 3, h/4, w/4), then copies of `later`,
+    which turn them into a picture (b, 3, h, w)."""
+
+    def __init__(self, width: int, blocks: int, later: list[nn.Module]):
+        super().__init__()
+        self.look = nn.Conv2d(3, width, 3, padding=1)
+        nn.init.zeros_(self.look.weight)
+        nn.init.zeros_(self.look.bias)
+        self.blocks = nn.Sequential(*[WideBlock(width) for _ in range(blocks)])
+        self.later = nn.ModuleList(copy.deepcopy(later))
+
+    def forward(self, x: Tensor, lr: Tensor) -> Tensor:
+        return _enlarge(self.blocks(x + self.look(lr * 2 - 1)), self.later)
 
 
 class Encoder(nn.Sequential):
@@ -157,9 +186,6 @@ class Encoder(nn.Sequential):
         return super().forward(x * 2 - 1)
 
 
-_up = nn.Upsample(scale_factor=2.0, mode="nearest")
-
-
 class Decoder(nn.Module):
     """Code vectors (b, d, h, w), the LR photo (b, 3, 2h, 2w), or both → image (b, 3, 8h, 8w).
 
@@ -180,17 +206,12 @@ class Decoder(nn.Module):
         self.at2 = nn.Sequential(nn.Conv2d(b, c, 3, padding=1), *_blocks(c, 1))
         self.at1 = nn.Sequential(nn.Conv2d(c, e, 3, padding=1), *_blocks(e, 1, norm=False))
         self.out = nn.Sequential(nn.SiLU(), nn.Conv2d(e, 3, 3, padding=1))
-        self.clean: nn.ModuleList | None = None  # a second ending, beside an LR photo
+        self.clean: Ending | None = None  # a second ending, beside an LR photo
 
-    def ending(self) -> nn.ModuleList:
-        """The last layers: a block at 1/4, and what turns its features into a picture."""
-        return nn.ModuleList([self.at4[-1], self.at2, self.at1, self.out])
-
-    def deeper_ending(self) -> nn.ModuleList:
-        """A second ending to be trained: wide blocks at 1/4, the rest a copy of the first."""
+    def new_ending(self) -> Ending:
+        """A second ending to be trained."""
         c = self.config
-        blocks = nn.Sequential(*[WideBlock(c.decoder[1]) for _ in range(c.wide_blocks)])
-        return nn.ModuleList([blocks, *copy.deepcopy(self.ending()[1:])])
+        return Ending(c.decoder[1], c.wide_blocks, [self.at2, self.at1, self.out])
 
     def forward(
         self, q: Opt, lr: Opt = None, use_codes: Opt = None, use_lr: Opt = None, clean: bool = True
@@ -213,10 +234,10 @@ class Decoder(nn.Module):
                 use = use_lr[:, None, None, None]
                 seen = torch.where(use, seen, self.no_lr)
                 base = torch.where(use, base, 0.5)
-        second = clean and self.clean is not None and lr is not None
-        block, at2, at1, out = self.clean if second else self.ending()
-        x = block(self.at4[:-1](torch.cat([x, seen.to(x.dtype)], 1)))
-        return base + 0.5 * out(at1(_up(at2(_up(x)))))
+        x = self.at4[:-1](torch.cat([x, seen.to(x.dtype)], 1))
+        if clean and self.clean is not None and lr is not None:
+            return base + 0.5 * self.clean(x, lr)
+        return base + 0.5 * _enlarge(self.at4[-1](x), (self.at2, self.at1, self.out))
 
 
 class VQModel(nn.Module, PyTorchModelHubMixin):
@@ -237,7 +258,7 @@ class VQModel(nn.Module, PyTorchModelHubMixin):
         files = [Path(file), Path(file).with_name("clean.safetensors")]
         state = {k: v for f in files if f.exists() for k, v in load_file(f, device).items()}
         if any(k.startswith("decoder.clean.") for k in state):
-            model.decoder.clean = model.decoder.deeper_ending()
+            model.decoder.clean = model.decoder.new_ending()
         model.load_state_dict(state)
         return model.eval()
 
@@ -252,16 +273,30 @@ class VQModel(nn.Module, PyTorchModelHubMixin):
         """HR squares (b, 3, s, s) → the codes (b, n, n) of a chain's images, for n in `grids`."""
         return [self.encode(F.interpolate(hr, size=n * FACTOR, mode="area")) for n in grids]
 
+    def trust(self, clean: Tensor) -> Tensor:
+        """How far drawn codes count beside LR photos of which the share `clean` (b,) in [0, 1] is
+        read as clean."""
+        return self.config.trust + (self.config.trust_clean - self.config.trust) * clean
+
+    def beside(self, codes: Tensor, trust: float | Tensor) -> Tensor:
+        """Vectors (b, d, h, w) of codes (b, h, w) beside an LR photo; `trust`: see `decode`."""
+        q = self.codebook.embed(codes)
+        return self.decoder.no_codes.lerp(q, torch.as_tensor(trust).to(q).reshape(-1, 1, 1, 1))
+
     def decode(
-        self, codes: Opt = None, lr: Opt = None, trust: float | None = None, clean: bool = True
+        self, codes: Opt = None, lr: Opt = None, trust: float | Opt = None, clean: bool = True
     ) -> Tensor:
         """Codes (b, h, w), the LR photo (b, 3, 2h, 2w), or both → (b, 3, 8h, 8w) in [0, 1].
 
-        Where there are both, codes count for `trust` alone (None: the configuration's): a drawn
-        code is a guess. `clean`: with the second ending, for the eye; else the first, for LPIPS."""
+        Where there are both, codes count for `trust` (one number, or (b,)) alone (None: the
+        configuration's): a drawn code is a guess. `clean`: with the second ending, for the eye;
+        else the first, for LPIPS."""
         if codes is None and lr is None:
             raise ValueError("decode needs codes, an LR photo, or both")
-        q = None if codes is None else self.codebook.embed(codes)
-        if q is not None and lr is not None:
-            q = torch.lerp(self.decoder.no_codes, q, self.config.trust if trust is None else trust)
+        if codes is None:
+            q = None
+        elif lr is None:
+            q = self.codebook.embed(codes)
+        else:
+            q = self.beside(codes, self.config.trust if trust is None else trust)
         return self.decoder(q, lr, clean=clean).float().clamp(0, 1)

@@ -1,9 +1,9 @@
 """The nano model on held-out photographs: the chain beside its controls, by severity.
 
-Controls: the decoder's first ending (`Decoder.clean`); codes in full (`TokenizerConfig.trust` 1, no
-`pipeline.hold`); the LR photo alone through the same decoder (what the chain must beat); random
-codes (confetti scores well on LPIPS); the true codes in full (the ceiling); plain codes without the
-LR photo (the paper's way); bicubic.
+Controls: the decoder's first ending (`Decoder.clean`); codes in full (`TokenizerConfig.trust` 1);
+the LR photo alone through the same decoder (what the chain must beat); random codes, trusted as the
+chain's are (confetti scores well on LPIPS); the true codes in full (the ceiling); plain codes
+without the LR photo (the paper's way); bicubic.
 """
 
 import csv
@@ -20,7 +20,7 @@ from realsr_r1 import perceptual, vlcot
 from realsr_r1.common import atomic, generator
 from realsr_r1.degradation import LABELS, from_words
 from realsr_r1.photographs import Pairs, Photograph
-from realsr_r1.pipeline import HOLD, RealSR, hold, reads_clean
+from realsr_r1.pipeline import RealSR, reads_clean
 from realsr_r1.rewards import understanding_reward
 from realsr_r1.sampling import Sampling
 from realsr_r1.stats import Interval, clustered
@@ -58,8 +58,7 @@ def enlarged(x: Tensor, size: int) -> Tensor:
 
 
 def pictures(model: RealSR, lr: Tensor, hr: Tensor, chains: list[vlcot.Chain]) -> dict[str, Tensor]:
-    """The picture (b, 3, 4h, 4w) of each method. "LR alone, held": those photos that the chain is
-    held to, and as much, so that nothing but codes is between the two."""
+    """The picture (b, 3, 4h, 4w) of each method."""
     drawn, middle, rough = (torch.stack([getattr(c, t) for c in chains]) for t in STEPS)
     g = torch.Generator().manual_seed(0)
     confetti = torch.randint(0, model.tokenizer.config.codes, drawn.shape, generator=g)
@@ -67,16 +66,16 @@ def pictures(model: RealSR, lr: Tensor, hr: Tensor, chains: list[vlcot.Chain]) -
         true = model.tokenizer.encode(hr.to(model.device))
 
     @torch.no_grad()
-    def decode(codes: Tensor | None, trust: float | None = None, clean: bool = True) -> Tensor:
+    def decode(
+        codes: Tensor | None, trust: float | Tensor | None = None, clean: bool = True
+    ) -> Tensor:
         codes = None if codes is None else codes.to(model.device)
         return model.tokenizer.decode(codes, lr.to(model.device), trust, clean).cpu()
 
-    alone = decode(None)
-    held = torch.tensor([HOLD * reads_clean(c) for c in chains])[:, None, None, None]
+    clean = torch.tensor([float(reads_clean(c)) for c in chains])
     return {
         "bicubic": bicubic(lr),
-        "LR alone": alone,
-        "LR alone, held": hold(alone, lr, held),
+        "LR alone": decode(None),
         "LR alone, first ending": decode(None, clean=False),
         "chain": model.finish(chains, lr),
         "chain, first ending": model.finish(chains, lr, clean=False),
@@ -84,7 +83,7 @@ def pictures(model: RealSR, lr: Tensor, hr: Tensor, chains: list[vlcot.Chain]) -
         "chain, plain decode": model.decode(drawn).cpu(),
         "its middle image": enlarged(model.decode(middle).cpu(), hr.shape[-1]),
         "its rough image": enlarged(model.decode(rough).cpu(), hr.shape[-1]),
-        "random codes": decode(confetti),
+        "random codes": decode(confetti, model.tokenizer.trust(clean)),
         "true codes": decode(true, 1.0),
         "true codes, first ending": decode(true, 1.0, clean=False),
         "true codes, plain decode": model.decode(true).cpu(),

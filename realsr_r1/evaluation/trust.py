@@ -1,5 +1,5 @@
-"""How far to trust drawn codes, which photos to hold to their LR photo, and with which ending: the
-same chains, decoded in several ways. `TokenizerConfig.trust` and `pipeline.HOLD` were chosen by it.
+"""How far to trust drawn codes, how far where the chain reads the photo as clean, and with which
+ending: the same chains, decoded in several ways. `TokenizerConfig.trust` was chosen by it.
 """
 
 import torch
@@ -10,31 +10,29 @@ from realsr_r1 import perceptual
 from realsr_r1.common import generator
 from realsr_r1.evaluation.nano import SEVERITIES, clusters_of, held_out, stacked
 from realsr_r1.photographs import Photograph
-from realsr_r1.pipeline import HOLD, RealSR, hold, reads_clean
+from realsr_r1.pipeline import RealSR, reads_clean
 from realsr_r1.sampling import Sampling
 from realsr_r1.stats import clustered
 from realsr_r1.tokenizer import SCALE
 from realsr_r1.vlcot import Chain
 
-SHIPPED = "trust 0.7, those read as clean are held"
-WAYS = {  # trust, which photos are held, and whether the second ending is used
-    **{f"trust {t}": (t, "none", True) for t in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)},
-    SHIPPED: (0.7, "clean", True),
-    "trust 0.7, all are held": (0.7, "all", True),
-    "trust 0.7, those read as clean are held, first ending": (0.7, "clean", False),
+SHIPPED = "trust 0.6, 0.35 where read as clean"
+WAYS = {  # trust, trust where the photo is read as clean, and whether the second ending is used
+    **{f"trust {t}": (t, t, True) for t in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)},
+    **{f"trust 0.6, {t} where read as clean": (0.6, t, True) for t in (0.5, 0.35, 0.2, 0.0)},
+    f"{SHIPPED}, first ending": (0.6, 0.35, False),
 }
 
 
 @torch.no_grad()
 def decoded(
-    model: RealSR, chains: list[Chain], lr: Tensor, trust: float, held: str, clean: bool = True
+    model: RealSR, chains: list[Chain], lr: Tensor, trust: float, where_clean: float, clean: bool
 ) -> Tensor:
-    """Pictures (b, 3, 128, 128) of chains for LR photos (b, 3, 32, 32), on the CPU; `held`: none,
-    clean or all; `clean`: see `VQModel.decode`."""
+    """Pictures (b, 3, 128, 128) of chains for LR photos (b, 3, 32, 32), on the CPU; `where_clean`:
+    trust where a chain reads its photo as clean; `clean`: see `VQModel.decode`."""
     codes = torch.stack([c.final_image for c in chains]).to(model.device)
-    made = model.tokenizer.decode(codes, lr.to(model.device), trust, clean).cpu()
-    which = torch.tensor([held == "all" or (held == "clean" and reads_clean(c)) for c in chains])
-    return hold(made, lr, HOLD * which[:, None, None, None])
+    trusts = torch.tensor([where_clean if reads_clean(c) else trust for c in chains])
+    return model.tokenizer.decode(codes, lr.to(model.device), trusts, clean).cpu()
 
 
 def report(

@@ -22,11 +22,10 @@ class EndingLoss:
     """What the decoder's second ending learns from (see `train_ending`)."""
 
     l1: float = 5.0
-    lpips: float = 0.5
-    truth: float = 0.3  # LPIPS to the photograph itself
-    side: int = 48  # pixels, of 128, at which the teacher is shown a picture
-    clean_side: int = 32  # where the chain reads the photo as clean: the LR photo says nearly all
-    see_codes: float = 0.875  # share of the samples; the others see the LR photo alone
+    lpips: float = 0.6
+    truth: float = 0.25  # LPIPS to the photograph itself
+    side: int = 48  # pixels, of 128, at which the teacher is shown a chain's picture
+    alone: float = 0.25  # share of the samples without codes
     reuse: float = 8.0
 
 
@@ -46,34 +45,40 @@ def taught(picture: Tensor, teacher: Teacher, side: int) -> Tensor:
 def _lessons(
     before: RealSR, batches: Iterator[dict], teacher: Teacher, loss: EndingLoss
 ) -> Iterator[dict]:
-    """Pictures, LR photos, codes of chains drawn as at restoration, whether they are seen, and what
-    the teacher makes of the pictures that `before` makes."""
+    """Pictures, LR photos, codes of chains drawn as at restoration, how far they are trusted, and
+    what the teacher makes: of the chain's picture, or of the LR photo itself, where the chain reads
+    it as clean or codes are left out."""
+    model = before.tokenizer
     for i, batch in enumerate(batches):
-        heat = 0.5 + 0.4 * float(torch.rand(()))
+        lr, heat = batch["lr"].cpu(), 0.5 + 0.4 * float(torch.rand(()))
         generator = torch.Generator().manual_seed(i)
         drawn = before.sample(batch["lr"], Sampling(image_temperature=heat), generator)
-        see = torch.rand(len(drawn.codes)) < loss.see_codes
-        made = before.finish(drawn.chains, batch["lr"])
-        made = torch.where(see[:, None, None, None], made, before.decode(lr=batch["lr"]).cpu())
-        sides = [loss.clean_side if reads_clean(c) else loss.side for c in drawn.chains]
-        target = [taught(y, teacher, side) for y, side in zip(made, sides, strict=True)]
-        target = torch.stack(target).to(batch["lr"].device)
-        parts = {"hr": batch["hr"], "lr": batch["lr"], "target": target}
-        bytes_ = {k: (x * 255).round().byte() for k, x in parts.items()}
-        yield bytes_ | {"drawn": drawn.codes, "see": see.to(target.device)}
+        clean = torch.tensor([reads_clean(c) for c in drawn.chains])
+        alone = torch.rand(len(lr)) < loss.alone
+        made = before.finish(drawn.chains, lr)
+        target = torch.stack(
+            [
+                teacher(lr[j : j + 1])[0] if clean[j] or alone[j] else taught(y, teacher, loss.side)
+                for j, y in enumerate(made)
+            ]
+        )
+        parts = {"hr": batch["hr"], "lr": batch["lr"], "target": target.to(batch["lr"].device)}
+        bytes_ = {k: (x.clamp(0, 1) * 255).round().byte() for k, x in parts.items()}
+        trust = torch.where(alone, 0.0, model.trust(clean.float())).to(batch["lr"].device)
+        yield bytes_ | {"drawn": drawn.codes, "trust": trust}
 
 
 def train_ending(
     start: RealSR, data: Dataset, run: Run, teacher: Teacher, loss: EndingLoss = EndingLoss()
 ) -> VQModel:
     """A second ending of the decoder, for pictures beside an LR photo: clean where the first paints
-    strokes. It is deeper and learns by distillation (Hinton et al. 2015, arXiv 1503.02531): what
-    `taught` makes shows how a clean picture of the same content looks. It goes on from the one that
-    is there. All else stays; returns the tokenizer."""
+    strokes. It is deeper and learns by distillation (Hinton et al. 2015, arXiv 1503.02531): a
+    teacher for super-resolution shows how a clean picture of the same content looks. It goes on
+    from the one that is there. All else stays; returns the tokenizer."""
     model = start.tokenizer
     before = RealSR(copy.deepcopy(model), start.policy)
     model.eval().requires_grad_(False)
-    ending = model.decoder.clean or model.decoder.deeper_ending()
+    ending = model.decoder.clean or model.decoder.new_ending()
     model.decoder.clean = ending.requires_grad_(True)
     lessons = partial(_lessons, before, teacher=teacher, loss=loss)
     fit, source = on_drawn(model, start.policy, data, run, loss.reuse, lessons)
@@ -82,10 +87,9 @@ def train_ending(
     def loss_of(step: int, done: float) -> tuple[Tensor, dict[str, Tensor]]:
         batch = next(source)
         x, lr, target = (batch[k].float() / 255 for k in ("hr", "lr", "target"))
-        q = model.codebook.embed(batch["drawn"])
-        q = torch.lerp(model.decoder.no_codes, q, model.config.trust)
+        q = model.beside(batch["drawn"], batch["trust"])
         with autocast(x.device):
-            y = model.decoder(q, lr, batch["see"]).float()
+            y = model.decoder(q, lr).float()
             l1 = (y - target).abs().mean()
             away = losses.robust_distance(y, target, generator).mean()
             true = losses.robust_distance(y, x, generator).mean()

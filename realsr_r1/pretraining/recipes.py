@@ -193,10 +193,18 @@ class FinePairs(Pairs):
         return (ImageOps.mirror(part) if flip else part), flip
 
 
-def crops(photos: list, general: list, large: list, seed: int = 0) -> Dataset:
-    """Squares for the tokenizer: 60% annotated photographs, 15% other things, 25% fine texture."""
+def crops(
+    photos: list, general: list, large: list, seed: int = 0, presets: tuple[str, ...] = ("nano",)
+) -> Dataset:
+    """Squares for the tokenizer: 60% annotated photographs, 15% other things, 25% fine texture;
+    the presets of their damage are equally frequent."""
     kinds = ((photos, 0.6, Pairs), (general, 0.15, Pairs), (large, 0.25, FinePairs))
-    parts = [(kind(p, seed=seed, labels=False), share) for p, share, kind in kinds if p]
+    parts = [
+        (kind(p, preset, seed, labels=False), share)
+        for preset in presets
+        for p, share, kind in kinds
+        if p
+    ]
     return Mixture([p for p, _ in parts], [share for _, share in parts], seed)
 
 

@@ -164,9 +164,11 @@ def pictures(where: str | Path, name: str) -> list[Picture]:
 
 
 def _crops(s: Settings, what: str) -> recipes.Mixture:
+    """Crops under all damage; for the ending, half of them under light damage."""
     photos = photographs.load("train", s.photographs)
     others = [pictures(s.photographs, n) if s.photographs else [] for n in ("general", "large")]
-    return recipes.crops(photos, *others, seed=seed_of(what, s.seed))
+    presets = ("nano", "nano-light") if what == "ending" else ("nano",)
+    return recipes.crops(photos, *others, seed_of(what, s.seed), presets)
 
 
 def _tokenizer(s: Settings, start: VQModel | None) -> VQModel:

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from realsr_r1 import photographs
+from realsr_r1 import degradation, photographs
 from realsr_r1.pipeline import RealSR
 from realsr_r1.policy import ChainPolicy, PolicyConfig
 from realsr_r1.pretraining import ending, stages
@@ -46,29 +46,35 @@ def test_only_the_second_ending_learns(data, tmp_path):
     torch.testing.assert_close(made.decode(codes, lr), both)
 
 
-def test_an_ending_learns_its_teachers_hand_from_the_picture_there_was(data, tmp_path):
-    """Each lesson is the chain's picture (or the LR photo's alone) seen small and drawn anew."""
+def test_what_an_ending_learns_from(data):
+    """The chain's picture, seen small and drawn anew; the LR photo itself, drawn by the teacher,
+    where the chain reads it as clean or codes are left out."""
     vq, policy = tiny()
     before = RealSR(vq, policy)
-    shown = []
+    words = ["no blur, keep, no noise, no compression, downsample"] * 3 + [
+        "heavy blur, keep, no noise, no compression, downsample"
+    ] * 3
 
-    def teacher(x):
-        shown.append(x)
-        return 1 - bicubic(x)
+    def sample(*args):
+        drawn = RealSR.sample(before, *args)
+        for chain, said in zip(drawn.chains, words, strict=True):
+            chain.degradation = said
+        return drawn
 
-    batch = {k: torch.stack([data[i][k] for i in range(4)]).float() / 255 for k in ("hr", "lr")}
+    before.sample = sample
+    batch = {k: torch.stack([data[i][k] for i in range(6)]).float() / 255 for k in ("hr", "lr")}
     torch.manual_seed(0)
-    loss = ending.EndingLoss(see_codes=0.5)
-    out = next(ending._lessons(before, iter([batch]), teacher, loss))
-    assert 0 < out["see"].sum() < 4 and loss.side in {x.shape[-1] for x in shown}
-    for i, seen in enumerate(out["see"]):
-        codes = out["drawn"][i : i + 1] if seen else None
-        made = before.decode(codes, batch["lr"][i : i + 1])
-        side = shown[i].shape[-1]
-        assert side in (loss.side, loss.clean_side)
-        if side == loss.side:  # else it is held to the LR photo before
-            expected = 1 - ending.taught(made[0], bicubic, side)
-            torch.testing.assert_close(out["target"][i] / 255, expected, atol=0.01, rtol=0)
+    out = next(
+        ending._lessons(before, iter([batch]), lambda x: 1 - bicubic(x), ending.EndingLoss())
+    )
+    assert sorted({round(x, 2) for x in out["trust"].tolist()}) == [0.0, 0.35, 0.6]
+    for i, trust in enumerate(out["trust"]):
+        codes, lr = out["drawn"][i : i + 1], batch["lr"][i : i + 1]
+        expected = 1 - bicubic(lr)[0]
+        if trust == vq.config.trust:
+            expected = ending.taught(before.decode(codes, lr)[0], lambda x: 1 - bicubic(x), 48)
+        assert trust in (0.0, float(vq.trust(torch.tensor(float(i < 3)))))
+        torch.testing.assert_close(out["target"][i] / 255, expected, atol=0.01, rtol=0)
 
 
 def test_what_a_teacher_is_shown_keeps_its_content():
@@ -80,14 +86,14 @@ def test_what_a_teacher_is_shown_keeps_its_content():
 
 def test_a_training_goes_on_from_the_ending_that_is_there(data, tmp_path):
     vq, policy = tiny()
-    vq.decoder.clean = vq.decoder.deeper_ending()
+    vq.decoder.clean = vq.decoder.new_ending()
     with torch.no_grad():
-        vq.decoder.clean[3][1].bias += 0.7
-    before = copy.deepcopy(vq.decoder.clean[3][1].bias)
+        vq.decoder.clean.later[2][1].bias += 0.7
+    before = copy.deepcopy(vq.decoder.clean.later[2][1].bias)
     fit = FitConfig(minutes=60, steps=1, lr=1e-4, warmup=1, ema=0.0)
     run = Run(tmp_path, Machine(batch=2, draws=2), fit)
     made = ending.train_ending(RealSR(vq, policy), data, run, bicubic)
-    learnt = made.decoder.clean[3][1].bias
+    learnt = made.decoder.clean.later[2][1].bias
     assert not torch.equal(learnt, before)
     torch.testing.assert_close(learnt, before, atol=1e-3, rtol=0)
 
@@ -97,3 +103,11 @@ def test_a_teacher_on_the_cpu_is_asked_for_few_pictures_at_a_time(monkeypatch):
     monkeypatch.setattr(stages, "device_of", lambda _: torch.device("cuda"))
     settings = stages.Settings()
     assert settings.machine("ending").draws < settings.machine("decoder").draws / 10
+
+
+def test_half_of_an_endings_crops_are_lightly_damaged():
+    settings, light = stages.Settings(), degradation.PRESETS["nano-light"]
+    made = stages._crops(settings, "ending")
+    assert [x.config == light for x in made.sets] == [False, True]
+    torch.testing.assert_close(made.weights, torch.tensor([0.5, 1.0]))
+    assert all(x.config != light for x in stages._crops(settings, "tokenizer").sets)

@@ -131,7 +131,7 @@ def test_the_decoder_learns_and_the_codes_keep_their_meaning(data, tmp_path):
 
 def test_an_ending_has_its_own_file_until_the_decoder_changes(tmp_path):
     vq, _ = tiny()
-    vq.decoder.clean = vq.decoder.deeper_ending()
+    vq.decoder.clean = vq.decoder.new_ending()
     weights = tmp_path / "tokenizer"
     for stage in ("ending", "policy", "decoder"):
         (tmp_path / stage).mkdir()
