@@ -373,6 +373,8 @@ def test_codes_count_for_trust_alone(model, lr):
     torch.testing.assert_close(tokenizer.decode(codes, lr), tokenizer.decode(codes, lr, 0.6))
     with pytest.raises(ValueError, match="trust must be a number from 0"):
         TokenizerConfig(trust=1.5)
+    with pytest.raises(ValueError, match="trust_clean must be a number from 0"):
+        TokenizerConfig(trust_clean=-0.1)
 
 
 def test_masked_inputs_are_the_absent_ones(model, lr):
@@ -426,7 +428,21 @@ def test_where_a_photo_reads_as_clean_codes_count_for_less(model, lr, words, cle
     made = model.finish([chain], lr[:1])
     trust = model.tokenizer.config.trust_clean if clean else model.tokenizer.config.trust
     torch.testing.assert_close(made, model.decode(codes[None], lr[:1], trust))
-    assert not torch.equal(made, model.decode(codes[None], lr[:1], 0.35 if not clean else 0.6))
+    assert not torch.equal(made, model.decode(codes[None], lr[:1], 0.6 if clean else 0.35))
+
+
+def test_a_whole_photo_is_decoded_with_the_trust_of_its_tiles(model, monkeypatch):
+    seen = []
+    monkeypatch.setattr("realsr_r1.pipeline.reads_clean", lambda chain: len(seen) < 2)
+
+    def grid(model, codes, lr, trust):
+        seen.append(trust)
+        return decode_grid(model, codes, lr, trust)
+
+    monkeypatch.setattr("realsr_r1.pipeline.decode_grid", grid)
+    photo = Image.effect_noise((40, 32), 60).convert("RGB")
+    settings = [model(photo, progress=False).settings for _ in range(3)]
+    assert seen == pytest.approx([0.35, 0.35, 0.6]) and settings[2]["trust"] == seen[2]
 
 
 def test_missing_codes_are_decoded_from_the_photo_alone(model):

@@ -61,6 +61,18 @@ def test_the_table_has_a_row_for_each_photograph_and_method(model, tmp_path):
     assert "chain minus …, dB" in text and "consistency" in text and "| subject |" in text
 
 
+def test_random_codes_are_trusted_as_the_chains_are(model, monkeypatch):
+    """Else the chain would be praised for a trust that the control does not have."""
+    lr, hr = nano.stacked(nano.held_out(photographs.load("test")[:2], "medium"))
+    chains = model.sample(lr, generator=torch.Generator().manual_seed(0)).chains
+    chains[0].degradation = "no blur, keep, no noise, no compression, downsample"
+    chains[1].degradation = "heavy blur, keep, no noise, no compression, downsample"
+    drawn = torch.stack([c.final_image for c in chains])
+    monkeypatch.setattr(torch, "randint", lambda *args, **options: drawn)
+    made = nano.pictures(model, lr, hr, chains)
+    torch.testing.assert_close(made["random codes"], made["chain"])
+
+
 def test_consistency_is_high_only_for_pictures_of_the_same_photo(model):
     photos = photographs.load("test")[:2]
     rows = {r["method"]: r for r in nano.measure(model, photos, ("light",))}

@@ -2,36 +2,17 @@
 
 import copy
 
-import pytest
 import torch
 
-from realsr_r1 import degradation, photographs
+from realsr_r1 import degradation
+from realsr_r1.evaluation.nano import bicubic
 from realsr_r1.pipeline import RealSR
-from realsr_r1.policy import ChainPolicy, PolicyConfig
 from realsr_r1.pretraining import ending, stages
 from realsr_r1.pretraining.loop import FitConfig
 from realsr_r1.pretraining.recipes import Machine, Run
-from realsr_r1.tokenizer import TokenizerConfig, VQModel
 
 
-@pytest.fixture(scope="module")
-def data() -> photographs.Pairs:
-    return photographs.Pairs(photographs.load("train")[:8])
-
-
-def tiny() -> tuple[VQModel, ChainPolicy]:
-    torch.manual_seed(0)
-    shape = {"codes": 64, "hidden_size": 32, "layers": 1, "heads": 2, "mlp": 32, "eye_width": 16}
-    narrow = {"encoder": (16, 16), "decoder": (16, 16, 16, 16), "lr_width": 16, "blocks": 1}
-    vq = VQModel(TokenizerConfig(codes=64, **narrow))
-    return vq, ChainPolicy(PolicyConfig(eye_blocks=1, **shape))
-
-
-def bicubic(x):
-    return torch.nn.functional.interpolate(x, scale_factor=4, mode="bicubic").clamp(0, 1)
-
-
-def test_only_the_second_ending_learns(data, tmp_path):
+def test_only_the_second_ending_learns(data, tmp_path, tiny):
     vq, policy = tiny()
     codes, lr = torch.randint(64, (1, 16, 16)), torch.rand(1, 3, 32, 32)
     before = {k: v.clone() for k, v in vq.state_dict().items()}
@@ -46,7 +27,7 @@ def test_only_the_second_ending_learns(data, tmp_path):
     torch.testing.assert_close(made.decode(codes, lr), both)
 
 
-def test_what_an_ending_learns_from(data):
+def test_what_an_ending_learns_from(data, tiny):
     """The chain's picture, seen small and drawn anew; the LR photo itself, drawn by the teacher,
     where the chain reads it as clean or codes are left out."""
     vq, policy = tiny()
@@ -84,7 +65,7 @@ def test_what_a_teacher_is_shown_keeps_its_content():
     assert ending.taught(fine, bicubic, 48).std() < 0.5 * fine.std()
 
 
-def test_a_training_goes_on_from_the_ending_that_is_there(data, tmp_path):
+def test_a_training_goes_on_from_the_ending_that_is_there(data, tmp_path, tiny):
     vq, policy = tiny()
     vq.decoder.clean = vq.decoder.new_ending()
     with torch.no_grad():

@@ -10,25 +10,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from realsr_r1 import photographs
-from realsr_r1.policy import ChainPolicy, PolicyConfig
 from realsr_r1.pretraining import recipes, stages
 from realsr_r1.pretraining.loop import FitConfig
 from realsr_r1.pretraining.muon import MuonAdamW, orthogonalize
 from realsr_r1.pretraining.recipes import Machine, PolicyLoss, Replay, Run, TokenizerLoss
-from realsr_r1.tokenizer import TokenizerConfig, VQModel
-
-
-@pytest.fixture(scope="module")
-def data() -> photographs.Pairs:
-    return photographs.Pairs(photographs.load("train")[:8])
-
-
-def tiny() -> tuple[VQModel, ChainPolicy]:
-    torch.manual_seed(0)
-    shape = {"codes": 64, "hidden_size": 32, "layers": 1, "heads": 2, "mlp": 32, "eye_width": 16}
-    narrow = {"encoder": (16, 16), "decoder": (16, 16, 16, 16), "lr_width": 16, "blocks": 1}
-    vq = VQModel(TokenizerConfig(codes=64, **narrow))
-    return vq, ChainPolicy(PolicyConfig(eye_blocks=1, **shape))
 
 
 def test_fine_texture_is_cut_without_scaling_half_of_the_time(data):
@@ -74,7 +59,7 @@ def test_matrices_of_one_shape_are_made_orthogonal_together():
         assert torch.linalg.svdvals(one).min() > 0.3
 
 
-def test_muon_moves_matrices_and_embeddings_of_a_policy():
+def test_muon_moves_matrices_and_embeddings_of_a_policy(tiny):
     _, policy = tiny()
     before = {k: v.clone() for k, v in policy.named_parameters()}
     optimizer = MuonAdamW(policy, lr=1e-2)
@@ -85,7 +70,7 @@ def test_muon_moves_matrices_and_embeddings_of_a_policy():
     assert {"model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight"} <= moved
 
 
-def test_the_policy_trains_on_codes_of_its_own_and_goes_on_after_a_kill(data, tmp_path):
+def test_the_policy_trains_on_codes_of_its_own_and_goes_on_after_a_kill(data, tmp_path, tiny):
     vq, policy = tiny()
     loss = PolicyLoss(own_from=0.0, own=1.0, reuse=2)
     fit = FitConfig(minutes=60, steps=4, lr=1e-2, warmup=1, log_every=2, checkpoint_minutes=0)
@@ -98,7 +83,7 @@ def test_the_policy_trains_on_codes_of_its_own_and_goes_on_after_a_kill(data, tm
     assert (tmp_path / "log.csv").read_text(encoding="utf-8").splitlines()[-1].startswith("7,")
 
 
-def test_a_training_goes_on_with_new_items_and_its_own_settings(data, tmp_path):
+def test_a_training_goes_on_with_new_items_and_its_own_settings(data, tmp_path, tiny):
     class Noting(photographs.Pairs):
         def __getitem__(self, i):
             seen.append(i)
@@ -116,7 +101,7 @@ def test_a_training_goes_on_with_new_items_and_its_own_settings(data, tmp_path):
         recipes.train_tokenizer(tiny()[0], data, Run(tmp_path, Machine(batch=2), other), loss)
 
 
-def test_the_decoder_learns_and_the_codes_keep_their_meaning(data, tmp_path):
+def test_the_decoder_learns_and_the_codes_keep_their_meaning(data, tmp_path, tiny):
     vq, policy = tiny()
     book = vq.codebook.weight.clone()
     first = next(vq.encoder.parameters()).clone()
@@ -129,7 +114,7 @@ def test_the_decoder_learns_and_the_codes_keep_their_meaning(data, tmp_path):
     assert not torch.equal(vq.decoder.out[1].weight, last)
 
 
-def test_an_ending_has_its_own_file_until_the_decoder_changes(tmp_path):
+def test_an_ending_has_its_own_file_until_the_decoder_changes(tmp_path, tiny):
     vq, _ = tiny()
     vq.decoder.clean = vq.decoder.new_ending()
     weights = tmp_path / "tokenizer"
