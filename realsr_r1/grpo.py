@@ -24,7 +24,7 @@ from realsr_r1.objective import group_advantages
 from realsr_r1.photographs import Pairs, Photograph
 from realsr_r1.policy import ChainPolicy
 from realsr_r1.rewards import guarded
-from realsr_r1.sampling import Sampling, sample
+from realsr_r1.sampling import Sampling, grammar_logprobs, sample
 from realsr_r1.vlcot import PAD, TAGS
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func may change; we pin TRL
@@ -213,14 +213,11 @@ class ChainGRPOTrainer(GRPOTrainer):
         """Under the grammar, as `sampling.sample` draws: the one method that must differ."""
         pixels, logps, entropies = more.get("pixel_values", self.lr), [], []
         for rows in torch.arange(len(input_ids)).split(batch_size or len(input_ids)):
-            ids, lr = input_ids[rows], pixels[rows]
-            logits = model(ids, lr, logits_to_keep=logits_to_keep + 1).logits[:, :-1].float()
-            target = ids[:, -logits_to_keep:]
-            mask = self.grammar.allowed(self.grammar.states(target))
-            logp = logits.masked_fill(~mask, float("-inf")).log_softmax(-1)
-            logps.append(logp.gather(-1, target[..., None])[..., 0])
+            ids, n = input_ids[rows], logits_to_keep
+            logp = grammar_logprobs(model, pixels[rows], ids, n, self.grammar)
+            logps.append(logp.gather(-1, ids[:, -n:, None])[..., 0])
             if compute_entropy:
-                entropies.append(-(logp.exp() * logp.masked_fill(~mask, 0.0)).sum(-1).detach())
+                entropies.append(-(logp.exp() * logp.nan_to_num(neginf=0.0)).sum(-1).detach())
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
 
 
@@ -243,6 +240,11 @@ def arguments(out: Path, settings: GrpoSettings, device: str | None, length: int
             f"{s.prompts} prompts x {s.group} chains in micro-batches of {s.micro_batch} cannot be "
             f"shared by {processes} processes: each takes whole groups and whole micro-batches"
         )
+    where = device_of(device)
+    if where.index:
+        raise ValueError(
+            f"training takes the first GPU it sees: CUDA_VISIBLE_DEVICES={where.index}"
+        )
     return GRPOConfig(
         output_dir=str(out / "checkpoints"),
         max_steps=s.steps,
@@ -262,7 +264,7 @@ def arguments(out: Path, settings: GrpoSettings, device: str | None, length: int
         shuffle_dataset=False,
         bf16=False,  # sampling and loss must see the same log-probabilities
         gradient_checkpointing=False,
-        use_cpu=device_of(device).type == "cpu",
+        use_cpu=where.type == "cpu",
         logging_steps=1,
         save_steps=s.save_steps,
         save_total_limit=2,

@@ -51,7 +51,8 @@ def kl_k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     """Estimate of KL(policy ‖ reference) for each token, from a token that the policy drew:
     exp(Δ) - Δ - 1 with Δ = reference - policy (Schulman 2020; GRPO, eq. 4).
 
-    Never negative, and right on average, unlike -Δ alone, which is right on average but noisy."""
+    Never negative, and right on average. -Δ alone is right on average, too, but of either sign and
+    noisy."""
     delta = reference_logprobs - logprobs
     return delta.exp() - delta - 1
 

@@ -7,12 +7,11 @@ annotation does not. Splits are part of the table: flowers by photographer, othe
 """
 
 import csv
-import io
 import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from realsr_r1 import degradation
+from realsr_r1 import degradation, images
 
 ASSETS = Path(__file__).parent / "assets"
 SPLITS = ("train", "val", "test")
@@ -97,7 +96,7 @@ class Photograph:
 
     def image(self) -> Image.Image:
         """The RGB picture, scaled down so that its short side has at most SHORT_SIDE pixels."""
-        image = Image.open(io.BytesIO(self.read())).convert("RGB")
+        image = images.open_photo(self.read())
         scale = SHORT_SIDE / min(image.size)
         if scale < 1:
             size = tuple(max(SHORT_SIDE, round(n * scale)) for n in image.size)
@@ -128,9 +127,14 @@ def from_row(row: dict, read: Callable[[], bytes] | None = None) -> Photograph:
     fields = {k: row[k] for k in ("file", "split", "count", "view", "place")}
     fields |= {k: words[:2] for k, words in many.items()}
     fields |= {"source": row.get("source", "shipped"), "author": row.get("author") or row["file"]}
-    return Photograph(subject=subject, read=read, **fields)
+    photo = Photograph(subject=subject, read=read, **fields)
+    if unknown := set(" ".join(photo.captions).split()) - set(vocabulary()):
+        what = f"the annotation of {row['file']} needs the word {min(unknown)!r}"
+        raise ValueError(f"{what}, which captions do not have: choose another")
+    return photo
 
 
+@lru_cache
 def vocabulary() -> list[str]:
     """Every word that a caption can hold, sorted."""
     texts = [*COUNTS.values(), *map(_background, BACKGROUNDS), *PLACES.values(), *EXTRAS]
@@ -140,17 +144,21 @@ def vocabulary() -> list[str]:
     return sorted({word for text in texts for word in text.split()})
 
 
-def load(split: str, where: str | Path | None = None) -> list[Photograph]:
-    """The annotated photographs of a split.
+def load(split: str, where: str | Path | None = None, n: int | None = None) -> list[Photograph]:
+    """The annotated photographs of a split, or `n` of them, evenly over its table.
 
     Args:
         where: a folder with parquet files, or one of pictures, with an annotations.csv of its own
             or named as in the package's; None: the photographs that ship with the package.
-    Photographs whose picture is missing are left out. Raises ValueError for an unknown split and
-    FileNotFoundError where no picture is found."""
+    Photographs whose picture is missing are left out. Raises ValueError for an unknown split or
+    annotation and FileNotFoundError where no picture is found."""
+    found = _load(split, Path(where or ASSETS))
+    return found if n is None else found[:: max(1, len(found) // n)][:n]
+
+
+def _load(split: str, where: Path) -> list[Photograph]:
     if split not in SPLITS:
         raise ValueError(f"no split {split!r}; choose one of {', '.join(SPLITS)}")
-    where = Path(where or ASSETS)
     if files := sorted(where.glob("annotated-*.parquet")):
         import pyarrow.parquet as parquet  # comes with datasets; slow to import
 
@@ -161,8 +169,9 @@ def load(split: str, where: str | Path | None = None) -> list[Photograph]:
         rows = [r for r in csv.DictReader(f) if r.get("split", split) == split]
     found = []
     for row in rows:
-        places = (where / row["source"] / row["file"], where / row["file"])
-        path = next((p for p in places if p.exists()), None)
+        file = row.get("file") or ""
+        places = (where / (row.get("source") or "") / file, where / file)
+        path = next((p for p in places if p.is_file()), None)
         found += [from_row(row, path.read_bytes)] if path else []
     if not found:
         raise FileNotFoundError(f"{where} holds none of the annotated photographs of {split}")

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import find_executable_batch_size
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -112,16 +111,10 @@ class RealSR:
             if not (part / "model.safetensors").exists():
                 where = f"weights {part.name} are missing in {folder.name}/"
                 raise FileNotFoundError(f"{where}: train them (realsr train --help) or reinstall")
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):  # the hub's mixin says what it does
-                tokenizer = VQModel.from_pretrained(parts[0])
+        tokenizer = load_tokenizer(parts[0])
+        with _readable(parts[1]):
             model = ChainPolicy.from_pretrained(parts[1], dtype=torch.float32)
-        except Exception as e:  # safetensors, json, torch and hub each raise their own kinds
-            raise ValueError(
-                f"weights in {folder.name}/ are cut short, damaged or of another version "
-                f"({type(e).__name__}): copy or train them again"
-            ) from e
-        return cls(tokenizer.float().to(dev), model.to(dev), str(name))
+        return cls(tokenizer.to(dev), model.to(dev), str(name))
 
     def save_pretrained(self, folder: str | Path, policy: str = "policy-sft") -> None:
         """Write both networks, in half precision, for `from_pretrained(folder)`."""
@@ -151,17 +144,18 @@ class RealSR:
         codes: Tensor | None = None,
         lr: Tensor | None = None,
         trust: Tensor | float | None = None,
+        clean: bool = True,
     ) -> Tensor:
-        """Codes (b, h, w), LR photos (b, 3, 2h, 2w), or both → (b, 3, 8h, 8w) in [0, 1]."""
+        """`VQModel.decode` with inputs from any device."""
         parts = [None if x is None else x.to(self.device) for x in (codes, lr)]
-        return self.tokenizer.decode(*parts, trust)
+        return self.tokenizer.decode(*parts, trust, clean)
 
     @torch.no_grad()
     def finish(self, chains: list[Chain], lr: Tensor, clean: bool = True) -> Tensor:
         """Pictures (b, 3, 128, 128) of chains for tiles (b, 3, 32, 32), by either ending."""
-        codes = torch.stack([c.final_image for c in chains]).to(self.device)
+        codes = torch.stack([c.final_image for c in chains])
         trust = self.tokenizer.trust(torch.tensor([float(reads_clean(c)) for c in chains]))
-        return self.tokenizer.decode(codes, lr.to(self.device), trust, clean).cpu()
+        return self.decode(codes, lr, trust, clean).cpu()
 
     def read(self, lr: Tensor, sampling: Sampling, generator: torch.Generator) -> Chain:
         """The reading of a whole LR photo (3, h, w), from its middle square at one tile's size."""
@@ -228,6 +222,25 @@ class RealSR:
         return draw
 
 
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """ValueError, in one sentence, where weights cannot be read."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # the hub's mixin says what it does
+            yield
+    except Exception as e:  # safetensors, json, torch and hub each raise their own kinds
+        raise ValueError(
+            f"weights {folder.name} in {folder.parent.name}/ are cut short, damaged or of another "
+            f"version ({type(e).__name__}): copy or train them again"
+        ) from e
+
+
+def load_tokenizer(folder: Path) -> VQModel:
+    """A folder's tokenizer in full precision; ValueError where it cannot be read."""
+    with _readable(folder):
+        return VQModel.from_pretrained(folder).float()
+
+
 def opened(photo: images.Source | images.Photo, max_pixels: int) -> images.Photo:
     photo = photo if isinstance(photo, images.Photo) else images.read(photo)
     w, h = photo.image.size
@@ -244,13 +257,13 @@ def in_batches(
     first = 0
     with tqdm(total=len(places), desc="tiles", disable=not progress) as bar:
         while first < len(places):
-
-            @find_executable_batch_size(starting_batch_size=batch)
-            def attempt(size: int, first: int = first) -> list:
-                return draw(first, size)
-
-            done = attempt()
-            batch = min(batch, len(done))
+            try:
+                done = draw(first, batch)
+            except RuntimeError as e:  # on a CPU torch has no kind of its own for it
+                if batch == 1 or "memory" not in str(e):
+                    raise
+                batch //= 2
+                continue
             yield from zip(places[first : first + len(done)], done, strict=True)
             first += len(done)
             bar.update(len(done))

@@ -46,6 +46,11 @@ FACTOR = 8  # HR pixels per code, per axis
 SCALE = 4  # of super-resolution: HR pixels per LR pixel
 
 
+def bicubic(lr: Tensor) -> Tensor:
+    """(b, 3, h, w) → (b, 3, 4h, 4w), not clamped."""
+    return F.interpolate(lr, scale_factor=SCALE, mode="bicubic", align_corners=False)
+
+
 class Codebook(nn.Module):
     """l2-normalized vector quantizer with straight-through gradient, which counts its use."""
 
@@ -229,7 +234,7 @@ class Decoder(nn.Module):
             seen, base = self.no_lr.expand(b, -1, *x.shape[-2:]), 0.5
         else:
             seen = self.lr(lr * 2 - 1)
-            base = F.interpolate(lr, scale_factor=SCALE, mode="bicubic", align_corners=False)
+            base = bicubic(lr)
             if use_lr is not None:
                 use = use_lr[:, None, None, None]
                 seen = torch.where(use, seen, self.no_lr)

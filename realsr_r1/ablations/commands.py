@@ -9,7 +9,6 @@ from realsr_r1.files.options import add_model, integer, leaf, model_of, place, r
 def chain(a: argparse.Namespace) -> None:
     from realsr_r1 import photographs
     from realsr_r1.ablations import chain as ablation
-    from realsr_r1.evaluation.commands import spread
     from realsr_r1.pretraining.recipes import Machine
 
     model = model_of(a)
@@ -17,33 +16,31 @@ def chain(a: argparse.Namespace) -> None:
     settings = ablation.Settings(
         **{k: getattr(a, k) for k in names}, variants=tuple(a.variants or ablation.MEASURED)
     )
-    machine = Machine(model.device.type, a.batch, a.workers)
-    photos = spread(photographs.load(a.split, a.photographs), a.n)
+    machine = Machine(str(model.device), a.batch, a.workers)
+    photos = photographs.load(a.split, a.photographs, a.n)
     print(ablation.table(ablation.seeds(model, photos, settings, machine, a.seeds)))
 
 
 def optimizer(a: argparse.Namespace) -> None:
     from realsr_r1 import photographs
     from realsr_r1.ablations import optimizer as ablation
-    from realsr_r1.evaluation.commands import spread
     from realsr_r1.pretraining.recipes import Machine
 
     model = model_of(a)
     names = ("photographs", "out", "muon", "lr", "minutes", "steps", "seed")
     settings = ablation.Settings(**{k: getattr(a, k) for k in names})
-    photos = spread(photographs.load("val", a.photographs), a.n)
-    print(ablation.run(model, photos, settings, Machine(model.device.type, a.batch)))
+    photos = photographs.load("val", a.photographs, a.n)
+    print(ablation.run(model, photos, settings, Machine(str(model.device), a.batch)))
 
 
 def labels(a: argparse.Namespace) -> None:
     from realsr_r1 import photographs
     from realsr_r1.ablations import labels as ablation
     from realsr_r1.common import device_of, seed_of
-    from realsr_r1.evaluation.commands import spread
     from realsr_r1.pretraining.loop import FitConfig
     from realsr_r1.pretraining.recipes import Machine
 
-    photos = spread(photographs.load(a.split, a.photographs), a.n)
+    photos = photographs.load(a.split, a.photographs, a.n)
     said, seed = ablation.said_in(a.table), seed_of("labels", a.seed)
     data = photographs.Pairs(photographs.load("train", a.photographs), seed=seed)
     fit = FitConfig(minutes=a.minutes, steps=a.steps, lr=a.lr, ema=0.99, seed=a.seed)
@@ -57,9 +54,8 @@ def names(a: argparse.Namespace) -> None:
     from realsr_r1.ablations import labels
     from realsr_r1.ablations import names as ablation
     from realsr_r1.common import seed_of
-    from realsr_r1.evaluation.commands import spread
 
-    photos = spread(photographs.load(a.split, a.photographs), a.n)
+    photos = photographs.load(a.split, a.photographs, a.n)
     said, seed = labels.said_in(a.table), seed_of("labels", a.seed)
     namer = ablation.train(photographs.load("train", a.photographs), a.crops, seed=seed)
     rows = ablation.measure(namer, photos)
@@ -69,13 +65,12 @@ def names(a: argparse.Namespace) -> None:
 def words(a: argparse.Namespace) -> None:
     from realsr_r1 import photographs
     from realsr_r1.ablations import words as ablation
-    from realsr_r1.evaluation.commands import spread
     from realsr_r1.evaluation.words import table
 
     model = model_of(a)
     names = "photographs out cold steps prompts group lr reuse f1 seed".split()
     settings = ablation.Settings(**{k: getattr(a, k) for k in names})
-    photos = spread(photographs.load(a.split, a.photographs), a.n)
+    photos = photographs.load(a.split, a.photographs, a.n)
     print(table(ablation.run(model, photos, settings)))
 
 

@@ -16,7 +16,7 @@ from realsr_r1 import photographs
 from realsr_r1.degradation import LABELS, LEVELS, RESIZES, from_words
 from realsr_r1.evaluation.experts import NanoExpert
 from realsr_r1.evaluation.nano import SEVERITIES, cluster_of
-from realsr_r1.pretraining.loop import Fit, FitConfig
+from realsr_r1.pretraining.loop import Fit, FitConfig, forget
 from realsr_r1.pretraining.recipes import Counting, Machine, Replay, autocast, forever
 from realsr_r1.stats import clustered
 from realsr_r1.tokenizer import ResBlock
@@ -75,7 +75,9 @@ def train(data: Dataset, out: Path, machine: Machine, fit: FitConfig, reuse: flo
         each = zip(parts, batch["labels"].unbind(1), strict=True)
         return sum(F.cross_entropy(p.float(), t) for p, t in each), {}
 
-    return Fit(model, optimizer, out, fit).run(loss_of).eval()
+    trained = Fit(model, optimizer, out, fit).run(loss_of).eval()
+    forget(out)
+    return trained
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 #!/bin/bash
 # Several machines on an existing SLURM cluster: one task a machine, accelerate starts a process a GPU.
-#   sbatch --nodes 2 realsr_r1/configs/slurm.sh train grpo --size middle --full --out runs/middle --prompts 16 --micro-batch 4
+#   sbatch --nodes 2 realsr_r1/configs/slurm.sh train grpo --model runs/middle --out runs/middle --prompts 16
 #SBATCH --job-name=realsr-r1
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

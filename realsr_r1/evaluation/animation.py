@@ -28,7 +28,7 @@ HEADS = ("LR photo", "rough image", "middle image", "final image", "restored")
 
 @dataclass(frozen=True)
 class Shown:
-    """One LR photo (3, 32, 32), its chain, and the pictures of HEADS (3, 128, 128)."""
+    """The chain of one LR photo, and the pictures of HEADS, SIDE pixels each."""
 
     chain: Chain
     pictures: list[Image.Image]

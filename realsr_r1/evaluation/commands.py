@@ -16,7 +16,7 @@ def table(a: argparse.Namespace) -> None:
     from realsr_r1.evaluation import blind, nano
     from realsr_r1.sampling import Sampling
 
-    photos = spread(photographs.load(a.split, a.photographs), a.n)
+    photos = photographs.load(a.split, a.photographs, a.n)
     a.out.parent.mkdir(parents=True, exist_ok=True)  # an impossible place is told before the work
     model = model_of(a)
     sampling = Sampling(image_temperature=a.temperature)
@@ -25,7 +25,7 @@ def table(a: argparse.Namespace) -> None:
     command = shlex.join(["realsr", *sys.argv[1:]])
     note = f"`{command}` ({len(photos)} photographs, {model.device}, {date.today()})"
     nano.write(rows, a.out, note)
-    print(a.out.with_suffix(".md").read_text(encoding="utf-8"))
+    print(Path(f"{a.out}.md").read_text(encoding="utf-8"))
 
 
 def benchmark(a: argparse.Namespace) -> None:
@@ -48,7 +48,7 @@ def chains(a: argparse.Namespace) -> None:
     from realsr_r1 import photographs
     from realsr_r1.evaluation import chains
 
-    photos = spread(photographs.load(a.split, a.photographs), a.n)
+    photos = photographs.load(a.split, a.photographs, a.n)
     print(chains.report(model_of(a), photos, a.severity, a.temperature, a.seed))
 
 
@@ -60,7 +60,7 @@ def decoding(a: argparse.Namespace) -> None:
     from realsr_r1.sampling import Sampling
 
     module = importlib.import_module(f"realsr_r1.evaluation.{a.what}")
-    photos = spread(photographs.load(a.split, a.photographs), a.n)
+    photos = photographs.load(a.split, a.photographs, a.n)
     sampling = Sampling(image_temperature=a.temperature)
     print(module.report(model_of(a), photos, sampling, a.seed))
 
@@ -72,7 +72,7 @@ def experts(a: argparse.Namespace) -> None:
     from realsr_r1.pretraining import expert
     from realsr_r1.stats import clustered
 
-    photos, model = spread(photographs.load(a.split, a.photographs), a.n), model_of(a)
+    photos, model = photographs.load(a.split, a.photographs, a.n), model_of(a)
     judges = {name: quality.expert(name, model.device) for name in a.experts}  # before any work
     data = photographs.Pairs(photos, "nano", seed=a.seed, training=False)
     bank = expert.make_bank(model, data, len(photos), a.seed)
@@ -88,7 +88,7 @@ def words(a: argparse.Namespace) -> None:
     from realsr_r1.evaluation import words
     from realsr_r1.pipeline import RealSR
 
-    photos = spread(photographs.load(a.split, a.photographs), a.n)
+    photos = photographs.load(a.split, a.photographs, a.n)
     models = {p: RealSR.from_pretrained(a.model, a.device, p) for p in a.policies}  # before work
     print(words.table({p: words.measure(m.policy, photos, a.seed) for p, m in models.items()}))
 
@@ -99,7 +99,7 @@ def lattice(a: argparse.Namespace) -> None:
     from realsr_r1 import photographs
     from realsr_r1.evaluation import nano
 
-    photos, model = spread(photographs.load(a.split, a.photographs), a.n), model_of(a)
+    photos, model = photographs.load(a.split, a.photographs, a.n), model_of(a)
     lr, hr = nano.stacked(nano.held_out(photos, "medium", a.seed))
     with torch.no_grad():
         codes = model.tokenizer.encode(hr.to(model.device))
@@ -124,7 +124,7 @@ def blind(a: argparse.Namespace) -> None:
     if a.real:
         asked = blind.real(a.n, a.seed)
     else:
-        asked = spread(photographs.load(a.split, a.photographs), a.n)
+        asked = photographs.load(a.split, a.photographs, a.n)
     model, sampling = model_of(a), Sampling(image_temperature=a.temperature)
     methods = {n: blind.method(n, model, a.seed, sampling) for n in a.methods}
     n = blind.prepare(asked, methods, a.out, a.seed)
@@ -132,11 +132,6 @@ def blind(a: argparse.Namespace) -> None:
         f"{n} pairs in {a.out}. In a notebook: "
         f"from realsr_r1.evaluation import blind; blind.page({str(a.out)!r})"
     )
-
-
-def spread(photos: list, n: int | None) -> list:
-    """`n` of the photographs, evenly over the split; None: all."""
-    return photos if n is None else photos[:: max(1, len(photos) // n)][:n]
 
 
 def measured(

@@ -69,7 +69,7 @@ class NanoExpert(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Quality before the sigmoid, (b,): what the ranking loss compares."""
-        fine = self.fine(self.inputs(x))
+        fine = self.fine(self.inputs(x.to(self.local.weight.device)))
         coarse, pooled = self.coarse(fine), []
         for m in (fine.float(), coarse.float()):
             pooled += [m.mean((2, 3)), (m.var((2, 3), correction=0) + 1e-6).sqrt()]
@@ -78,7 +78,7 @@ class NanoExpert(nn.Module):
         return self.head(torch.cat(pooled, 1)).flatten().float()
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.sigmoid(self.logits(x))
+        return torch.sigmoid(self.logits(x)).to(x.device)
 
 
 def load_expert(

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from realsr_r1 import perceptual, vlcot
+from realsr_r1 import perceptual, tokenizer, vlcot
 from realsr_r1.common import atomic, generator
 from realsr_r1.degradation import LABELS, from_words
 from realsr_r1.photographs import Pairs, Photograph
@@ -47,8 +47,8 @@ def lattice(x: Tensor, period: int = 8) -> float:
 
 
 def bicubic(lr: Tensor) -> Tensor:
-    """(b, 3, h, w) → (b, 3, 4h, 4w)."""
-    return F.interpolate(lr, scale_factor=4, mode="bicubic", align_corners=False).clamp(0, 1)
+    """(b, 3, h, w) → (b, 3, 4h, 4w) in [0, 1]."""
+    return tokenizer.bicubic(lr).clamp(0, 1)
 
 
 def enlarged(x: Tensor, size: int) -> Tensor:
@@ -65,12 +65,10 @@ def pictures(model: RealSR, lr: Tensor, hr: Tensor, chains: list[vlcot.Chain]) -
     with torch.no_grad():
         true = model.tokenizer.encode(hr.to(model.device))
 
-    @torch.no_grad()
     def decode(
         codes: Tensor | None, trust: float | Tensor | None = None, clean: bool = True
     ) -> Tensor:
-        codes = None if codes is None else codes.to(model.device)
-        return model.tokenizer.decode(codes, lr.to(model.device), trust, clean).cpu()
+        return model.decode(codes, lr, trust, clean).cpu()
 
     clean = torch.tensor([float(reads_clean(c)) for c in chains])
     return {
@@ -211,10 +209,10 @@ def table(rows: list[dict]) -> str:
 def write(rows: list[dict], out: Path, note: str) -> None:
     """`out`.csv with every row and `out`.md with the table under a line that says how it came."""
     names = list(dict.fromkeys(k for r in rows for k in r))
-    with atomic(out.with_suffix(".csv")) as part, part.open("w", newline="", encoding="utf-8") as f:
+    with atomic(f"{out}.csv") as part, part.open("w", newline="", encoding="utf-8") as f:
         w = csv.DictWriter(f, names)
         w.writeheader()
         w.writerows(
             {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows
         )
-    out.with_suffix(".md").write_text(f"{note}\n\n{table(rows)}", encoding="utf-8")
+    Path(f"{out}.md").write_text(f"{note}\n\n{table(rows)}", encoding="utf-8")

@@ -21,11 +21,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from realsr_r1.tokenizer import SCALE
+from realsr_r1.common import atomic
+from realsr_r1.tokenizer import SCALE, bicubic
 
 WINDOW, OVERLAP = (
     256,
@@ -227,9 +227,8 @@ def add(archive: str | Path) -> list[str]:
         stem = own_folder() / METHODS[name].module / METHODS[name].weights
         stem.parent.mkdir(parents=True, exist_ok=True)
         for suffix, data in found[name].items():
-            part = stem.parent / f"{stem.name}{suffix}.part"
-            part.write_bytes(data)
-            part.replace(stem.parent / f"{stem.name}{suffix}")
+            with atomic(stem.parent / f"{stem.name}{suffix}") as part:
+                part.write_bytes(data)
     return added
 
 
@@ -278,7 +277,7 @@ def _check(lr: Tensor) -> None:
 
 
 def _bicubic(x: Tensor) -> Tensor:
-    return F.interpolate(x[None], scale_factor=SCALE, mode="bicubic", align_corners=False)[0]
+    return bicubic(x[None])[0]
 
 
 def _lanczos(x: Tensor) -> Tensor:

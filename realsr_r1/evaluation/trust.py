@@ -24,15 +24,14 @@ WAYS = {  # trust, trust where the photo is read as clean, and whether the secon
 }
 
 
-@torch.no_grad()
 def decoded(
     model: RealSR, chains: list[Chain], lr: Tensor, trust: float, where_clean: float, clean: bool
 ) -> Tensor:
     """Pictures (b, 3, 128, 128) of chains for LR photos (b, 3, 32, 32), on the CPU; `where_clean`:
     trust where a chain reads its photo as clean; `clean`: see `VQModel.decode`."""
-    codes = torch.stack([c.final_image for c in chains]).to(model.device)
+    codes = torch.stack([c.final_image for c in chains])
     trusts = torch.tensor([where_clean if reads_clean(c) else trust for c in chains])
-    return model.tokenizer.decode(codes, lr.to(model.device), trusts, clean).cpu()
+    return model.decode(codes, lr, trusts, clean).cpu()
 
 
 def report(

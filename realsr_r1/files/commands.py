@@ -1,6 +1,7 @@
 """`realsr restore`: photos from files to files."""
 
 import argparse
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,17 +10,21 @@ from realsr_r1.files.options import STOPPED, add_model, integer, leaf, model_of,
 
 def outputs(photos: list[Path], out: Path, trace: Path | None) -> dict[Path, Path]:
     """Where each photo's result goes: to `out`, or into the folder `out`. Raises ValueError where
-    two results would have one name."""
+    two results would have one name, or one that of a photo."""
     if len(photos) == 1 and not out.is_dir():
-        return {photos[0]: out}
-    if trace:
+        places = {photos[0]: out}
+    elif trace:
         raise ValueError("--trace is for one photo whose -o is a file: leave it out")
-    if not out.is_dir():
+    elif not out.is_dir():
         raise ValueError(f"{len(photos)} photos need a folder that exists for -o, not {out}")
-    places = {p: out / f"{p.stem}.png" for p in dict.fromkeys(photos)}
+    else:
+        places = {p: out / f"{p.stem}.png" for p in dict.fromkeys(photos)}
     twice = [p.name for p in places if list(places.values()).count(places[p]) > 1]
     if twice:
         raise ValueError(f"{' and '.join(twice)} would get one name in {out}: rename one of them")
+    given = {os.path.abspath(p) for p in photos}
+    if lost := [p for p in places.values() if os.path.abspath(p) in given]:
+        raise ValueError(f"the result would replace the photo {lost[0]}: choose another -o")
     return places
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from realsr_r1.files.options import filled, integer, leaf, place, real
 
+REWARDS = ("format", "degradation", "understanding", "generation", "reference")
+
 
 def train(a: argparse.Namespace) -> None:
     from realsr_r1.pretraining import stages
@@ -17,11 +19,14 @@ def grpo(a: argparse.Namespace) -> None:
     from realsr_r1.grpo import WORDS, GrpoSettings
     from realsr_r1.pretraining import stages
 
-    names = ("steps", "prompts", "group", "micro_batch", "lr", "beta", "seed")
-    settings = GrpoSettings(**{k: getattr(a, k) for k in names}, by_part=not a.whole_chain)
+    numbers = ("steps", "prompts", "group", "micro_batch", "lr", "beta", "seed")
+    settings = GrpoSettings(**{k: getattr(a, k) for k in numbers}, by_part=not a.whole_chain)
+    names = a.rewards or list(REWARDS[1:3] if a.words else REWARDS[:4])
     if a.words:
         settings = replace(settings, parts=WORDS)
-    stages.reinforce(a.model, a.photographs, a.rewards, a.out, settings, a.device)
+        if images := sorted({"format", "generation", "reference"} & set(names)):
+            raise ValueError(f"words alone cannot earn {' or '.join(images)}: leave it out")
+    stages.reinforce(a.model, a.photographs, names, a.out, settings, a.device)
 
 
 def add_grpo(leaves) -> None:
@@ -35,9 +40,8 @@ def add_grpo(leaves) -> None:
     p.add_argument(
         "--rewards",
         nargs="+",
-        default=["format", "degradation", "understanding", "generation"],
-        choices=("format", "degradation", "understanding", "generation", "reference"),
-        help="which rewards; the first four are the paper's",
+        choices=REWARDS,
+        help="which rewards; the paper's first four, of --words the two on words, if left out",
     )
     p.add_argument("--steps", type=integer(), default=40, help="a killed run goes on")
     p.add_argument("--prompts", type=integer(), default=4, help="LR photos per step")

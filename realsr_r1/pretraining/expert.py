@@ -15,8 +15,9 @@ from torch.utils.data import Dataset
 from realsr_r1 import degradation, perceptual
 from realsr_r1.evaluation.experts import Expert, NanoExpert
 from realsr_r1.pipeline import RealSR
-from realsr_r1.pretraining.loop import Fit, FitConfig
+from realsr_r1.pretraining.loop import Fit, FitConfig, forget
 from realsr_r1.sampling import Sampling
+from realsr_r1.tokenizer import bicubic
 
 DRAWN = 8  # chains per photograph in the bank
 LEVELS = (0.25, 0.5, 1.0)  # severities of each other way to spoil a picture
@@ -52,7 +53,7 @@ def make_bank(model: RealSR, data: Dataset, n: int, seed: int = 0, batch: int = 
         items = [data[i] for i in range(at, min(at + batch, n))]
         hr, lr = (torch.stack([x[k] for x in items]).float() / 255 for k in ("hr", "lr"))
         true = model.tokenizer.encode(hr.to(model.device)).cpu()
-        versions = [hr, *spoilt(hr, g), F.interpolate(lr, scale_factor=4, mode="bicubic")]
+        versions = [hr, *spoilt(hr, g), bicubic(lr)]
         for share in (0.0, *LEVELS):
             other = torch.randint(model.tokenizer.config.codes, true.shape, generator=g)
             wrong = torch.rand(true.shape, generator=g) < 0.6 * share
@@ -100,6 +101,7 @@ def train_expert(bank: Bank, out: Path, fit: FitConfig, width: int = 7) -> NanoE
     state = {k: x.half().contiguous() for k, x in trained.state_dict().items()}
     meta = {"config": json.dumps(trained.config)}
     save_file(state, out / "expert.safetensors", meta)
+    forget(out)
     return trained
 
 

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from realsr_r1.common import check_number
+from realsr_r1.common import atomic, check_number
 from realsr_r1.files.writable import append_row
 
 
@@ -39,6 +40,12 @@ class FitConfig:
         check_number("checkpoint_minutes", self.checkpoint_minutes, 0.0)
         for name in ("final_lr", "ema"):
             check_number(name, getattr(self, name), 0.0, 1.0)
+
+
+def forget(out: Path) -> None:
+    """Drop the checkpoints of a training in `out`: it is over, or to begin anew."""
+    for kept in out.glob("checkpoint*.pt"):
+        kept.unlink()
 
 
 LossOf = Callable[[int, float], tuple[Tensor, dict[str, Tensor]]]
@@ -105,7 +112,16 @@ class Fit:
         self.average.load_state_dict(state["average"])
         for k, v in self.extra.items():
             v.load_state_dict(state["extra"][k])
+        self._shorten()
         print(f"resumed {self.out.name} at step {self.step}", flush=True)
+
+    def _shorten(self) -> None:
+        """Drop the log's rows behind the checkpoint: they will come again."""
+        path = self.out / "log.csv"
+        if path.exists():
+            rows = pd.read_csv(path)
+            with atomic(path) as part:
+                rows[rows["step"] <= self.step].to_csv(part, index=False)
 
     def log(self, row: dict) -> None:
         append_row(self.out / "log.csv", row)
@@ -134,15 +150,16 @@ class Fit:
             self.step, self.seconds = self.step + 1, time.time() - start
             for k, v in {"loss": loss, **figures}.items():
                 seen.setdefault(k, []).append(v.detach())
-            if len(seen["loss"]) == c.log_every:
+            logs = len(seen["loss"]) == c.log_every
+            saves = time.time() - saved > 60 * c.checkpoint_minutes
+            if (logs or saves or self.done == 1) and not bool(loss.isfinite()):
+                where = f"the loss of {self.out.name} is lost at step {self.step}"
+                raise RuntimeError(f"{where}: lower the rate")
+            if logs:
                 means = {k: round(float(torch.stack(v).mean()), 4) for k, v in seen.items()}
-                if not math.isfinite(means["loss"]):
-                    raise RuntimeError(
-                        f"the loss of {self.out.name} is lost at step {self.step}: lower the rate"
-                    )
                 self.log({"step": self.step, "seconds": round(self.seconds, 1), **means})
                 seen = {}
-            if time.time() - saved > 60 * c.checkpoint_minutes:
+            if saves:
                 self.save()
                 self._preview(preview)
                 saved = time.time()

@@ -24,8 +24,8 @@ def orthogonalize(m: Tensor, steps: int = 5) -> Tensor:
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Muon with Nesterov momentum on matrices of the body, AdamW on embeddings, norms and biases;
-    one object.
+    """Muon with Nesterov momentum on matrices of the body, AdamW on embeddings, convolutions, norms
+    and biases; one object. Matrices and embeddings decay.
 
     `lr` is AdamW's; a Muon update is scaled to AdamW's usual size (0.2·√max(rows, columns),
     Moonlight, arXiv 2502.16982), so both share it and one schedule serves both.

@@ -257,30 +257,31 @@ def _stack(items: list[dict]) -> dict:
 
 
 class Replay:
-    """Batches of `size` samples, each sample used about `reuse` times, in random company: preparing
-    one takes longer than learning from it, on a GPU or where a policy has to draw it. `fresh` gives
-    dicts of tensors (b, …) of one shape; the last `capacity` samples are kept."""
+    """Batches of `size` samples in random company, each sample used `reuse` times: preparing one
+    takes longer than learning from it, on a GPU or where a policy has to draw it. `fresh` gives
+    dicts of tensors (b, …) of one shape; at least `ahead` batches of samples that are not used up
+    are kept, so that the uses of one lie apart."""
 
-    def __init__(self, fresh: Iterator[dict], size: int, reuse: float, capacity: int = 300_000):
-        self.fresh, self.size, self.reuse, self.capacity = fresh, size, reuse, capacity
-        self.added, self.used, self.store = 0, 0, {}
+    def __init__(self, fresh: Iterator[dict], size: int, reuse: float, ahead: int = 8):
+        self.fresh, self.size, self.reuse, self.ahead = fresh, size, reuse, ahead
+        self.kept: dict[str, Tensor] = {}
+        self.left = torch.zeros(0)  # how often each of them is still to be used
 
     def _add(self, batch: dict[str, Tensor]) -> None:
+        """Put a batch in the place of what is used up."""
+        stay = (self.left > 0).nonzero().flatten()
         for name, x in batch.items():
-            if name not in self.store:
-                self.store[name] = x.new_empty(self.capacity, *x.shape[1:])
-            place = (self.added + torch.arange(len(x), device=x.device)) % self.capacity
-            self.store[name][place] = x
-        self.added += len(x)
+            before = self.kept[name][stay.to(x.device)] if name in self.kept else x[:0]
+            self.kept[name] = torch.cat([before, x])
+        new = torch.full((len(x),), float(self.reuse))
+        self.left = torch.cat([self.left[stay], new])
 
     def __next__(self) -> dict[str, Tensor]:
-        while self.used >= self.reuse * self.added:
+        while int((self.left > 0).sum()) < self.ahead * self.size:
             self._add(next(self.fresh))
-        self.used += self.size
-        first = next(iter(self.store.values()))
-        there = min(self.added, self.capacity)
-        chosen = torch.randint(there, (self.size,), device=first.device)
-        return {name: x[chosen] for name, x in self.store.items()}
+        chosen = self.left.clamp(min=0).multinomial(self.size)
+        self.left[chosen] -= 1
+        return {name: x[chosen.to(x.device)] for name, x in self.kept.items()}
 
 
 @dataclass(frozen=True)
@@ -373,7 +374,7 @@ def on_drawn(
     draw: Callable[[Iterator[dict]], Iterator[dict]],
 ) -> tuple[Fit, Replay]:
     """What the trainings of the decoder share: the fit of those weights that want a gradient, and
-    batches of what `draw` makes of crops, each used about `reuse` times; a resumed run gets new
+    batches of what `draw` makes of crops, each used `reuse` times; a resumed run gets new
     ones."""
     machine = run.machine
     policy.to(machine.device).eval().requires_grad_(False)
@@ -383,7 +384,7 @@ def on_drawn(
     fit = run.of(model, optimizer)
     used = Counting(lambda: fit.step * machine.batch / reuse)
     batches = forever(data, replace(machine, batch=machine.draws), used, _stack)
-    return fit, Replay(draw(batches), machine.batch, reuse, 30_000)
+    return fit, Replay(draw(batches), machine.batch, reuse)
 
 
 def train_decoder(

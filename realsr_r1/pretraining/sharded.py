@@ -48,5 +48,5 @@ class ShardedTrainer(ChainGRPOTrainer):
             return self.policy
         state = self.accelerator.get_state_dict(self.model_wrapped)  # whole in the main process
         trained = ChainPolicy(self.policy.config)
-        trained.load_state_dict(state, strict=self.accelerator.is_main_process)
+        trained.load_state_dict(state or {}, strict=self.accelerator.is_main_process)
         return trained

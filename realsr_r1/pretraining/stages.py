@@ -1,7 +1,7 @@
 """The four trainings from one set of settings, each with a preview while it runs."""
 
 import argparse
-import io
+import filecmp
 import json
 import os
 import shutil
@@ -16,16 +16,16 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from realsr_r1 import perceptual, photographs, sft
+from realsr_r1 import images, perceptual, photographs, sft
 from realsr_r1.common import device_of, seed_of
 from realsr_r1.evaluation import peers, sheets
 from realsr_r1.evaluation.chains import chain_metrics
 from realsr_r1.files.writable import claim
 from realsr_r1.photographs import Pairs
-from realsr_r1.pipeline import RealSR
+from realsr_r1.pipeline import RealSR, find_weights, load_tokenizer
 from realsr_r1.policy import ChainPolicy, PolicyConfig
 from realsr_r1.pretraining import ending, recipes
-from realsr_r1.pretraining.loop import FitConfig
+from realsr_r1.pretraining.loop import FitConfig, forget
 from realsr_r1.pretraining.recipes import Machine, PolicyLoss, Run, TokenizerLoss
 from realsr_r1.pretraining.redraw import final_codes, redraw
 from realsr_r1.sampling import sample
@@ -37,6 +37,8 @@ ON_CPU = {"policy": 12}  # samples a step, else 8
 ON_GPU = {"policy": 128}  # else 64
 PREVIEW = 24  # validation photographs
 ANYWHERE = ("device", "workers", "out")  # settings that change nothing in what is learnt
+# Settings that these stages alone look at.
+ONLY = {"reuse": ("policy",), "vgg": ("tokenizer", "decoder"), "teacher": ("ending",)}
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,11 @@ class Settings:
         kept = self.out / stage / "settings.json"
         before = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
         now = json.loads(json.dumps(asdict(self), default=str))
-        return all(before.get(k, "") == v for k, v in now.items() if k not in ANYWHERE)
+        now = {k: v for k, v in now.items() if k not in ANYWHERE and stage in ONLY.get(k, stage)}
+        return all(before.get(k, "") == v for k, v in now.items())
 
     def machine(self, stage: str) -> Machine:
-        device = device_of(self.device).type
+        device = str(device_of(self.device))
         workers = self.workers
         if workers is None:
             workers = 0 if device == "cpu" else max(1, (os.cpu_count() or 2) - 1)
@@ -90,7 +93,7 @@ class Preview:
     """Figures and a sheet on fixed validation photographs while a training runs."""
 
     def __init__(self, settings: Settings, stage: str):
-        photos = photographs.load("val", settings.photographs)[:: max(1, PREVIEW // 8)][:PREVIEW]
+        photos = photographs.load("val", settings.photographs, PREVIEW)
         data = Pairs(photos, training=False)
         self.items = [data[i] for i in range(len(data))]
         machine = settings.machine(stage)
@@ -153,7 +156,7 @@ class Picture:
     read: Callable[[], bytes]
 
     def image(self) -> Image.Image:
-        return Image.open(io.BytesIO(self.read())).convert("RGB")
+        return images.open_photo(self.read())
 
 
 def pictures(where: str | Path, name: str) -> list[Picture]:
@@ -216,7 +219,7 @@ def finish(run: Path, part: nn.Module, weights: Path, settings: Settings) -> Non
     (weights / "README.md").unlink(missing_ok=True)  # the hub's empty card
     text = json.dumps(asdict(settings), default=str, indent=1)
     (run / "settings.json").write_text(text, encoding="utf-8")
-    _forget(run)
+    forget(run)
 
 
 def run(what: str, settings: Settings) -> None:
@@ -242,15 +245,21 @@ def run(what: str, settings: Settings) -> None:
             print(f"{stage}: finished before with these settings, passed over", flush=True)
             continue
         if trained:
-            _forget(part.out / stage)
+            forget(part.out / stage)
         _stage(stage, part)
         trained = True
 
 
-def _forget(run: Path) -> None:
-    """Drop a stage's checkpoints."""
-    for kept in run.glob("checkpoint*.pt"):
-        kept.unlink()
+def bring(home: Path, out: Path, *parts: str) -> None:
+    """Copy weights from `home` to `out`, so that it can be used by itself. ValueError where `out`
+    holds others: what is trained beside them would not fit."""
+    for part in parts:
+        source, place = home / part, out / part
+        if not place.exists():
+            shutil.copytree(source, place)
+        files = {f.name for x in (source, place) for f in x.glob("*.safetensors")}
+        if len(filecmp.cmpfiles(source, place, files, shallow=False)[0]) < len(files):
+            raise ValueError(f"{out} holds another {part} than {home}: choose another --out")
 
 
 def _stage(what: str, s: Settings) -> None:
@@ -259,20 +268,19 @@ def _stage(what: str, s: Settings) -> None:
     if (s.init or what != "tokenizer") and not (home / "tokenizer/model.safetensors").exists():
         raise ValueError(f"{home} holds no tokenizer: train one first (realsr train tokenizer)")
     if what == "tokenizer":
-        start = VQModel.from_pretrained(home / what).float() if s.init else None
+        start = load_tokenizer(home / what) if s.init else None
         finish(s.out / what, _tokenizer(s, start), s.out / what, s)
         return
-    start = RealSR.from_pretrained(home, device) if (home / "policy-sft").exists() else None
-    if start is None and what != "policy":
+    if what != "policy" and not (home / "policy-sft").exists():
         raise ValueError(f"{home} holds no policy: train one first (realsr train policy)")
-    for part in ("tokenizer",) if what == "policy" else ("tokenizer", "policy-sft"):
-        if not (s.out / part).exists():  # so that `out` can be used by itself
-            shutil.copytree(home / part, s.out / part)
     if what == "policy":
-        tokenizer = start.tokenizer if start else VQModel.from_pretrained(home / "tokenizer")
-        policy = _policy(s, tokenizer.float(), start.policy if start and s.init else None)
+        bring(home, s.out, "tokenizer")
+        start = RealSR.from_pretrained(home, device).policy if s.init else None
+        policy = _policy(s, load_tokenizer(home / "tokenizer"), start)
         finish(s.out / what, policy, s.out / "policy-sft", s)
         return
+    bring(home, s.out, "tokenizer", "policy-sft")
+    start = RealSR.from_pretrained(home, device)
     finish(s.out / what, _decoder(s, start, what), s.out / "tokenizer", s)
 
 
@@ -300,14 +308,14 @@ def reinforce(
         "reference": lambda: variants.ReferenceReward(start.tokenizer),
     }
     photos, place = photographs.load("train", folder), out / "policy-grpo"
+    main = os.environ.get("RANK", "0") == "0"  # of several processes
     fixed = {"model": model, "photographs": folder, "rewards": names} | asdict(settings)
     fixed.pop("steps")  # a run may well be made longer
-    if os.environ.get("RANK", "0") == "0":  # one of several processes
+    if main:
+        bring(find_weights(model), out, "tokenizer")
         claim(place / "settings.json", fixed)
     data = grpo.prompts(
         photos, settings.steps * settings.prompts, seed=seed_of("grpo", settings.seed)
     )
     chosen = [known[n]() for n in names]
-    trainer = ShardedTrainer(start.policy, data, chosen, place, settings, device)
-    start.policy = grpo.finish(trainer)
-    start.save_pretrained(out, "policy-grpo")
+    grpo.finish(ShardedTrainer(start.policy, data, chosen, place, settings, device))

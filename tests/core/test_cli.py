@@ -89,7 +89,7 @@ def test_a_number_out_of_range_is_refused_in_one_sentence(command, capsys):
 
 
 @pytest.mark.parametrize("locale", ["ascii", "cp1252"])
-@pytest.mark.parametrize("command", ["peers", "restore ☃1.png ☃2.png -o ."])
+@pytest.mark.parametrize("command", ["peers", "restore ☃1.jpg ☃2.jpg -o ."])
 def test_any_locale_will_do(locale, command, tmp_path):
     """A terminal that lacks a sign of what is printed must not end a run."""
     env = os.environ | {"PYTHONIOENCODING": locale, "PYTHONUTF8": "0", "LC_ALL": "C"}
@@ -123,8 +123,11 @@ def test_the_pipeline_loads_no_trainer():
         ("restore {photo} -o {tmp}/out.xyz", "Pillow cannot write out.xyz"),
         ("restore {photo} -o {tmp}/out.png --model {tmp}", "weights tokenizer are missing"),
         ("restore {photo} {photo}x.png -o {tmp}/o.png", "need a folder that exists for -o"),
+        ("restore {photo} -o {photo}", "would replace the photo"),
+        ("restore {photo} -o {tmp}", "would replace the photo"),
+        ("train grpo --words --rewards format degradation", "words alone cannot earn format"),
         ("restore {photo} {tmp}/b/photo.jpg -o {tmp}", "would get one name"),
-        ("restore {photo} -o {photo} --trace {photo}", "give two names"),
+        ("restore {photo} -o {tmp}/o.png --trace {tmp}/o.png", "give two names"),
         ("eval table --photographs {tmp}", "none of the annotated photographs"),
         ("train decoder --out {tmp}/none --device cpu", "holds no tokenizer"),
         ("train tokenizer --init {tmp} --out {tmp}/x --device cpu", "holds no tokenizer"),

@@ -95,7 +95,9 @@ def test_dropout_of_the_cold_start_is_off(rows, tmp_path):
     torch.manual_seed(0)
     config = tiny().config
     config.dropout = 0.3
-    policy = grpo.without_dropout(ChainPolicy(config)).train()
+    settings = GrpoSettings(prompts=1, group=4, micro_batch=4)
+    trainer = ChainGRPOTrainer(ChainPolicy(config), rows, REWARDS, tmp_path, settings, "cpu")
+    policy = trainer.policy
     lr = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     drawn = sample(policy.eval(), lr, Sampling.rollout(), torch.Generator().manual_seed(0))
     again = logprobs_of(policy.train(), lr, drawn.ids, policy.grammar())
@@ -127,13 +129,29 @@ def test_a_simple_reward_is_learnt(rows, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_from_its_checkpoint(rows, tmp_path):
-    short = GrpoSettings(steps=1, prompts=1, group=4, micro_batch=4, save_steps=1)
-    long = GrpoSettings(steps=2, prompts=1, group=4, micro_batch=4, save_steps=1)
-    grpo.train_grpo(tiny(), rows, REWARDS, tmp_path, short, "cpu")
-    grpo.train_grpo(tiny(), rows, REWARDS, tmp_path, long, "cpu")
+def test_a_run_goes_on_from_its_checkpoint(rows, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(grpo, "sample", lambda *a: drawn.append(1) or sample(*a))
+    for steps in (1, 2):
+        settings = GrpoSettings(steps=steps, prompts=1, group=4, micro_batch=4, save_steps=1)
+        grpo.train_grpo(tiny(), rows, REWARDS, tmp_path, settings, "cpu")
+        assert len(drawn) == steps  # the second run drew for its second step alone
     log = pd.read_csv(tmp_path / "log.csv")
     assert log["reward"].notna().sum() == 2 and int(log["step"].max()) == 2
+
+
+def test_without_credit_by_part_every_token_has_the_advantage_of_its_chain(rows, tmp_path):
+    settings = GrpoSettings(prompts=1, group=4, micro_batch=4, by_part=False)
+    trainer = ChainGRPOTrainer(tiny(), rows, REWARDS, tmp_path, settings, "cpu")
+    whole = trainer._generate_and_score_completions([rows[0]] * 4)["advantages"]
+    want = combined_advantages(trainer.rewards, torch.ones(3), 4)
+    torch.testing.assert_close(whole, want, atol=1e-3, rtol=0)
+
+
+def test_one_process_trains_on_the_first_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(grpo, "device_of", torch.device)
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES=1"):
+        grpo.arguments(tmp_path, GrpoSettings(), "cuda:1", 9)
 
 
 def test_a_checkpoint_cut_short_is_passed_over(tmp_path, capsys):

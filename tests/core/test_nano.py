@@ -511,7 +511,7 @@ def test_memory_running_out_halves_the_batch(model, monkeypatch):
 
     monkeypatch.setattr(RealSR, "sample", tight)
     out = model(photo, batch=4, progress=False)
-    assert out.complete and max(sizes) > 1 and sizes[-1] == 1
+    assert out.complete and sizes == [1, 3, 2, 1, 1, 1]  # the reading; batches of 4, 2 and 1
 
 
 @pytest.mark.parametrize(
@@ -540,11 +540,9 @@ def test_weights_go_to_a_folder_and_back(model, tmp_path, lr):
     model.save_pretrained(tmp_path)
     back = RealSR.from_pretrained(tmp_path, device="cpu")
 
-    def draw(m):
-        return m.sample(lr, Sampling(image_temperature=0.01), torch.Generator().manual_seed(0))
-
-    assert back.policy.config.codes == 64 and back.tokenizer.config.codes == 64
-    assert draw(back).codes.shape == draw(model).codes.shape
+    for part in ("policy", "tokenizer"):
+        kept, given = (getattr(m, part).state_dict() for m in (back, model))
+        torch.testing.assert_close(kept, given, atol=1e-3, rtol=0)
     weights = (tmp_path / "policy-sft" / "model.safetensors").stat().st_size
     assert weights < 2.2 * sum(p.numel() for p in model.policy.parameters())  # half precision
     (tmp_path / "policy-sft" / "model.safetensors").write_bytes(b"cut")

@@ -74,6 +74,11 @@ def test_an_annotation_that_no_caption_can_be_made_of(change):
         from_row(ROW | change)
 
 
+def test_an_annotation_with_a_word_that_captions_do_not_have():
+    with pytest.raises(ValueError, match=r"annotation of .* needs the word 'teal'"):
+        from_row(ROW | {"colors": "teal"})
+
+
 def test_a_mirror_image_changes_sides_only():
     assert from_row(ROW).mirrored().place == "right"
     assert from_row(ROW | {"place": "top-right"}).mirrored().place == "top-left"

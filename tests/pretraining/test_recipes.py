@@ -4,14 +4,17 @@ import json
 from dataclasses import asdict, replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
 from realsr_r1 import photographs
+from realsr_r1.grpo import GrpoSettings
+from realsr_r1.pipeline import RealSR
 from realsr_r1.pretraining import recipes, stages
-from realsr_r1.pretraining.loop import FitConfig
+from realsr_r1.pretraining.loop import Fit, FitConfig
 from realsr_r1.pretraining.muon import MuonAdamW, orthogonalize
 from realsr_r1.pretraining.recipes import Machine, PolicyLoss, Replay, Run, TokenizerLoss
 
@@ -29,25 +32,25 @@ def test_fine_texture_is_cut_without_scaling_half_of_the_time(data):
     assert np.asarray(fine.cut(small, rng)[0]).shape == (128, 128, 3)
 
 
-def test_replay_uses_each_sample_about_as_often_as_it_should():
-    made = []
+@pytest.mark.parametrize("reuse", [1, 4])
+def test_replay_uses_each_sample_as_often_as_it_should(reuse):
+    numbers = [torch.arange(10) + 10 * i for i in range(200)]
+    source = Replay(iter([{"x": n, "y": -n} for n in numbers]), size=8, reuse=reuse, ahead=2)
+    found = [next(source) for _ in range(reuse * 100)]
+    assert all(torch.equal(f["x"], -f["y"]) for f in found)
+    batches = [f["x"] for f in found]
+    assert all(len(x.unique()) == 8 for x in batches)  # no sample twice in a batch
+    used = torch.cat(batches).bincount()
+    assert (used[:700] == reuse).all()  # of the last ones some uses are still to come
+    assert len(used) < 850
 
-    def fresh():
-        while True:
-            made.append(len(made))
-            yield {"x": torch.full((4,), made[-1])}
 
-    source = Replay(fresh(), size=8, reuse=4, capacity=100)
-    seen = torch.cat([next(source)["x"] for _ in range(50)])
-    assert len(made) == pytest.approx(400 / (4 * 4), abs=1)
-    assert seen.unique().numel() > 0.8 * len(made)
-
-
-def test_replay_keeps_the_newest_of_a_full_store():
-    source = Replay(iter([{"x": torch.full((4,), i)} for i in range(9)]), 4, 1, capacity=8)
-    for _ in range(9):
-        last = next(source)["x"]
-    assert last.min() >= 7
+def test_the_uses_of_a_sample_lie_apart():
+    fresh = iter([{"x": torch.arange(8) + 8 * i} for i in range(200)])
+    source = Replay(fresh, size=8, reuse=4)
+    steps = torch.stack([next(source)["x"] for _ in range(100)])
+    place = (steps == 80).nonzero()[:, 0]
+    assert place[-1] - place[0] >= 4
 
 
 def test_matrices_of_one_shape_are_made_orthogonal_together():
@@ -101,6 +104,39 @@ def test_a_training_goes_on_with_new_items_and_its_own_settings(data, tmp_path, 
         recipes.train_tokenizer(tiny()[0], data, Run(tmp_path, Machine(batch=2), other), loss)
 
 
+def test_a_log_has_every_step_once_after_a_kill(tmp_path):
+    model = torch.nn.Linear(1, 1)
+
+    def fit(steps: int) -> Fit:
+        how = FitConfig(steps=steps, lr=1e-3, warmup=1, log_every=2, checkpoint_minutes=0)
+        return Fit(model, torch.optim.SGD(model.parameters(), lr=1e-3), tmp_path, how)
+
+    def loss_of(step: int, done: float):
+        if step == killed:
+            raise KeyboardInterrupt
+        return model(torch.ones(1, 1)).square().sum(), {}
+
+    killed = 5
+    with pytest.raises(KeyboardInterrupt):
+        fit(8).run(loss_of)
+    (tmp_path / "checkpoint.before.pt").replace(tmp_path / "checkpoint.pt")  # of step 4
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    torch.save(state | {"step": 3}, tmp_path / "checkpoint.pt")
+    killed = -1
+    fit(8).run(loss_of)
+    assert pd.read_csv(tmp_path / "log.csv")["step"].tolist() == [2, 5, 7]
+
+
+def test_a_lost_loss_is_neither_kept_nor_returned(tmp_path):
+    model = torch.nn.Linear(1, 1)
+    for minutes in (0.0, 60.0):  # at a checkpoint; at the end
+        how = FitConfig(steps=3, lr=1e-3, warmup=1, checkpoint_minutes=minutes)
+        fit = Fit(model, torch.optim.SGD(model.parameters(), lr=1e-3), tmp_path / str(minutes), how)
+        with pytest.raises(RuntimeError, match="is lost at step"):
+            fit.run(lambda *_: (model(torch.ones(1, 1)).sum() * torch.nan, {}))
+        assert not [*fit.out.glob("*.pt")]
+
+
 def test_the_decoder_learns_and_the_codes_keep_their_meaning(data, tmp_path, tiny):
     vq, policy = tiny()
     book = vq.codebook.weight.clone()
@@ -127,6 +163,42 @@ def test_an_ending_has_its_own_file_until_the_decoder_changes(tmp_path, tiny):
     assert (weights / "clean.safetensors").exists()
     stages.finish(tmp_path / "decoder", tiny()[0], weights, stages.Settings())
     assert [f.name for f in weights.glob("*.safetensors")] == ["model.safetensors"]
+
+
+def test_what_only_one_stage_looks_at_leaves_the_others_finished(tmp_path):
+    settings = stages.Settings(out=tmp_path)
+    for stage in stages.SHARES:
+        (tmp_path / stage).mkdir()
+        kept = json.dumps(asdict(settings), default=str)
+        (tmp_path / stage / "settings.json").write_text(kept, encoding="utf-8")
+    other = replace(settings, teacher="bicubic")
+    assert [s for s in stages.SHARES if not other.made(s)] == ["ending"]
+    other = replace(settings, reuse=5.0, out=tmp_path)
+    assert [s for s in stages.SHARES if not other.made(s)] == ["policy"]
+    assert not any(replace(settings, minutes=1.0).made(s) for s in stages.SHARES)
+
+
+def test_weights_of_two_trainings_are_not_mixed(tmp_path, tiny):
+    """A policy that learns the codes of one tokenizer is of no use beside another."""
+    for name, shift in (("a", 0.0), ("b", 0.5)):
+        vq, policy = tiny()
+        with torch.no_grad():
+            vq.codebook.weight.add_(shift)
+        RealSR(vq, policy).save_pretrained(tmp_path / name)
+    a, b, c = (tmp_path / x for x in "abc")
+    stages.bring(a, a, "tokenizer", "policy-sft")
+    stages.bring(a, c, "tokenizer")
+    stages.bring(a, c, "tokenizer")  # a run that goes on
+    stages.bring(a, b, "policy-sft")  # the same there
+    settings = stages.Settings(init=a, out=b, device="cpu")
+    for stage in ("policy", "decoder", "ending"):
+        with pytest.raises(ValueError, match=r"b holds another tokenizer than .*a: choose"):
+            stages.run(stage, settings)
+    with pytest.raises(ValueError, match="holds another tokenizer"):
+        stages.reinforce(str(a), None, ["format"], b, GrpoSettings(), "cpu")
+    (c / "tokenizer" / "clean.safetensors").touch()
+    with pytest.raises(ValueError, match="holds another tokenizer"):
+        stages.bring(a, c, "tokenizer")
 
 
 def test_what_builds_on_a_stage_that_is_trained_anew_begins_anew(tmp_path, monkeypatch, capsys):

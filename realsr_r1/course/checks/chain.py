@@ -61,6 +61,12 @@ def labels(student) -> None:
     )
     _shape(out, tuple(ids.shape), "one label a word")
     if torch.equal(out.long(), want):
+        other = ids.masked_fill(ids == 9, -100)
+        other[:, :2] = -100
+        expect(
+            torch.equal(student(ids, 2, 9).long(), other),
+            "right for a prompt of 3 words and the padding 0 only: use the arguments",
+        )
         return
     shifted = torch.full_like(want, -100)
     shifted[:, :-1] = want[:, 1:]
@@ -221,6 +227,10 @@ def sequence_logprob(student) -> None:
         return torch.allclose(out.float(), other, atol=1e-4)
 
     if is_(right):
+        expect(
+            torch.allclose(student(logits, ids, 2).float(), pick(logp, 2, n, 1).sum(1), atol=1e-4),
+            "right for a prompt of 3 words only: use the prompt length that is given",
+        )
         return
     expect(
         not is_(pick(logp, p, n, 0).sum(1)),

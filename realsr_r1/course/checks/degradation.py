@@ -182,6 +182,11 @@ def add_gaussian_noise(student):
         "with gray=True all three channels share one noise field: draw (h, w) once and add it "
         "to each",
     )
+    weak = float((student(x, 3.0, False, g()) - x).std()) * 255
+    expect(abs(weak - 3) < 0.3, "sigma has no effect: is a number built in?")
+    expect(abs(float(gray.std()) * 255 - 10) < 0.6, "with gray=True the noise has another strength")
+    dark = student(torch.zeros(3, 32, 32), 20.0, False, g())
+    expect(float(dark.min()) >= 0, "a black photo leaves [0, 1]: clamp at 0, too")
     edge = student(torch.ones(3, 32, 32), 20.0, False, g())
     expect(
         float(edge.max()) <= 1.0,

@@ -96,6 +96,10 @@ def part_at(student) -> None:
         "off by one: a tile at 0 that is 32 wide still covers pixel 31",
     )
     expect(
+        student(trace, 0, 40, "rough_understand") == below,
+        "at (0, 40) the tile is the one at (0, 24): compare y as well as x",
+    )
+    expect(
         student(trace, 0, 40, "final_image") == find_part(trace, 0, 40, "final_image"),
         "you return the same part whatever `tag` says",
     )

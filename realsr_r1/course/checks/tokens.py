@@ -231,6 +231,11 @@ def revive(student: Callable) -> None:
         "you replaced the living codes and kept the dead: dead means usage below the threshold",
     )
     expect(torch.equal(moved, dead), "the wrong codes moved: dead are those with usage < threshold")
+    many = student(weight, usage, pool, 0.6, torch.Generator().manual_seed(1))
+    expect(
+        torch.equal((many - before).abs().sum(1) > 1e-6, usage < 0.6),
+        "right for a threshold of 0.05 only: use the one that is given",
+    )
     fresh = new[dead]
     expect(
         bool((torch.pdist(fresh) > 1e-6).all()),
