@@ -32,7 +32,7 @@ class Sampling:
     entropy_top_k: bool = True  # inside images; see the function of that name
     guidance: float = 1.0  # 1: off; PURE uses 0.8. See `guided_logits`
     num_generations: int = 1  # chains per LR photo
-    lag: int = 2  # cells by which a row is drawn behind the one above; 0: all cells in order
+    lag: int = 1  # cells by which a row is drawn behind the one above; 0: all cells in order
 
     def __post_init__(self) -> None:
         for name in ("temperature", "image_temperature"):
@@ -169,11 +169,18 @@ def sample(
     return _collect(writer)
 
 
+def grammar_logprobs(
+    policy: ChainPolicy, lr: Tensor, whole: Tensor, n: int, grammar: LayoutGrammar
+) -> Tensor:
+    """Log-probabilities (b, n, vocabulary) of the last n tokens of whole sequences, prompt first,
+    in one forward pass, under the grammar: what `sample` draws from and a loss must use."""
+    logits = policy(whole, lr, logits_to_keep=n + 1).logits[:, :-1].float()
+    mask = grammar.allowed(grammar.states(whole[:, -n:]))
+    return logits.masked_fill(~mask, float("-inf")).log_softmax(-1)
+
+
 def logprobs_of(policy: ChainPolicy, lr: Tensor, ids: Tensor, grammar: LayoutGrammar) -> Tensor:
-    """Log-probability (b, n) of completions (b, n) in one forward pass, under the grammar: what
-    `sample` draws from and a loss must use."""
+    """`grammar_logprobs` of the tokens of completions (b, n) themselves: (b, n)."""
     prompt = torch.tensor(policy.vocabulary.prompt, device=ids.device).expand(len(ids), -1)
-    whole = torch.cat([prompt, ids], 1)
-    logits = policy(whole, lr, logits_to_keep=ids.shape[1] + 1).logits[:, :-1].float()
-    logits = logits.masked_fill(~grammar.allowed(grammar.states(ids)), float("-inf"))
-    return logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    logp = grammar_logprobs(policy, lr, torch.cat([prompt, ids], 1), ids.shape[1], grammar)
+    return logp.gather(-1, ids[..., None])[..., 0]
