@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as e:
-        memory = "out of memory" in str(e).lower()
+        memory = any(s in str(e) for s in ("out of memory", "allocate memory"))
         text = "too little memory: lower --batch, or take another --device"
         print(f"error: {text if memory else one_sentence(e)}", file=sys.stderr)
         return 2

@@ -30,9 +30,8 @@ def add_model(p: argparse.ArgumentParser, policy: bool = True) -> None:
     if policy:
         p.add_argument("--policy", default="policy-sft", help="which of the model's policies")
     p.add_argument("--device", help="cpu, cuda or mps; the best there is if left out")
-    p.add_argument(
-        "--seed", type=integer(-(2**200)), default=0, help="the same seed gives the same picture"
-    )
+    text = "the same seed gives the same picture"
+    p.add_argument("--seed", type=integer(0), default=0, help=text)
 
 
 def model_of(a: argparse.Namespace):

@@ -68,8 +68,8 @@ class Settings:
         kept = self.out / stage / "settings.json"
         before = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
         now = json.loads(json.dumps(asdict(self), default=str))
-        now = {k: v for k, v in now.items() if k not in ANYWHERE and stage in ONLY.get(k, stage)}
-        return all(before.get(k, "") == v for k, v in now.items())
+        seen = {k for k in now if k not in ANYWHERE and stage in ONLY.get(k, (stage,))}
+        return all(before.get(k, "") == now[k] for k in seen)
 
     def machine(self, stage: str) -> Machine:
         device = str(device_of(self.device))
@@ -308,10 +308,9 @@ def reinforce(
         "reference": lambda: variants.ReferenceReward(start.tokenizer),
     }
     photos, place = photographs.load("train", folder), out / "policy-grpo"
-    main = os.environ.get("RANK", "0") == "0"  # of several processes
     fixed = {"model": model, "photographs": folder, "rewards": names} | asdict(settings)
     fixed.pop("steps")  # a run may well be made longer
-    if main:
+    if os.environ.get("RANK", "0") == "0":  # one of several processes
         bring(find_weights(model), out, "tokenizer")
         claim(place / "settings.json", fixed)
     data = grpo.prompts(

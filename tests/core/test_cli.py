@@ -77,6 +77,7 @@ def test_an_option_of_another_leaf_is_refused(command, capsys):
         "train grpo --beta nan",
         "train grpo --beta -0.1",
         "eval table -n 0",
+        "eval table --seed -1",
         "eval benchmark --data ''",
         "ablate chain --seeds 0",
     ],
@@ -142,6 +143,19 @@ def test_errors_are_one_sentence(command, message, tmp_path, capsys):
     assert main(command.format(tmp=tmp_path, photo=photo).split()) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "said", ["CUDA out of memory. Tried", "DefaultCPUAllocator: can't allocate memory: you tried"]
+)
+def test_too_little_memory_gets_one_sentence(said, tmp_path, monkeypatch, capsys):
+    def full(a):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr("realsr_r1.files.commands.model_of", full)
+    Image.new("RGB", (32, 32)).save(tmp_path / "photo.png")
+    assert main(["restore", str(tmp_path / "photo.png"), "-o", str(tmp_path / "out.png")]) == 2
+    assert "too little memory: lower --batch" in capsys.readouterr().err
 
 
 @pytest.mark.slow
