@@ -23,7 +23,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def one_sentence(e: Exception) -> str:
-    """What is raised here is one sentence already; what the system raises is not."""
+    """What is raised here is one sentence already; what torch and the system raise is not."""
+    if isinstance(e, RuntimeError):
+        from realsr_r1.common import out_of_memory
+
+        if out_of_memory(e):
+            return "too little memory: lower --batch, or take another --device"
     if not isinstance(e, OSError) or isinstance(e, FileNotFoundError):
         return str(e)
     where = f"{e.filename} cannot be used" if e.filename else "the system refused"
@@ -42,9 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as e:
-        memory = any(s in str(e) for s in ("out of memory", "allocate memory"))
-        text = "too little memory: lower --batch, or take another --device"
-        print(f"error: {text if memory else one_sentence(e)}", file=sys.stderr)
+        print(f"error: {one_sentence(e)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not show a traceback

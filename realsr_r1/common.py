@@ -72,6 +72,12 @@ def atomic(path: str | Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def out_of_memory(e: RuntimeError) -> bool:
+    """Whether torch says so: on CPUs (Linux, Windows) it has no kind of its own for it."""
+    said = ("out of memory", "can't allocate memory", "not enough memory")
+    return any(s in str(e) for s in said)
+
+
 def device_of(name: str | None) -> torch.device:
     """`name`, or the best device there is; ValueError if it is absent."""
     best = torch.accelerator.current_accelerator(check_available=True)

@@ -242,9 +242,7 @@ def arguments(out: Path, settings: GrpoSettings, device: str | None, length: int
         )
     where = device_of(device)
     if where.index:
-        raise ValueError(
-            f"training takes the first GPU it sees: CUDA_VISIBLE_DEVICES={where.index}"
-        )
+        raise ValueError(f"leave --device out and set CUDA_VISIBLE_DEVICES={where.index}")
     return GRPOConfig(
         output_dir=str(out / "checkpoints"),
         max_steps=s.steps,

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from realsr_r1 import images, vlcot
-from realsr_r1.common import atomic, device_of, generator
+from realsr_r1.common import atomic, device_of, generator, out_of_memory
 from realsr_r1.policy import ChainPolicy
 from realsr_r1.sampling import Samples, Sampling, sample
 from realsr_r1.tokenizer import FACTOR, SCALE, VQModel
@@ -252,17 +252,18 @@ def opened(photo: images.Source | images.Photo, max_pixels: int) -> images.Photo
 def in_batches(
     places: list[tuple[int, int]], draw: Callable[[int, int], list], batch: int, progress: bool
 ) -> Iterator[tuple[tuple[int, int], Any]]:
-    """Each place with what `draw(first, size)` gives for it (at the end fewer than `size`), `batch`
-    places at a time, halved where memory runs out."""
+    """Each place with what `draw(first, size)` gives for it, `batch` places at a time, halved where
+    memory runs out."""
     first = 0
     with tqdm(total=len(places), desc="tiles", disable=not progress) as bar:
         while first < len(places):
+            size = min(batch, len(places) - first)
             try:
-                done = draw(first, batch)
-            except RuntimeError as e:  # on a CPU torch has no kind of its own for it
-                if batch == 1 or "memory" not in str(e):
+                done = draw(first, size)
+            except RuntimeError as e:
+                if size == 1 or not out_of_memory(e):
                     raise
-                batch //= 2
+                batch = size // 2
                 continue
             yield from zip(places[first : first + len(done)], done, strict=True)
             first += len(done)

@@ -53,7 +53,7 @@ class Settings:
     steps: int = 600
     seed: int = 0
     lr: float = 3e-3
-    reuse: float = 1.0
+    reuse: int = 1
     hidden: int = 224  # width of the policy; its other widths in proportion
     layers: int = 6
     variants: tuple[str, ...] = MEASURED

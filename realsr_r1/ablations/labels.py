@@ -60,7 +60,7 @@ def _small(batches: Iterator[dict]) -> Iterator[dict]:
         yield {"lr": (batch["lr"] * 255).round().byte(), "labels": batch["labels"]}
 
 
-def train(data: Dataset, out: Path, machine: Machine, fit: FitConfig, reuse: float = 2.0) -> Namer:
+def train(data: Dataset, out: Path, machine: Machine, fit: FitConfig, reuse: int = 2) -> Namer:
     """Cross-entropy on damaged photographs, each pair used about `reuse` times; returns the
     averaged weights."""
     torch.manual_seed(fit.seed)

@@ -39,7 +39,7 @@ class Settings:
     prompts: int = 8  # groups per step of GRPO
     group: int = 8
     lr: float = 1e-4  # of GRPO
-    reuse: float = 1.0  # of each pair in fine-tuning; see `PolicyLoss`
+    reuse: int = 1  # of each pair in fine-tuning; see `PolicyLoss`
     f1: bool = True  # understanding as F1; else the paper's recall, which listing words earns
     seed: int = 0
 
@@ -81,7 +81,7 @@ def fine_tune(
         minutes=10**6, steps=steps, lr=3e-3, ema=0.97, warmup=20, seed=s.seed, log_every=20
     )
     loss = PolicyLoss(tags=grpo.WORDS, own=0.0, reuse=s.reuse)
-    run = Run(s.out / f"{name}-{s.seed}", Machine(policy.device.type, BATCH), fit)
+    run = Run(s.out / f"{name}-{s.seed}", Machine(str(policy.device), BATCH), fit)
     start = copy.deepcopy(policy)
     return recipes.train_policy(start, model.tokenizer, data, run, loss).eval()
 

@@ -22,9 +22,9 @@ def outputs(photos: list[Path], out: Path, trace: Path | None) -> dict[Path, Pat
     twice = [p.name for p in places if list(places.values()).count(places[p]) > 1]
     if twice:
         raise ValueError(f"{' and '.join(twice)} would get one name in {out}: rename one of them")
-    given = {os.path.abspath(p) for p in photos}
-    if lost := [p for p in places.values() if os.path.abspath(p) in given]:
-        raise ValueError(f"the result would replace the photo {lost[0]}: choose another -o")
+    for result in filter(None, (*places.values(), trace)):
+        if result.exists() and any(p.exists() and os.path.samefile(p, result) for p in photos):
+            raise ValueError(f"the result would replace the photo {result}: choose another name")
     return places
 
 

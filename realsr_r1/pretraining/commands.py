@@ -25,7 +25,7 @@ def grpo(a: argparse.Namespace) -> None:
     if a.words:
         settings = replace(settings, parts=WORDS)
         if images := sorted({"format", "generation", "reference"} & set(names)):
-            raise ValueError(f"words alone cannot earn {' or '.join(images)}: leave it out")
+            raise ValueError(f"words alone cannot earn {' or '.join(images)}: leave them out")
     stages.reinforce(a.model, a.photographs, names, a.out, settings, a.device)
 
 
@@ -41,7 +41,7 @@ def add_grpo(leaves) -> None:
         "--rewards",
         nargs="+",
         choices=REWARDS,
-        help="which rewards; the paper's first four, of --words the two on words, if left out",
+        help="which rewards; if left out the paper's four, with --words the two on words",
     )
     p.add_argument("--steps", type=integer(), default=40, help="a killed run goes on")
     p.add_argument("--prompts", type=integer(), default=4, help="LR photos per step")
@@ -70,7 +70,7 @@ def expert(a: argparse.Namespace) -> None:
     bank = training.make_bank(model, photographs.Pairs(photos, seed=seed), a.n, seed)
     fit = FitConfig(10**6, a.steps, lr=1e-3, warmup=50, ema=0.99, seed=a.seed)
     judge = training.train_expert(bank, a.out, fit)
-    held_out = photographs.load("val", a.photographs)[:60]
+    held_out = photographs.load("val", a.photographs, 60)
     data = photographs.Pairs(held_out, training=False)
     found = training.agreement(judge, training.make_bank(model, data, len(held_out)))
     print(f"rank correlation with LPIPS among a photo's own chains, val: {found.mean():.2f}")
@@ -127,7 +127,7 @@ def register(sub) -> None:
         p.add_argument("--seed", type=integer(0), default=0, help="of weights and data")
         if name in ("policy", "all"):
             text = "how often the policy sees each pair: on a GPU, 5 keeps up with 16 cores"
-            p.add_argument("--reuse", type=real(), default=1.0, help=text)
+            p.add_argument("--reuse", type=integer(), default=1, help=text)
         if name in ("ending", "all"):
             text = "whose clean pictures the ending learns from: one that `realsr peers` lists"
             p.add_argument("--teacher", default="realesrgan-x4plus", help=text)

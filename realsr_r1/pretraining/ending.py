@@ -26,7 +26,7 @@ class EndingLoss:
     truth: float = 0.25  # LPIPS to the photograph itself
     side: int = 48  # pixels, of 128, at which the teacher is shown a chain's picture
     alone: float = 0.25  # share of the samples without codes
-    reuse: float = 8.0
+    reuse: int = 8
 
 
 Teacher = Callable[[Tensor], Tensor]  # pictures (b, 3, h, w) in [0, 1] → (b, 3, 4h, 4w)

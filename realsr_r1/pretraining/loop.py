@@ -44,7 +44,7 @@ class FitConfig:
 
 def forget(out: Path) -> None:
     """Drop the checkpoints of a training in `out`: it is over, or to begin anew."""
-    for kept in out.glob("checkpoint*.pt"):
+    for kept in out.glob("checkpoint*"):
         kept.unlink()
 
 
@@ -116,7 +116,7 @@ class Fit:
         print(f"resumed {self.out.name} at step {self.step}", flush=True)
 
     def _shorten(self) -> None:
-        """Drop the log's rows behind the checkpoint: they will come again."""
+        """Drop the log's rows after the checkpoint: they will come again."""
         path = self.out / "log.csv"
         if path.exists():
             rows = pd.read_csv(path)
@@ -127,14 +127,16 @@ class Fit:
         append_row(self.out / "log.csv", row)
         print(row, flush=True)
 
-    def _update(self, loss: Tensor, rate: float) -> None:
+    def _update(self, loss: Tensor, rate: float) -> Tensor:
+        """Take a step; returns the norm of the gradient."""
         for group, lr in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = lr * rate
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.step()
         self.average.update_parameters(self.model)
+        return norm
 
     def run(self, loss_of: LossOf, preview: Callable[[nn.Module], dict] | None = None) -> nn.Module:
         """Train to the end; returns the averaged model. Raises RuntimeError if the loss is lost."""
@@ -146,13 +148,13 @@ class Fit:
             rate = min(1, (self.step + 1) / c.warmup)
             rate *= c.final_lr + (1 - c.final_lr) * 0.5 * (1 + math.cos(math.pi * self.done))
             loss, figures = loss_of(self.step, self.done)
-            self._update(loss, rate)
+            norm = self._update(loss, rate)
             self.step, self.seconds = self.step + 1, time.time() - start
             for k, v in {"loss": loss, **figures}.items():
                 seen.setdefault(k, []).append(v.detach())
             logs = len(seen["loss"]) == c.log_every
-            saves = time.time() - saved > 60 * c.checkpoint_minutes
-            if (logs or saves or self.done == 1) and not bool(loss.isfinite()):
+            saves = time.time() - saved >= 60 * c.checkpoint_minutes
+            if (logs or saves or self.done == 1) and not bool((loss + norm).isfinite()):
                 where = f"the loss of {self.out.name} is lost at step {self.step}"
                 raise RuntimeError(f"{where}: lower the rate")
             if logs:

@@ -100,7 +100,7 @@ class TokenizerLoss:
     codes_alone: float = 0.3  # share of the run before the LR photo comes in
     see_lr: float = 0.6
     see_codes: float = 0.8  # of those that see the LR photo
-    reuse: float = 4.0  # how often the decoder sees a drawn chain
+    reuse: int = 4  # how often the decoder sees a drawn chain
     vgg_file: str = ""
 
 
@@ -262,7 +262,7 @@ class Replay:
     dicts of tensors (b, …) of one shape; at least `ahead` batches of samples that are not used up
     are kept, so that the uses of one lie apart."""
 
-    def __init__(self, fresh: Iterator[dict], size: int, reuse: float, ahead: int = 8):
+    def __init__(self, fresh: Iterator[dict], size: int, reuse: int, ahead: int = 8):
         self.fresh, self.size, self.reuse, self.ahead = fresh, size, reuse, ahead
         self.kept: dict[str, Tensor] = {}
         self.left = torch.zeros(0)  # how often each of them is still to be used
@@ -273,7 +273,7 @@ class Replay:
         for name, x in batch.items():
             before = self.kept[name][stay.to(x.device)] if name in self.kept else x[:0]
             self.kept[name] = torch.cat([before, x])
-        new = torch.full((len(x),), float(self.reuse))
+        new = torch.full((len(x),), self.reuse)
         self.left = torch.cat([self.left[stay], new])
 
     def __next__(self) -> dict[str, Tensor]:
@@ -291,7 +291,7 @@ class PolicyLoss:
     text_weight: float = 4.0  # of a word, where a code weighs 1
     own_from: float = 0.3  # share of the run before it sees codes of its own
     own: float = 0.5  # share of the chains that hold such codes, up to half of their cells
-    reuse: float = 1.0  # how often each pair is used
+    reuse: int = 1  # how often each pair is used
     tags: tuple[str, ...] = sft.TAGS
     muon: bool = True
     blank: bool = False  # it sees no code before the one it draws (a control)
@@ -370,12 +370,12 @@ def on_drawn(
     policy: ChainPolicy,
     data: Dataset,
     run: Run,
-    reuse: float,
+    reuse: int,
     draw: Callable[[Iterator[dict]], Iterator[dict]],
 ) -> tuple[Fit, Replay]:
     """What the trainings of the decoder share: the fit of those weights that want a gradient, and
-    batches of what `draw` makes of crops, each used `reuse` times; a resumed run gets new
-    ones."""
+    batches of what `draw` makes of crops, each used `reuse` times; a resumed run goes on
+    after those that were used up."""
     machine = run.machine
     policy.to(machine.device).eval().requires_grad_(False)
     model.to(machine.device, memory_format=torch.channels_last)
@@ -384,7 +384,7 @@ def on_drawn(
     fit = run.of(model, optimizer)
     used = Counting(lambda: fit.step * machine.batch / reuse)
     batches = forever(data, replace(machine, batch=machine.draws), used, _stack)
-    return fit, Replay(draw(batches), machine.batch, reuse)
+    return fit, Replay(draw(batches), machine.batch, reuse, ahead=2)  # a teacher is slow
 
 
 def train_decoder(

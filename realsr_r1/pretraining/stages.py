@@ -37,8 +37,6 @@ ON_CPU = {"policy": 12}  # samples a step, else 8
 ON_GPU = {"policy": 128}  # else 64
 PREVIEW = 24  # validation photographs
 ANYWHERE = ("device", "workers", "out")  # settings that change nothing in what is learnt
-# Settings that these stages alone look at.
-ONLY = {"reuse": ("policy",), "vgg": ("tokenizer", "decoder"), "teacher": ("ending",)}
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class Settings:
     workers: int | None = None
     device: str | None = None
     seed: int = 0
-    reuse: float = 1.0
+    reuse: int = 1
     vgg: str = ""
     teacher: str = "realesrgan-x4plus"
 
@@ -68,8 +66,7 @@ class Settings:
         kept = self.out / stage / "settings.json"
         before = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
         now = json.loads(json.dumps(asdict(self), default=str))
-        seen = {k for k in now if k not in ANYWHERE and stage in ONLY.get(k, (stage,))}
-        return all(before.get(k, "") == now[k] for k in seen)
+        return all(before.get(k, "") == v for k, v in now.items() if k not in ANYWHERE)
 
     def machine(self, stage: str) -> Machine:
         device = str(device_of(self.device))
@@ -253,13 +250,15 @@ def run(what: str, settings: Settings) -> None:
 def bring(home: Path, out: Path, *parts: str) -> None:
     """Copy weights from `home` to `out`, so that it can be used by itself. ValueError where `out`
     holds others: what is trained beside them would not fit."""
-    for part in parts:
+    for part in parts if home.resolve() != out.resolve() else ():
         source, place = home / part, out / part
         if not place.exists():
             shutil.copytree(source, place)
         files = {f.name for x in (source, place) for f in x.glob("*.safetensors")}
         if len(filecmp.cmpfiles(source, place, files, shallow=False)[0]) < len(files):
-            raise ValueError(f"{out} holds another {part} than {home}: choose another --out")
+            raise ValueError(
+                f"{out} holds another {part} than {home}: choose another --out, or start from there"
+            )
 
 
 def _stage(what: str, s: Settings) -> None:
@@ -275,7 +274,8 @@ def _stage(what: str, s: Settings) -> None:
         raise ValueError(f"{home} holds no policy: train one first (realsr train policy)")
     if what == "policy":
         bring(home, s.out, "tokenizer")
-        start = RealSR.from_pretrained(home, device).policy if s.init else None
+        known = s.init and (home / "policy-sft").exists()
+        start = RealSR.from_pretrained(home, device).policy if known else None
         policy = _policy(s, load_tokenizer(home / "tokenizer"), start)
         finish(s.out / what, policy, s.out / "policy-sft", s)
         return

@@ -126,6 +126,7 @@ def test_the_pipeline_loads_no_trainer():
         ("restore {photo} {photo}x.png -o {tmp}/o.png", "need a folder that exists for -o"),
         ("restore {photo} -o {photo}", "would replace the photo"),
         ("restore {photo} -o {tmp}", "would replace the photo"),
+        ("restore {photo} -o {tmp}/o.png --trace {photo}", "would replace the photo"),
         ("train grpo --words --rewards format degradation", "words alone cannot earn format"),
         ("restore {photo} {tmp}/b/photo.jpg -o {tmp}", "would get one name"),
         ("restore {photo} -o {tmp}/o.png --trace {tmp}/o.png", "give two names"),
@@ -146,7 +147,8 @@ def test_errors_are_one_sentence(command, message, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "said", ["CUDA out of memory. Tried", "DefaultCPUAllocator: can't allocate memory: you tried"]
+    "said",
+    ["CUDA out of memory. Tried", "can't allocate memory: you tried", "not enough memory: you"],
 )
 def test_too_little_memory_gets_one_sentence(said, tmp_path, monkeypatch, capsys):
     def full(a):
