@@ -15,12 +15,8 @@ from realsr_r1.pipeline import RealSR
 from realsr_r1.sampling import Sampling
 from realsr_r1.vlcot import GRIDS, IMAGE_TAGS, TAGS, Chain
 
-SHOWN = (
-    "akaka-falls",
-    "blue-periwinkle",
-    "chameleon",
-    "perched-osprey",
-)  # shipped test photographs
+# Shipped test photographs of kinds that the policy knows.
+SHOWN = ("akaka-falls", "chelsea", "libjxl-testdata-flower", "sklearn-china")
 SIDE, GAP, TEXT = 128, 8, 40  # pixels; TEXT is the height of the words below
 STRIPS = 4  # steps in which an image appears
 HEADS = ("LR photo", "rough image", "middle image", "final image", "restored")
