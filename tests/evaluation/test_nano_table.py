@@ -52,12 +52,12 @@ def test_the_table_has_a_row_for_each_photograph_and_method(model, tmp_path):
     assert [r["method"] for r in rows[:: len(photos)]] == list(METHODS)
     blank = [r["lpips"] for r in rows if r["method"] == "true codes"]
     assert max(blank) < min(r["lpips"] for r in rows if r["method"] == "its rough image")
-    nano.write(rows, tmp_path / "out", "a note")
-    with (tmp_path / "out.csv").open(newline="", encoding="utf-8-sig") as f:
+    nano.write(rows, tmp_path / "heat-0.5", "a note")  # a dot is no suffix
+    with (tmp_path / "heat-0.5.csv").open(newline="", encoding="utf-8-sig") as f:
         written = list(csv.DictReader(f))
     assert [r["file"] for r in written] == [r["file"] for r in rows]
     assert float(written[0]["lpips"]) == pytest.approx(rows[0]["lpips"], rel=1e-3)
-    text = (tmp_path / "out.md").read_text(encoding="utf-8")
+    text = (tmp_path / "heat-0.5.md").read_text(encoding="utf-8")
     assert "chain minus …, dB" in text and "consistency" in text and "| subject |" in text
 
 

@@ -1,6 +1,7 @@
 """The trainings on a tiny scale: they run, resume, and learn from what they say they do."""
 
 import json
+import shutil
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -187,6 +188,18 @@ def test_weights_of_two_trainings_are_not_mixed(tmp_path, tiny):
     (c / "tokenizer" / "clean.safetensors").touch()
     with pytest.raises(ValueError, match="holds another tokenizer"):
         stages.bring(a, c, "tokenizer")
+
+
+def test_a_policy_is_trained_from_scratch_on_a_tokenizer_alone(tmp_path, tiny, monkeypatch):
+    vq, policy = tiny()
+    RealSR(vq, policy).save_pretrained(tmp_path)
+    begun = []
+    monkeypatch.setattr(stages, "finish", lambda *a: None)
+    monkeypatch.setattr(stages, "_policy", lambda s, tokenizer, start: begun.append(start))
+    for out in ("one", "two"):
+        stages.run("policy", stages.Settings(init=tmp_path, out=tmp_path / out, device="cpu"))
+        shutil.rmtree(tmp_path / "policy-sft", ignore_errors=True)
+    assert begun[0] is not None and begun[1] is None
 
 
 def test_what_builds_on_a_stage_that_is_trained_anew_begins_anew(tmp_path, monkeypatch, capsys):
