@@ -28,8 +28,8 @@ def one_sentence(e: Exception) -> str:
         from realsr_r1.common import out_of_memory
 
         if out_of_memory(e):
-            return "too little memory: lower --batch, or take another --device"
-    if not isinstance(e, OSError) or isinstance(e, FileNotFoundError):
+            return "too little memory: take smaller photos, a lower --batch or another --device"
+    if not isinstance(e, OSError) or (isinstance(e, FileNotFoundError) and e.errno is None):
         return str(e)
     where = f"{e.filename} cannot be used" if e.filename else "the system refused"
     return f"{where}, {e.strerror}" if e.strerror else " ".join(str(e).split())

@@ -153,7 +153,8 @@ def load(split: str, where: str | Path | None = None, n: int | None = None) -> l
     Photographs whose picture is missing are left out. Raises ValueError for an unknown split or
     annotation and FileNotFoundError where no picture is found."""
     found = _load(split, Path(where or ASSETS))
-    return found if n is None else found[:: max(1, len(found) // n)][:n]
+    some = len(found) if n is None else min(n, len(found))
+    return [found[i * len(found) // some] for i in range(some)]
 
 
 def _load(split: str, where: Path) -> list[Photograph]:

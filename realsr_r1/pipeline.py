@@ -122,7 +122,8 @@ class RealSR:
             dtype = next(part.parameters()).dtype
             part.half().save_pretrained(Path(folder) / name)
             part.to(dtype)
-        (Path(folder) / "tokenizer" / "README.md").unlink(missing_ok=True)  # the hub's empty card
+        for file in ("README.md", "clean.safetensors"):  # the hub's empty card; an older ending
+            (Path(folder) / "tokenizer" / file).unlink(missing_ok=True)
 
     @property
     def device(self) -> torch.device:

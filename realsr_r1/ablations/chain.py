@@ -10,17 +10,19 @@ chain, which begin with its weights and forget the chain.
 
 import copy
 import csv
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
 from realsr_r1 import perceptual, photographs, sft
-from realsr_r1.common import seed_of
+from realsr_r1.common import atomic, seed_of
 from realsr_r1.evaluation.chains import chain_metrics
 from realsr_r1.evaluation.nano import cluster_of
+from realsr_r1.files.writable import claim
 from realsr_r1.grpo import without_dropout
 from realsr_r1.pipeline import RealSR
 from realsr_r1.policy import ChainPolicy, PolicyConfig
@@ -62,6 +64,14 @@ class Settings:
     def __post_init__(self) -> None:
         if unknown := set(self.variants) - set(VARIANTS):
             raise ValueError(f"no variant {unknown.pop()!r}: choose from {'; '.join(VARIANTS)}")
+        if self.warm and "chain, 1-D positions" in self.variants:
+            raise ValueError(
+                "a trained chain keeps its positions: 1-D ones are learnt from scratch"
+            )
+        if self.hidden % 8:
+            raise ValueError(
+                f"a width of {self.hidden} has no four even heads: take one of 8, 16 …"
+            )
 
     def policy(self, codes: int, aligned: bool) -> PolicyConfig:
         """The policies' shape: at `hidden` 224 the shipped one's."""
@@ -152,8 +162,9 @@ def measure(model: RealSR, policy: ChainPolicy, variant: str, photos: list) -> l
 
 def run(model: RealSR, photos: list, s: Settings, machine: Machine) -> Path:
     """Train and measure the variants of one seed; rows go to `out`/chain-<seed>.csv as each is
-    done."""
-    s.out.mkdir(parents=True, exist_ok=True)
+    done. Raises ValueError where `out` holds a run of other settings."""
+    how = asdict(s) | {"batch": machine.batch, "model": model.name, "n": len(photos)}
+    claim(s.out / f"settings-{s.seed}.json", how)
     path = s.out / f"chain-{s.seed}.csv"
     rows: list[dict] = []
     for variant in s.variants:
@@ -164,16 +175,14 @@ def run(model: RealSR, photos: list, s: Settings, machine: Machine) -> Path:
             )
         found = measure(model, policy, variant, photos)
         rows += [{"variant": variant, "seed": s.seed, **row} for row in found]
-        with path.open("w", newline="", encoding="utf-8") as f:
-            w = csv.DictWriter(f, list(rows[0]))
-            w.writeheader()
-            w.writerows(rows)
+        with atomic(path) as part:
+            pd.DataFrame(rows).to_csv(part, index=False)
     return path
 
 
 def table(paths: list[Path]) -> str:
-    """Markdown: every variant's LPIPS and PSNR over all seeds, and the chain's paired difference
-    to each of the others."""
+    """Markdown: every variant's LPIPS and PSNR over all seeds, and the paired difference of the
+    first one, usually the chain, to each of the others."""
     rows = [
         r for path in paths for r in csv.DictReader(path.open(newline="", encoding="utf-8-sig"))
     ]
@@ -184,7 +193,7 @@ def table(paths: list[Path]) -> str:
     variants = list(dict.fromkeys(r["variant"] for r in rows))
     clusters = [cluster_of(r) for r in rows if r["variant"] == variants[0]]
     out = [
-        "| policy | LPIPS ↓ | PSNR ↑ | nats per final code ↓ | chain minus it, LPIPS |",
+        f"| policy | LPIPS ↓ | PSNR ↑ | nats per final code ↓ | {variants[0]} minus it, LPIPS |",
         "|---|---|---|---|---|",
     ]
     for v in variants:

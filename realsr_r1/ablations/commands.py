@@ -41,7 +41,7 @@ def labels(a: argparse.Namespace) -> None:
     from realsr_r1.pretraining.recipes import Machine
 
     photos = photographs.load(a.split, a.photographs, a.n)
-    said, seed = ablation.said_in(a.table), seed_of("labels", a.seed)
+    said, seed = ablation.said_in(a.table, photos), seed_of("labels", a.seed)
     data = photographs.Pairs(photographs.load("train", a.photographs), seed=seed)
     fit = FitConfig(minutes=a.minutes, steps=a.steps, lr=a.lr, ema=0.99, seed=a.seed)
     machine = Machine(str(device_of(a.device)), a.batch, a.workers)
@@ -56,7 +56,8 @@ def names(a: argparse.Namespace) -> None:
     from realsr_r1.common import seed_of
 
     photos = photographs.load(a.split, a.photographs, a.n)
-    said, seed = labels.said_in(a.table), seed_of("labels", a.seed)
+    said = labels.said_in(a.table, photos, ablation.NAMES)
+    seed = seed_of("labels", a.seed)
     namer = ablation.train(photographs.load("train", a.photographs), a.crops, seed=seed)
     rows = ablation.measure(namer, photos)
     print(labels.report(rows, said, "AlexNet and two layers"))
@@ -74,12 +75,7 @@ def words(a: argparse.Namespace) -> None:
     print(table(ablation.run(model, photos, settings)))
 
 
-def register(sub) -> None:
-
-    text = "leave a part of the method out and measure"
-    group = sub.add_parser("ablate", help=text, description=text)
-    leaves = group.add_subparsers(dest="what", required=True, metavar="WHAT")
-    p = leaf(leaves, "chain", chain, "the chain against the final image alone")
+def add_chain(p: argparse.ArgumentParser) -> None:
     p.add_argument("--photographs", type=place, help="a folder of annotated photographs")
     p.add_argument("--out", type=place, default=Path("runs/chain"), help="logs and a CSV per seed")
     p.add_argument("--steps", type=integer(), default=600, help="of the chain policy")
@@ -94,14 +90,15 @@ def register(sub) -> None:
     p.add_argument("--batch", type=integer(), default=12, help="chains per step")
     p.add_argument("--lr", type=real(), default=3e-3, help="peak learning rate")
     p.add_argument("--reuse", type=integer(), default=1, help="as in realsr train policy")
-    p.add_argument("--hidden", type=integer(28), default=224, help="width of the policies")
+    p.add_argument("--hidden", type=integer(8), default=224, help="width of the policies")
     p.add_argument("--layers", type=integer(), default=6, help="of the policies")
     p.add_argument("--workers", type=integer(0), default=0, help="processes that prepare data")
     p.add_argument("--split", default="test", choices=("val", "test"), help="what is measured")
     p.add_argument("-n", type=integer(), default=200, help="photographs, spread over the split")
     add_model(p)
 
-    p = leaf(leaves, "optimizer", optimizer, "Muon or AdamW, the same minutes of fine-tuning")
+
+def add_optimizer(p: argparse.ArgumentParser) -> None:
     p.add_argument("--photographs", type=place, help="a folder of annotated photographs")
     p.add_argument("--out", type=place, default=Path("runs/optimizer"), help="logs, optimizer.csv")
     p.add_argument("--muon", action=argparse.BooleanOptionalAction, default=True, help="or AdamW")
@@ -112,8 +109,8 @@ def register(sub) -> None:
     p.add_argument("-n", type=integer(), default=120, help="validation photographs")
     add_model(p)
 
-    text = "how well a CNN names the degradation: a yardstick for the chain's first sentence"
-    p = leaf(leaves, "labels", labels, text)
+
+def add_labels(p: argparse.ArgumentParser) -> None:
     p.add_argument("--photographs", type=place, help="a folder of annotated photographs")
     p.add_argument("--out", type=place, default=Path("runs/labels"), help="log and checkpoint")
     p.add_argument("--minutes", type=real(), default=30.0, help="of training")
@@ -128,8 +125,8 @@ def register(sub) -> None:
     p.add_argument("--seed", type=integer(0), default=0, help="of weights and photographs")
     p.add_argument("--device", help="cpu, cuda or mps; the best there is if left out")
 
-    text = "how well frozen AlexNet names subject and background: what has seen more could say"
-    p = leaf(leaves, "names", names, text)
+
+def add_names(p: argparse.ArgumentParser) -> None:
     p.add_argument("--photographs", type=place, help="a folder of annotated photographs")
     p.add_argument("--crops", type=integer(), default=18_000, help="damaged ones to learn from")
     p.add_argument("--table", type=place, help="a CSV of realsr eval table, to compare with")
@@ -137,8 +134,8 @@ def register(sub) -> None:
     p.add_argument("-n", type=integer(), help="so many photographs, spread over the split")
     p.add_argument("--seed", type=integer(0), default=0, help="of weights and photographs")
 
-    text = "whether GRPO makes first words righter than more fine-tuning does, from a short start"
-    p = leaf(leaves, "words", words, text)
+
+def add_words(p: argparse.ArgumentParser) -> None:
     p.add_argument("--photographs", type=place, help="a folder of annotated photographs")
     p.add_argument("--out", type=place, default=Path("runs/words"), help="logs and policies")
     p.add_argument("--cold", type=integer(), default=100, help="steps of fine-tuning at first")
@@ -152,3 +149,19 @@ def register(sub) -> None:
     p.add_argument("--split", default="val", choices=("val", "test"), help="what is measured")
     p.add_argument("-n", type=integer(), default=60, help="photographs, spread over the split")
     add_model(p)
+
+
+def register(sub) -> None:
+    text = "leave a part of the method out and measure"
+    group = sub.add_parser("ablate", help=text, description=text)
+    leaves = group.add_subparsers(dest="what", required=True, metavar="WHAT")
+    text = "the chain against the final image alone"
+    add_chain(leaf(leaves, "chain", chain, text))
+    text = "Muon or AdamW, the same minutes of fine-tuning"
+    add_optimizer(leaf(leaves, "optimizer", optimizer, text))
+    text = "how well a CNN names the degradation: a yardstick for the chain's first sentence"
+    add_labels(leaf(leaves, "labels", labels, text))
+    text = "how well frozen AlexNet names subject and background: what has seen more could say"
+    add_names(leaf(leaves, "names", names, text))
+    text = "whether GRPO makes first words righter than more fine-tuning does, from a short start"
+    add_words(leaf(leaves, "words", words, text))

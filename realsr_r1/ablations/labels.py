@@ -66,7 +66,9 @@ def train(data: Dataset, out: Path, machine: Machine, fit: FitConfig, reuse: int
     torch.manual_seed(fit.seed)
     model = Namer().to(machine.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=fit.lr, weight_decay=0.02)
-    source = Replay(_small(forever(data, machine, Counting(), _collate)), machine.batch, reuse)
+    training = Fit(model, optimizer, out, fit)
+    used = Counting(lambda: training.step * machine.batch / reuse)
+    source = Replay(_small(forever(data, machine, used, _collate)), machine.batch, reuse)
 
     def loss_of(step: int, done: float) -> tuple[Tensor, dict[str, Tensor]]:
         batch = next(source)
@@ -75,7 +77,7 @@ def train(data: Dataset, out: Path, machine: Machine, fit: FitConfig, reuse: int
         each = zip(parts, batch["labels"].unbind(1), strict=True)
         return sum(F.cross_entropy(p.float(), t) for p, t in each), {}
 
-    trained = Fit(model, optimizer, out, fit).run(loss_of).eval()
+    trained = training.run(loss_of).eval()
     forget(out)
     return trained
 
@@ -120,8 +122,9 @@ def measure(model: Namer, photos: list, seed: int = 0) -> list[Right]:
 Said = dict[tuple[str, str], dict]  # by severity and file what the chain named rightly
 
 
-def said_in(table: Path | None) -> Said:
-    """The chain's rows of a CSV of `realsr eval table`; {} for None. ValueError for another CSV."""
+def said_in(table: Path | None, photos: list, names: tuple[str, ...] = LABELS) -> Said:
+    """The chain's rows of a CSV of `realsr eval table`; {} for None. ValueError for another CSV, or
+    one without all `photos`: said before a training, and not after it."""
     if table is None:
         return {}
     try:
@@ -129,17 +132,18 @@ def said_in(table: Path | None) -> Said:
             rows = list(csv.DictReader(f))
     except (UnicodeDecodeError, csv.Error):
         rows = []
-    if not rows or not {"severity", "file", "subject", *LABELS} <= set(rows[0]):
+    if not rows or not {"severity", "file", "blur", *names} <= set(rows[0]):
         raise ValueError(f"{table} is no table that realsr eval table has written")
-    return {(r["severity"], r["file"]): r for r in rows if r["blur"]}
+    said = {(r["severity"], r["file"]): r for r in rows if r["blur"]}
+    if missing := [p.file for s in SEVERITIES for p in photos if (s, p.file) not in said]:
+        what = "measure the same photographs (--split, --photographs)"
+        raise ValueError(f"{table} lacks {missing[0]}: {what}")
+    return said
 
 
 def report(rows: list[Right], said: Said, who: str = "CNN on the LR pixels") -> str:
     """Markdown: the share of each label that `who` names right; beside the chain's share and its
     paired difference where it has `said` something of the same photos."""
-    missing = [r.file for r in rows if said and (r.severity, r.file) not in said]
-    if missing:
-        raise ValueError(f"the table lacks {missing[0]}: measure the same photographs")
     head = ["label", who] + ["the chain", "chain minus it"] * bool(said)
     out = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     clusters = [r.cluster for r in rows]

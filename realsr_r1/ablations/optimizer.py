@@ -4,7 +4,7 @@ The same minutes, photographs, seed and schedule; what differs is the optimizer 
 rate. Measured by the loss of true chains on validation photographs.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -13,7 +13,7 @@ import torch
 from realsr_r1 import photographs, sft
 from realsr_r1.common import seed_of
 from realsr_r1.evaluation.chains import chain_metrics
-from realsr_r1.files.writable import append_row
+from realsr_r1.files.writable import append_row, claim
 from realsr_r1.pipeline import RealSR
 from realsr_r1.policy import ChainPolicy, PolicyConfig
 from realsr_r1.pretraining import recipes
@@ -70,10 +70,11 @@ def measure(model: RealSR, policy: ChainPolicy, photos: list) -> dict[str, float
 
 
 def run(model: RealSR, photos: list, s: Settings, machine: Machine) -> dict:
-    """Train, measure, and add a row to `out`/optimizer.csv."""
+    """Train, measure, and add a row to `out`/optimizer.csv. Raises ValueError where `out` holds a
+    run of this name with other settings."""
+    claim(s.out / s.name / "settings.json", asdict(s) | {"batch": machine.batch})
     policy = train(model, s, machine).eval()
-    log = s.out / s.name / "log.csv"  # absent after fewer steps than it takes to write a line
-    steps = int(pd.read_csv(log)["step"].max()) if log.exists() else s.steps
+    steps = int(pd.read_csv(s.out / s.name / "log.csv")["step"].max())
     row = {"optimizer": s.name, "seed": s.seed, "steps": steps}
     row |= measure(model, policy, photos)
     append_row(s.out / "optimizer.csv", row)

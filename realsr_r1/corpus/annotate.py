@@ -13,11 +13,10 @@ import logging
 import os
 from pathlib import Path
 
-import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from realsr_r1.common import atomic
+from realsr_r1.common import atomic, out_of_memory
 from realsr_r1.corpus import captioners, folders
 from realsr_r1.images import open_photo
 
@@ -65,8 +64,8 @@ def look(images: list[Image.Image], captioner) -> list[tuple[list[str], list[dic
     try:
         captions = captioner.captions(images)
         return list(zip(captions, captioner.objects(images, captions), strict=True))
-    except torch.OutOfMemoryError:
-        if len(images) == 1:
+    except RuntimeError as e:
+        if len(images) == 1 or not out_of_memory(e):
             raise
     half = len(images) // 2
     return look(images[:half], captioner) + look(images[half:], captioner)
@@ -124,17 +123,22 @@ def annotate(
         mend(path)
         known = folders.read_captions(folder)
         unknown = [f for f in files if folders.same_name(f) not in known]
-        count = _note_all(where, unknown[:limit], captioner, path, batch)
+        count = _note_all(where, unknown, captioner, path, batch, limit)
     return count | {"known": len(files) - len(unknown)}
 
 
-def _note_all(where: Path, files: list[str], captioner, path: Path, batch: int) -> dict[str, int]:
-    """Append the lines of photos to `path`, batch by batch, and count them."""
-    count = {"new": 0, "known": 0, "left out": 0}
+def _note_all(
+    where: Path, files: list[str], captioner, path: Path, batch: int, limit: int | None
+) -> dict[str, int]:
+    """Append the lines of photos to `path`, batch by batch, at most `limit`, and count them."""
+    count, at = {"new": 0, "known": 0, "left out": 0}, 0
+    most = len(files) if limit is None else limit
     with tqdm(total=len(files), desc=path.name, unit="photo", mininterval=5) as progress:
-        for at in range(0, len(files), batch):
-            notes, left_out = _notes(where, files[at : at + batch], captioner)
+        while at < len(files) and count["new"] < most:
+            size = min(batch, most - count["new"])
+            notes, left_out = _notes(where, files[at : at + size], captioner)
             append(path, notes)
+            at += size
             for name, why in left_out.items():
                 log.warning("left out %s: %s", folders.shown(name), folders.shown(why))
             count["new"] += len(notes)
@@ -170,7 +174,7 @@ def outline(
             continue
         place.parent.mkdir(parents=True, exist_ok=True)
         with atomic(place) as part:
-            Image.fromarray(sam.masks(image, note["objects"]).numpy()).save(part, "PNG")
+            Image.fromarray(sam.masks(image, note.get("objects", [])).numpy()).save(part, "PNG")
         count += 1
     return count
 

@@ -36,6 +36,8 @@ def annotate(a: argparse.Namespace) -> None:
     folders.photo_files(a.folder)  # a wrong path is told before large models load
     if a.masks:
         annotate.check_masks(a.folder, a.masks)
+        if (a.model, a.tagger) == ("qwen2.5-vl", "none"):
+            raise ValueError("masks need boxes, which qwen2.5-vl has not: add a --tagger")
     captioner = captioners.load(a.model, a.weights, device, a.download)
     if a.tagger != "none":
         tagger = captioners.load(a.tagger, a.tagger_weights, device, a.download)

@@ -1,10 +1,10 @@
 """The public data sets behind the annotations: downloaded, checked, unpacked where `load` looks."""
 
-import shutil
 import tarfile
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Iterator
 from csv import DictReader
 from dataclasses import dataclass
@@ -98,45 +98,61 @@ def fetch(url: str, path: Path) -> None:
     part.replace(path)
 
 
-def _members(stream: BinaryIO, name: str, inner: str) -> Iterator[tuple[str, BinaryIO]]:
-    """Names and contents of the files in a .tar.gz or .zip archive, or in the one inside it."""
+DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError)
+
+
+def members(stream: BinaryIO, inner: str = "") -> Iterator[tuple[str, BinaryIO]]:
+    """Names and contents of the files in a .tar.gz or .zip archive, or in the one inside it whose
+    name ends with `inner`; read to its end. Raises one of DAMAGED where it is."""
     if zipfile.is_zipfile(stream):
         with zipfile.ZipFile(stream) as archive:
             for entry in archive.namelist():
                 if not inner:
                     yield entry, archive.open(entry)
                 elif entry.endswith(inner):
-                    yield from _members(archive.open(entry), entry, "")
+                    yield from members(archive.open(entry))
         return
     stream.seek(0)
     with tarfile.open(fileobj=stream, mode="r:*") as archive:
         for entry in archive:
             if entry.isfile():
                 yield entry.name, archive.extractfile(entry)
+        while archive.fileobj.read(CHUNK):  # tarfile ends at a broken header and does not say so
+            pass
+
+
+def _wanted(path: Path, archive: Archive) -> Iterator[tuple[str, bytes]]:
+    """Path and bytes of each annotated photograph in a downloaded archive. ValueError, in one
+    sentence, for a damaged one, which is removed."""
+    with (ASSETS / "annotations.csv").open(newline="", encoding="utf-8-sig") as f:
+        wanted = {r["file"] for r in DictReader(f) if r["source"] == archive.source}
+    try:
+        with path.open("rb") as stream:
+            for name, content in members(stream, archive.inner):
+                file = name[name.find(archive.prefix) + len(archive.prefix) :]
+                if archive.prefix in name and file in wanted:
+                    yield file, content.read()
+    except DAMAGED as e:
+        path.unlink()
+        raise ValueError(
+            f"{path.name} is damaged and was removed: call again to load it anew"
+        ) from e
 
 
 def unpack(path: Path, archive: Archive, out: Path) -> int:
     """Write the annotated photographs of a downloaded archive to `out`/<source>/; returns how many.
 
-    Raises ValueError, in one sentence, for a damaged archive, which is removed."""
-    with (ASSETS / "annotations.csv").open(newline="", encoding="utf-8-sig") as f:
-        wanted = {r["file"] for r in DictReader(f) if r["source"] == archive.source}
+    Raises ValueError, in one sentence, for a damaged archive, which is removed, and for one that
+    holds none of them."""
     count = 0
-    try:
-        with path.open("rb") as stream:
-            for name, content in _members(stream, path.name, archive.inner):
-                file = name[name.find(archive.prefix) + len(archive.prefix) :]
-                if archive.prefix in name and file in wanted:
-                    place = out / archive.source / file
-                    place.parent.mkdir(parents=True, exist_ok=True)
-                    with place.open("wb") as target:
-                        shutil.copyfileobj(content, target)
-                    count += 1
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as e:
-        path.unlink()
-        raise ValueError(
-            f"{path.name} is damaged and was removed: call again to load it anew"
-        ) from e
+    for file, data in _wanted(path, archive):
+        place = out / archive.source / file
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(data)
+        count += 1
+    if not count:
+        what = f"{path.name} holds none of the annotated photographs"
+        raise ValueError(f"{what}: it is another archive than ours was, look for a new address")
     return count
 
 

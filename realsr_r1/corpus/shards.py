@@ -20,11 +20,14 @@ SCHEMA = pa.schema([*((name, pa.string()) for name in FIELDS), ("image", pa.bina
 ROWS = 100  # a row group, what a stream holds in memory
 
 
+def _fields(photo: Photograph) -> dict[str, str]:
+    row = {name: getattr(photo, name) for name in FIELDS}
+    return {k: "+".join(v) if isinstance(v, tuple) else v for k, v in row.items()}
+
+
 def row_of(photo: Photograph) -> dict:
     """A row of the table, lists joined by +, with the picture's file under "image"."""
-    row = {name: getattr(photo, name) for name in FIELDS}
-    row = {k: "+".join(v) if isinstance(v, tuple) else v for k, v in row.items()}
-    return row | {"image": photo.read()}
+    return _fields(photo) | {"image": photo.read()}
 
 
 def write_shards(photos: list[Photograph], out: str | Path, per_file: int = 1000) -> list[Path]:
@@ -39,7 +42,7 @@ def write_shards(photos: list[Photograph], out: str | Path, per_file: int = 1000
     shards = {out / f"annotated-{i:05d}.parquet": part for i, part in enumerate(parts)}
     done = sorted(out.glob(PATTERN))
     for path in done:
-        if path not in shards or _names(path) != [(p.source, p.file) for p in shards[path]]:
+        if path not in shards or _rows(path) != [_fields(p) for p in shards[path]]:
             raise ValueError(f"{path} is not of these photographs and sizes: use a new folder")
     out.mkdir(parents=True, exist_ok=True)
     for path in sorted(shards.keys() - set(done)):
@@ -49,9 +52,10 @@ def write_shards(photos: list[Photograph], out: str | Path, per_file: int = 1000
     return list(shards)
 
 
-def _names(path: Path) -> list[tuple[str, str]]:
-    table = parquet.read_table(path, columns=["source", "file"]).to_pydict()
-    return list(zip(table["source"], table["file"], strict=True))
+def _rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a finished file, without the pictures; columns that it lacks are, too."""
+    columns = [name for name in parquet.read_schema(path).names if name in FIELDS]
+    return parquet.read_table(path, columns=columns).to_pylist()
 
 
 def stream(

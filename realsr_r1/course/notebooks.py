@@ -106,6 +106,13 @@ class Stopped(Exception):
     """A notebook that did not run through, with one sentence that says where and why."""
 
 
+def _environment() -> dict[str, str]:
+    """A kernel's: Python finds this checkout before any installed copy, and waiting threads sleep,
+    for on a busy machine two that spin slow each other down a hundredfold."""
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    return {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ | {"PYTHONPATH": paths}
+
+
 def run_through(nb, name: str):
     """Execute a notebook object in a fresh kernel and an empty folder; returns it, or raises
     `Stopped`."""
@@ -125,17 +132,8 @@ def run_through(nb, name: str):
         )
         at = [0]
         client.on_cell_start = lambda cell, cell_index: at.__setitem__(0, cell_index)
-        # Python finds this checkout before any installed copy.
-        paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-        # Waiting threads must sleep: on a busy machine two that spin slow each other down a
-        # hundredfold.
-        env = (
-            {"OMP_WAIT_POLICY": "PASSIVE"}
-            | os.environ
-            | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-        )
         try:
-            client.execute(env=env)
+            client.execute(env=_environment())
         except CellExecutionError as e:
             why = f"{e.ename}: {e.evalue}".splitlines()[0]
         except CellTimeoutError:

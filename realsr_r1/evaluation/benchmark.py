@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from realsr_r1 import degradation, vlcot
 from realsr_r1 import images as photos
-from realsr_r1.common import device_of
+from realsr_r1.common import device_of, out_of_memory
 from realsr_r1.evaluation import metrics, nano, peers
 from realsr_r1.evaluation import sets as benchsets
 from realsr_r1.evaluation import tables as benchtable
@@ -42,13 +42,7 @@ from realsr_r1.planning.budget import Meter
 from realsr_r1.sampling import Generators, Samples, Sampling, sample
 from realsr_r1.version import __version__
 
-OWN = {
-    "chain-sft": "the chain after the cold start",
-    "chain-grpo": "the chain after GRPO",
-    "direct": "control: a policy that draws the final image at once (realsr ablate chain)",
-    "lr-alone": "control: the same decoder without codes",
-    "plain": "control: the chain after the cold start, decoded without the LR photo",
-}
+OWN = ("chain-sft", "chain-grpo", "direct", "lr-alone", "plain")
 BATCH, SMALL = (
     32,
     TILE * TILE,
@@ -196,6 +190,12 @@ def batches(
         group.append((item, lr, hr))
     if group:
         yield first, *map(list, zip(*group, strict=True))
+
+
+def file_name(name: str) -> str:
+    """A method's name as that of a folder; of two methods never the same."""
+    safe = re.sub(r"[^A-Za-z0-9.-]+", "_", name)
+    return safe if safe == name else f"{safe}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
 
 
 def place(folder: Path, number: int, item: Item) -> Path:
@@ -401,11 +401,12 @@ def restore_methods(
     folders, left_out = {}, {}
     for name, load in loads.items():
         try:
-            restore_all(data, name, load, root / name, seed)
-            folders[name] = root / name
-        except (torch.OutOfMemoryError, BadItem):
-            raise
+            folder = root / file_name(name)
+            restore_all(data, name, load, folder, seed)
+            folders[name] = folder
         except (ValueError, FileNotFoundError, RuntimeError) as e:
+            if isinstance(e, BadItem) or out_of_memory(e):
+                raise
             left_out[name] = f"left out, {plain(e)}"
     if not folders:
         raise ValueError(
@@ -436,78 +437,97 @@ def score_measures(
             scored.append(name)
             if name == "niqe" and (blocks := smallest_side(folders, data)) < 2 * 96:
                 remarks.append(
-                    f"niqe: in pictures of {blocks} px there is one block of 96 px, so it lacks "
-                    f"the spread between blocks: compare it within this table only."
+                    f"niqe: in pictures of {blocks} px a side there is one row of blocks of 96 "
+                    f"px, or one block, so it lacks the spread between many: compare it within "
+                    f"this table only."
                 )
         except (ValueError, FileNotFoundError, ModuleNotFoundError) as e:
             skipped[name] = f"skipped, {plain(e).removeprefix(f'{name}: ')}"
     return scored, fids, skipped, remarks
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How a benchmark runs. `cache`: pictures, notes and scores, from which the same call goes on;
+    `weights`: of our methods; `n`: the first so many items of a set that is named."""
+
+    out: str | Path = "results"
+    baseline: str = "bicubic"
+    n: int | None = None
+    cache: str | Path = "runs/benchmark"
+    seed: int = 0
+    device: str | None = None
+    weights: str = "nano"
+
+
+def loaders(
+    methods: Sequence[str] | dict[str, Restorer], settings: Settings
+) -> dict[str, Callable[[], Method]]:
+    """What loads each method; ValueError for an unknown one, or without the baseline."""
+    if isinstance(methods, dict):
+        of = {k: (lambda lr, seed, f=f: (f(lr), None)) for k, f in methods.items()}
+        loads = {k: partial(Method, call, k) for k, call in of.items()}
+    else:
+        check_methods(methods)
+        how = settings.device, settings.weights
+        loads = {k: partial(load_method, k, *how) for k in methods}
+    if settings.baseline not in loads:
+        raise ValueError(
+            f"the baseline {settings.baseline} is not among the methods {', '.join(loads)}: add "
+            f"it, or choose another --baseline"
+        )
+    return loads
+
+
+def told_apart(methods: dict[str, dict]) -> list[str]:
+    """A remark where the methods' seconds were not measured alike."""
+    if len({t for m in methods.values() for t in m["timed"]}) < 2:
+        return []
+    times = "; ".join(f"{name} {' and '.join(m['timed'])}" for name, m in methods.items())
+    return [f"Seconds were not measured alike, so do not compare them: {times}."]
+
+
 def run(
     data: BenchSet | str,
     methods: Sequence[str] | dict[str, Restorer],
     measures: Sequence[str] = tuple(metrics.METRICS),
-    out: str | Path = "figures",
-    baseline: str = "bicubic",
-    n: int | None = None,
-    cache: str | Path = "runs/benchmark",
-    seed: int = 0,
-    device: str | None = None,
-    weights: str = "nano",
+    settings: Settings = Settings(),
 ) -> dict:
     """Measure `methods` on `data` by `measures` and write `out`/benchmark-SET.md, .csv and .json;
     returns what the last holds.
 
-    data: a set, or a name that `benchsets.load` takes (then `n` items of it). methods: names, or
-    callables (b, 3, h, w) → (b, 3, 4h, 4w) by name; a callable's outputs are kept under its name.
-    cache: pictures, notes and scores, from which the same call goes on. weights: of our methods.
+    data: a set, or a name that `benchsets.load` takes. methods: names, or callables
+    (b, 3, h, w) → (b, 3, 4h, 4w) by name; a callable's outputs are kept under its name.
     Raises ValueError for unknown names or if no method can be had.
     """
-    names, measures = list(dict.fromkeys(methods)), list(dict.fromkeys(measures))
+    measures = list(dict.fromkeys(measures))
     for name in measures:
         metrics.named(name)
-    if isinstance(methods, dict):
-        loads = {
-            k: partial(Method, lambda lr, seed, f=f: (f(lr), None), k) for k, f in methods.items()
-        }
-    else:
-        check_methods(names)
-        loads = {k: partial(load_method, k, device, weights) for k in names}
-    if baseline not in names:
-        raise ValueError(
-            f"the baseline {baseline} is not among the methods {', '.join(names)}: add it, or "
-            f"choose another --baseline"
-        )
-    data, dev = benchsets.load(data, n) if isinstance(data, str) else data, device_of(device)
-    Path(out).mkdir(parents=True, exist_ok=True)
-    folders, left_out = restore_methods(data, loads, Path(cache) / data.name, seed)
-    scored, fids, skipped, remarks = score_measures(data, measures, folders, dev)
+    loads, device = loaders(methods, settings), device_of(settings.device)
+    data = benchsets.load(data, settings.n) if isinstance(data, str) else data
+    out = Path(settings.out)
+    out.mkdir(parents=True, exist_ok=True)
+    folders, left_out = restore_methods(
+        data, loads, Path(settings.cache) / data.name, settings.seed
+    )
+    scored, fids, skipped, remarks = score_measures(data, measures, folders, device)
+    found = collect(data, folders, scored)
+    for name, value in fids.items():
+        found[name]["fid"] = value
+    groups = [i.group for i in data.items]
+    minutes = sum(m["seconds"] for m in found.values()) / 60
     record = {
         "set": data.name,
-        "baseline": baseline,
-        "groups": [i.group for i in data.items],
+        "baseline": settings.baseline,
+        "groups": groups,
         "ids": [i.id for i in data.items],
-        "methods": collect(data, folders, scored),
+        "methods": found,
         "skipped": left_out | skipped,
-        "remarks": remarks,
+        "remarks": remarks + told_apart(found),
+        "note": f"{data.name}: {data.note}; {len(data)} items in {len(set(groups))} groups (of one "
+        f"photo or photographer), seed {settings.seed}, {device}, {time.strftime('%Y-%m-%d')}, "
+        f"{minutes:.1f} min of restoring; 95% bootstrap intervals over groups.",
     }
-    if len({t for m in record["methods"].values() for t in m["timed"]}) > 1:
-        times = "; ".join(
-            f"{name} {' and '.join(m['timed'])}" for name, m in record["methods"].items()
-        )
-        record["remarks"].append(
-            f"Seconds were not measured alike, so do not compare them: {times}."
-        )
-    for name, value in fids.items():
-        record["methods"][name]["fid"] = value
-    minutes = sum(m["seconds"] for m in record["methods"].values()) / 60
-    record["note"] = (
-        f"{data.name}: {data.note}; {len(data)} items of {len(set(record['groups']))} photos, "
-        f"seed {seed}, {dev}, "
-        f"{time.strftime('%Y-%m-%d')}, {minutes:.1f} min of restoring; 95% bootstrap intervals "
-        f"over photos."
-    )
-    benchtable.save(record, Path(out), f"benchmark-{data.name}")
+    benchtable.save(record, out, f"benchmark-{data.name}")
     print("\n".join(benchtable.tables(record)))
     return record

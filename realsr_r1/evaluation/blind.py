@@ -13,8 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from realsr_r1 import images
@@ -30,6 +28,7 @@ from realsr_r1.stats import Interval, clustered
 Method = Callable[[Tensor], Tensor]  # LR (b, 3, h, w) in [0, 1] → (b, 3, 4h, 4w)
 GAP = 12  # pixels between the two
 CROP = 64  # LR pixels a side, of real photos
+CHOICES = ("left", "same", "right")
 
 
 def method(name: str, model: RealSR, seed: int = 0, sampling: Sampling = Sampling()) -> Method:
@@ -82,11 +81,11 @@ def prepare(
 ) -> int:
     """Write one picture per question to `out`, two methods side by side in an order that only
     `out`/key.sealed knows; returns how many. Photographs are `damaged` first. Raises ValueError
-    unless there are two methods, or where `out` already holds a comparison."""
+    unless there are two methods, or where `out` already holds files."""
     if len(methods) != 2:
         raise ValueError(f"a blind comparison has two methods, got {len(methods)}")
-    if (out / "key.sealed").exists():
-        raise ValueError(f"{out} already holds a comparison: choose another folder")
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} already holds a comparison, or part of one: choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     rng, key = np.random.default_rng(seed), []
     if isinstance(asked, list) and isinstance(asked[0], Photograph):
@@ -103,18 +102,30 @@ def prepare(
     return len(key)
 
 
+def _key(out: Path) -> dict:
+    """The open key: the methods' names and, of each pair, what lies where and whose it is."""
+    if not (out / "key.sealed").exists():
+        raise ValueError(f"{out} holds no comparison: prepare one first (realsr eval blind)")
+    return json.loads(base64.b64decode((out / "key.sealed").read_bytes()))
+
+
 def read_answers(out: Path) -> dict[int, str]:
-    """Pair number → "left", "right" or "same", from `out`/answers.csv; the last answer counts."""
+    """Pair number → one of CHOICES, from `out`/answers.csv; the last answer counts. ValueError for
+    a row that is none."""
     path = out / "answers.csv"
     if not path.exists():
         return {}
+    numbers = [str(i) for i in range(len(_key(out)["pairs"]))]
     with path.open(newline="", encoding="utf-8-sig") as f:
-        return {int(r["pair"]): r["choice"] for r in csv.DictReader(f)}
+        rows = [(r.get("pair"), r.get("choice")) for r in csv.DictReader(f)]
+    if wrong := [r for r in rows if r[0] not in numbers or r[1] not in CHOICES]:
+        raise ValueError(f"{path} has a row {wrong[0]} that is no answer: remove it")
+    return {int(pair): choice for pair, choice in rows}
 
 
 def answer(out: Path, pair: int, choice: str) -> None:
-    """Keep one answer; ValueError for anything but left, right and same."""
-    if choice not in ("left", "right", "same"):
+    """Keep one answer; ValueError for anything but CHOICES."""
+    if choice not in CHOICES:
         raise ValueError(f"an answer is left, right or same, not {choice!r}")
     append_row(out / "answers.csv", {"pair": pair, "choice": choice})
 
@@ -135,10 +146,7 @@ class Report:
 
 def report(out: Path) -> Report:
     """Open the key. Raises ValueError where nothing has been answered yet."""
-    if not (out / "key.sealed").exists():
-        raise ValueError(f"{out} holds no comparison: prepare one first (realsr eval blind)")
-    key = json.loads(base64.b64decode((out / "key.sealed").read_bytes()))
-    answers = read_answers(out)
+    key, answers = _key(out), read_answers(out)
     if not answers:
         raise ValueError(f"{out} holds no answers yet: open the page first (evaluation.blind.page)")
     first = key["methods"][0]
@@ -154,19 +162,18 @@ def page(out: str | Path):
     import ipywidgets as w
 
     out = Path(out)
-    pairs = sorted(out.glob("[0-9][0-9][0-9].png"))
+    pairs = range(len(_key(out)["pairs"]))
     picture, text = w.Image(format="png", layout={"max_width": "min(100%, 700px)"}), w.Label()
-    buttons = {c: w.Button(description=c) for c in ("left", "same", "right")}
-
-    def open_pairs() -> list[Path]:
-        done = read_answers(out)
-        return [p for p in pairs if int(p.stem) not in done]
+    buttons = {c: w.Button(description=c) for c in CHOICES}
+    shown: list[int] = []  # the last one is what the buttons answer: others may be at work, too
 
     def show() -> None:
-        left = open_pairs()
+        done = read_answers(out)
+        left = [i for i in pairs if i not in done]
         text.value = f"Which one looks better? {len(left)} of {len(pairs)} are open."
         if left:
-            picture.value = left[0].read_bytes()
+            shown.append(left[0])
+            picture.value = (out / f"{left[0]:03d}.png").read_bytes()
             return
         picture.layout.display = "none"
         text.value = str(report(out))
@@ -174,19 +181,10 @@ def page(out: str | Path):
             b.disabled = True
 
     def choose(button) -> None:
-        answer(out, int(open_pairs()[0].stem), button.description)
+        answer(out, shown[-1], button.description)
         show()
 
     for b in buttons.values():
         b.on_click(choose)
     show()
     return w.VBox([text, picture, w.HBox(list(buttons.values()))])
-
-
-def contact(out: Path, per_row: int = 4) -> Image.Image:
-    """All pairs on one sheet, for a first look."""
-    pairs = [images.to_tensor(Image.open(p)) for p in sorted(out.glob("[0-9][0-9][0-9].png"))]
-    pairs = [F.pad(p, (GAP, GAP, GAP, GAP), value=1.0) for p in pairs]
-    pairs += [torch.ones_like(pairs[0])] * (-len(pairs) % per_row)
-    rows = [torch.cat(pairs[i : i + per_row], 2) for i in range(0, len(pairs), per_row)]
-    return images.to_image(torch.cat(rows, 1))

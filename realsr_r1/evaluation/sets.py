@@ -14,8 +14,8 @@ realsr:FOLDER, reallq250:FOLDER, div2k-val:FOLDER, ost-val:FOLDER
               the paper's: a folder that must hold what KNOWN says
 
 The scale is 4 throughout: an original has exactly four times the LR photo's width and height, and
-nothing is cropped or scaled to make it so. An item reads its pictures when asked to, so that a
-large set costs no memory.
+nothing is cropped or scaled to make it so. Items of folders and data sets read their pictures when
+asked to, so that a large one costs no memory.
 """
 
 import hashlib
@@ -33,12 +33,12 @@ from torch import Tensor
 from realsr_r1 import degradation, photographs
 from realsr_r1 import images as photos
 from realsr_r1.corpus.folders import pictures_in, same_name
+from realsr_r1.evaluation.nano import SEVERITIES, cluster_of
 from realsr_r1.tokenizer import SCALE
 
 # pixels of the `eval` originals: a square of the photo's shorter side (288 px or more), scaled down
 # to be sharp
 SIDE = 256
-DEGRADATIONS = ("light", "medium", "heavy")  # presets nano-… of `degradation`
 # Names of the two folders of a set of pairs, in lower case; test_HR, gt and lq are those of
 # StableSR's test sets.
 HR_NAMES = ("hr", "gt", "test_hr", "hq", "div2k_valid_hr")
@@ -133,7 +133,7 @@ KNOWN = {
 }
 NAMES = (
     "eval",
-    *(f"eval:{d}" for d in DEGRADATIONS),
+    *(f"eval:{d}" for d in SEVERITIES),
     "real_lr",
     "photographs",
     "photographs:FOLDER",
@@ -147,8 +147,8 @@ def load(spec: str, n: int | None = None) -> BenchSet:
     """The set that `spec` names (see NAMES), its first `n` items.
 
     Raises ValueError, in one sentence, for an unknown name, an empty or half-paired folder, pairs
-    that are not ×4, and a set that is not what KNOWN expects; FileNotFoundError for a folder or a
-    data set that is not there.
+    that are not ×4 (of a data set, when they are read), and a set that is not what KNOWN expects;
+    FileNotFoundError for a folder or a data set that is not there.
     """
     if n is not None and n < 1:
         raise ValueError(f"a benchmark needs one item or more, got n = {n}")
@@ -159,24 +159,25 @@ def load(spec: str, n: int | None = None) -> BenchSet:
             "real_lr",
             "real photos of old cameras, phones and scans, whole",
         )
-    elif kind == "photographs":
+    elif kind == "photographs" and (rest or spec == kind):
         found = annotated(rest or None)
-    elif kind == "eval" and rest in ("", *DEGRADATIONS):
-        found = eval_photos((rest,) if rest else DEGRADATIONS)
+    elif kind == "eval" and rest in ("", *SEVERITIES):
+        found = eval_photos((rest,) if rest else SEVERITIES)
     elif kind == "hf" and rest:
         found = from_hub(rest)
     elif kind in KNOWN and rest:
         found = prepared(kind, rest)
     elif Path(spec).is_dir():
         found = from_folder(spec)
-    elif kind in (*KNOWN, "hf"):
+    elif kind in (*KNOWN, "hf", "photographs"):
         raise ValueError(
             f"{kind} lies in no place of its own: write "
             f"{kind}:{'NAME' if kind == 'hf' else 'FOLDER'}"
         )
     else:
         raise FileNotFoundError(f"no set and no folder {spec!r}: choose among {', '.join(NAMES)}")
-    found.items = found.items[:n]
+    if n is not None and n < len(found):  # it has pictures and tables of its own
+        found.items, found.name = found.items[:n], f"{found.name}-first-{n}"
     return found
 
 
@@ -193,7 +194,7 @@ def center_square(image: Image.Image, side: int = SIDE) -> Tensor:
     return photos.to_tensor(image.crop(box).resize((side, side), Image.Resampling.LANCZOS))
 
 
-def eval_photos(presets: tuple[str, ...] = DEGRADATIONS, side: int = SIDE) -> BenchSet:
+def eval_photos(presets: tuple[str, ...] = SEVERITIES, side: int = SIDE) -> BenchSet:
     """The shipped `eval` photos, photo by photo under each preset; the draw's seed is the photo's
     number, so it never changes."""
     items = []
@@ -209,7 +210,7 @@ def eval_photos(presets: tuple[str, ...] = DEGRADATIONS, side: int = SIDE) -> Be
                     group=path.stem,
                 )
             )
-    name = "eval" if presets == DEGRADATIONS else f"eval-{'-'.join(presets)}"
+    name = "eval" if presets == SEVERITIES else f"eval-{'-'.join(presets)}"
     note = (
         f"shipped photos that no training has seen, center squares of {side} px, LR "
         f"{side // SCALE} px, degradations {', '.join(presets)}"
@@ -221,18 +222,18 @@ def annotated(folder: str | None = None) -> BenchSet:
     """The annotated test photographs of a folder, or those that ship, photo by photo under each
     preset."""
     chosen = photographs.load("test", folder)
-    sets = {d: photographs.Pairs(chosen, f"nano-{d}", training=False) for d in DEGRADATIONS}
+    sets = {d: photographs.Pairs(chosen, f"nano-{d}", training=False) for d in SEVERITIES}
 
     def item(i: int, preset: str) -> Item:
         pair, photo = sets[preset][i], chosen[i]
         lr, hr = (pair[k].float() / 255 for k in ("lr", "hr"))
         labels = degradation.from_words(pair["degradation"])
-        group = photo.author if photo.source == "flower_photos" else photo.file
-        return Item(f"{photo.file}-{preset}", partial(_both, lr, hr), labels, photo, group)
+        read = partial(_both, lr, hr)
+        return Item(f"{photo.file}-{preset}", read, labels, photo, cluster_of(vars(photo)))
 
-    items = [item(i, preset) for i in range(len(chosen)) for preset in DEGRADATIONS]
+    items = [item(i, preset) for i in range(len(chosen)) for preset in SEVERITIES]
     note = "annotated test photographs, HR 128 px, LR 32 px, degradations light, medium, heavy"
-    return BenchSet("photographs", items, True, note)
+    return BenchSet(f"photographs-{_mark(folder)}" if folder else "photographs", items, True, note)
 
 
 def _both(lr: Tensor, hr: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -366,10 +367,15 @@ def from_folder(folder: str | Path, name: str | None = None, note: str = "") -> 
     if left_out:
         print(*(f"left out: {said}" for said in left_out), sep="\n")
         note = f"{note or 'a folder of photos'}; {len(left_out)} left out that cannot be read"
-    path = Path(folder).resolve()
-    # Two folders may have one name: their tables must not overwrite each other.
-    mark = hashlib.sha256(str(path).encode(errors="surrogateescape")).hexdigest()[:6]
-    return BenchSet(name or f"{path.name}-{mark}", items, paired, note or "a folder of photos")
+    name = name or f"{Path(folder).resolve().name}-{_mark(folder)}"
+    return BenchSet(name, items, paired, note or "a folder of photos")
+
+
+def _mark(folder: str | Path) -> str:
+    """Six digits that stand for a folder: two may have one name, and their tables must not
+    overwrite each other."""
+    path = str(Path(folder).resolve())
+    return hashlib.sha256(path.encode(errors="surrogateescape")).hexdigest()[:6]
 
 
 def prepared(kind: str, folder: str | Path) -> BenchSet:
@@ -418,12 +424,13 @@ class _Row:
         return lr, hr
 
 
-def from_hub(name: str) -> BenchSet:
-    """`NAME` or `NAME:SPLIT` through `datasets`: the hub's, if it is in the local cache or the
-    network is on, or a local folder."""
+def _split_of(name: str) -> tuple[str, str, object]:
+    """Name, split and rows of the data set that `NAME` or `NAME:SPLIT` names."""
     import datasets
 
-    name, _, split = name.partition(":")
+    split = ""
+    if ":" in name and not Path(name).is_dir():  # a folder may have a colon, C:\sets
+        name, _, split = name.rpartition(":")
     try:
         splits = datasets.load_dataset(name)
     except Exception as e:  # datasets raises a dozen kinds, of its own and of the hub's client
@@ -431,14 +438,21 @@ def from_hub(name: str) -> BenchSet:
             f"data set {name} cannot be had ({type(e).__name__}): check its name, "
             "and set HF_HUB_OFFLINE=0 for this run if it has to be downloaded"
         ) from e
-    split = split or next(
-        (s for s in ("test", "validation", "val") if s in splits), next(iter(splits))
-    )
+    usual = (s for s in ("test", "validation", "val") if s in splits)
+    split = split or next(usual, next(iter(splits)))
     if split not in splits:
         raise ValueError(
             f"data set {name} has no split {split!r}: choose among {', '.join(splits)}"
         )
-    data = splits[split]
+    return name, split, splits[split]
+
+
+def from_hub(name: str) -> BenchSet:
+    """`NAME` or `NAME:SPLIT` through `datasets`: the hub's, if it is in the local cache or the
+    network is on, or a local folder."""
+    import datasets
+
+    name, split, data = _split_of(name)
     columns = {c.lower(): c for c in data.column_names}
     hr, lr = (
         next((columns[k] for k in (*names, *more) if k in columns), None)

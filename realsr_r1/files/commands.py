@@ -19,12 +19,16 @@ def outputs(photos: list[Path], out: Path, trace: Path | None) -> dict[Path, Pat
         raise ValueError(f"{len(photos)} photos need a folder that exists for -o, not {out}")
     else:
         places = {p: out / f"{p.stem}.png" for p in dict.fromkeys(photos)}
-    twice = [p.name for p in places if list(places.values()).count(places[p]) > 1]
-    if twice:
+    names = [str(p).casefold() for p in places.values()]  # A.png and a.png are one on some disks
+    if twice := [p.name for p, n in zip(places, names, strict=True) if names.count(n) > 1]:
         raise ValueError(f"{' and '.join(twice)} would get one name in {out}: rename one of them")
     for result in filter(None, (*places.values(), trace)):
         if result.exists() and any(p.exists() and os.path.samefile(p, result) for p in photos):
             raise ValueError(f"the result would replace the photo {result}: choose another name")
+    for photo, result in places.items() if out.is_dir() else ():
+        if result.exists() and os.path.samefile(photo.parent, out):  # perhaps a photo, too
+            what = f"{result} exists beside {photo.name} and would be replaced"
+            raise ValueError(f"{what}: remove it, or choose another folder for -o")
     return places
 
 
@@ -45,7 +49,7 @@ def restore(a: argparse.Namespace) -> int:
         except ValueError as e:
             if len(a.photos) == 1:
                 raise
-            left_out.append(str(e))
+            left_out.append(str(e) if photo.name in str(e) else f"{photo.name}, {e}")
             del places[photo]
             continue
         check_writable(out, a.trace, tuple(n * SCALE for n in size))

@@ -51,7 +51,8 @@ def claim(path: Path, settings: dict) -> None:
     if path.exists() and path.read_text(encoding="utf-8") != now:
         raise ValueError(f"{path.parent} holds a run of other settings: choose another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(now, encoding="utf-8")
+    with atomic(path) as part:
+        part.write_text(now, encoding="utf-8")
 
 
 def append_row(path: Path, row: dict) -> None:

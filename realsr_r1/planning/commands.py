@@ -1,6 +1,7 @@
 """`realsr cost` and `realsr middle`: what a run needs before it is tried, and a larger policy."""
 
 import argparse
+from dataclasses import replace
 
 from realsr_r1.files.options import filled, integer, leaf, place, real
 
@@ -8,9 +9,14 @@ COUNTS = ("batch", "accumulate", "prompts", "group", "lora", "devices")
 
 
 def cost(a: argparse.Namespace) -> None:
+    from realsr_r1.common import atomic
     from realsr_r1.planning import budget
     from realsr_r1.planning.cost import Run
 
+    if a.out is not None:  # an impossible place is told before the work
+        a.out.parent.mkdir(parents=True, exist_ok=True)
+        if a.out.is_dir():
+            raise ValueError(f"{a.out} is a folder: give the name of a file")
     if a.table or a.measure:
         measured = budget.measured_table() if a.measure else ""
         text = budget.report(a.photos, a.rl_photos, 3.0 if a.price is None else a.price, measured)
@@ -19,12 +25,15 @@ def cost(a: argparse.Namespace) -> None:
         names = ("prompt", "completion", "precision", "optimizer", *COUNTS)
         given |= {k: getattr(a, k) for k in names if getattr(a, k) is not None}
         given |= {k: True for k in ("checkpointing", "sharded", "offload") if getattr(a, k)}
-        text = budget.describe(budget.shape_of(a.model), Run(a.phase, **given), a.price or 0.0)
+        run = Run(a.phase, **given)
+        if a.accumulate is None and run.chains:  # as the trainer does: all chains in a step
+            run = replace(run, accumulate=-(-run.chains // run.batch))
+        text = budget.describe(budget.shape_of(a.model), run, a.price or 0.0)
     if a.out is None:
         print(text)
         return
-    a.out.parent.mkdir(parents=True, exist_ok=True)
-    a.out.write_text(text, encoding="utf-8")
+    with atomic(a.out) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def middle(a: argparse.Namespace) -> None:
@@ -34,6 +43,8 @@ def middle(a: argparse.Namespace) -> None:
     from realsr_r1.pipeline import RealSR
     from realsr_r1.reference import qwen
 
+    if any((a.out / part).exists() for part in ("tokenizer", "policy-sft")):
+        raise ValueError(f"{a.out} holds weights already: choose another folder")
     model = RealSR.from_pretrained("nano", "cpu")
     model.policy = qwen.start(a.source, model.tokenizer, a.seed)
     model.save_pretrained(a.out)
@@ -49,7 +60,9 @@ def register(sub) -> None:
     for name in ("prompt", "completion"):
         p.add_argument(f"--{name}", type=integer(), help="its tokens")
     for name in COUNTS:
-        p.add_argument(f"--{name}", type=integer(), help="as in planning.cost.Run")
+        text = "as in planning.cost.Run"
+        text += "; of GRPO as its chains need, if left out" * (name == "accumulate")
+        p.add_argument(f"--{name}", type=integer(), help=text)
     p.add_argument("--precision", help="float32, mixed or bfloat16")
     p.add_argument("--optimizer", help="adamw, muon, adamw8bit or sgd")
     p.add_argument("--checkpointing", action="store_true", help="activations are computed twice")
@@ -59,7 +72,7 @@ def register(sub) -> None:
     p.add_argument("--price", type=real(zero=True), help=text)
     text = "instead: what fits on which card, and the paper's recipe"
     p.add_argument("--table", action="store_true", help=text)
-    text = "with --table: run the nano policy's trainers and compare (minutes)"
+    text = "as --table, and run the nano policy's trainers to compare (minutes)"
     p.add_argument("--measure", action="store_true", help=text)
     text = "with --table: cold-start photos (the paper does not say)"
     p.add_argument("--photos", type=integer(), default=95_000, help=text)

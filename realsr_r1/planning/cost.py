@@ -31,7 +31,7 @@ KEPT = {"float32": (24, 16, 16, 16), "bfloat16": (16, 10, 10, 8), "mixed": (26, 
 KEPT_LORA = {"float32": (16, 12, 12, 16), "bfloat16": (28, 12, 8, 10)}
 STATES = {
     "adamw": 2.0,
-    "muon": 1.0,
+    "muon": 1.0,  # of matrices; the embeddings have AdamW's two moments
     "adamw8bit": 0.5,
     "sgd": 0.0,
 }  # elements of optimizer state a trained element, in its precision
@@ -62,30 +62,26 @@ class Shape:
     @staticmethod
     def of(config) -> "Shape":
         """From a transformers configuration (Qwen3, Llama, Chameleon). ValueError for one of
-        another kind."""
+        another kind: its layers hold other matrices."""
         c = config.get_text_config()
-        try:
-            head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-            kv = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
-            qk = {"qwen3": 2 * head, "chameleon": 2 * head * (c.num_attention_heads + kv)}.get(
-                c.model_type, 0
-            )
-            return Shape(
-                c.hidden_size,
-                c.num_hidden_layers,
-                c.num_attention_heads,
-                kv,
-                head,
-                c.intermediate_size,
-                c.vocab_size,
-                c.tie_word_embeddings,
-                qk,
-            )
-        except AttributeError as e:
+        if c.model_type not in ("qwen3", "llama", "chameleon"):
             raise ValueError(
-                f"a {c.model_type} model is not counted here: use a Qwen3, Llama or Chameleon "
-                f"configuration ({e})"
-            ) from e
+                f"a {c.model_type} model is not counted here: use a Qwen3, Llama or Chameleon"
+            )
+        head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        kv = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+        norms = {"qwen3": 2 * head, "chameleon": 2 * head * (c.num_attention_heads + kv)}
+        return Shape(
+            c.hidden_size,
+            c.num_hidden_layers,
+            c.num_attention_heads,
+            kv,
+            head,
+            c.intermediate_size,
+            c.vocab_size,
+            c.tie_word_embeddings,
+            norms.get(c.model_type, 0),
+        )
 
     @property
     def q(self) -> int:
@@ -262,58 +258,65 @@ def cache(shape: Shape, run: Run) -> float:
     )
 
 
+def optimizer_states(shape: Shape, run: Run, trained: int) -> float:
+    """Bytes of the optimizer's states for `trained` weights, all devices together."""
+    states = STATES[run.optimizer] * trained
+    if run.optimizer == "muon" and not run.lora:
+        states += shape.embedding
+    if run.sharded and run.precision == "bfloat16" and not run.lora:
+        return 4.0 * (trained + states)  # FSDP and DeepSpeed keep float32 weights beside them
+    return states * (4 if run.lora else BYTES[run.precision])
+
+
+def held(shape: Shape, run: Run) -> dict[str, float]:
+    """Bytes that lie on a device all the time, part by part."""
+    n = run.devices if run.sharded else 1
+    full = shape.parameters * BYTES[run.precision] / n
+    trained = shape.lora(run.lora) if run.lora else shape.parameters
+    out = {"weights": full, "optimizer": optimizer_states(shape, run, trained) / n}
+    out["average"] = full * run.average
+    if run.lora:
+        out["adapters"] = trained * 4 / n
+    if run.phase == "grpo" and run.reference and not run.lora:
+        out["reference"] = full
+    return out
+
+
+def gradients(shape: Shape, run: Run) -> tuple[float, float]:
+    """Bytes of all gradients, and of those that are there before the backward pass has ended."""
+    n, width = run.devices if run.sharded else 1, 4 if run.lora else BYTES[run.precision]
+    whole = (shape.lora(run.lora) if run.lora else shape.parameters) * width / n
+    early = whole if run.accumulate > 1 or (run.devices > 1 and not run.sharded) else 0.0
+    if not run.lora and run.phase == "sft":  # the output table's gradient comes first
+        early = max(early, shape.embedding * width / n)
+    return whole, early
+
+
 def memory(shape: Shape, run: Run) -> Memory:
     """Peak memory of a device, part by part, at four moments: sampling (GRPO), the loss, the
     backward pass (with checkpointing at its last layer, where every gradient is there), the update.
     """
-    width, n = BYTES[run.precision], run.devices if run.sharded else 1
-    full = shape.parameters * width
-    trained = shape.lora(run.lora) if run.lora else shape.parameters
-    trained_width = 4 if run.lora else width
-    states = trained * trained_width * STATES[run.optimizer]
-    if run.sharded and run.precision == "bfloat16" and not run.lora:
-        states = (
-            trained * 12.0
-        )  # DeepSpeed and FSDP keep float32 weights beside AdamW's two moments
-    compute = 2 if run.precision != "float32" else 4
-    held = {"weights": full / n, "optimizer": states / n, "average": full / n * run.average}
-    if run.lora:
-        held["adapters"] = trained * trained_width / n
-    if run.phase == "grpo" and run.reference and not run.lora:
-        held["reference"] = full / n
+    always, (whole, early) = held(shape, run), gradients(shape, run)
     host = 0.0
     if run.offload:
-        host = sum(held.values()) * n
-        held = {}
-    gathered = (
-        (2 * (shape.linear + 2 * shape.hidden) + shape.tables) * compute if run.sharded else 0.0
-    )
-    grads = trained * trained_width / n
-    kept, loss = {"activations": activations(shape, run)}, {"head": head(shape, run)}
-    inside = (
-        {"one layer again": run.batch * run.length * layer_activations(shape, run)}
-        if run.checkpointing
-        else {}
-    )
-    if run.precision == "mixed":
-        kept["autocast"] = (
-            2.0 * shape.parameters
-        )  # bfloat16 copies of the weights, until the loss is known
-    early = grads if run.accumulate > 1 or (run.devices > 1 and not run.sharded) else 0.0
-    if not run.lora and run.phase == "sft":
-        early = max(
-            early, shape.embedding * trained_width / n
-        )  # the output table's gradient comes first
-    busy = held | kept | {"gathered": gathered}
+        host, always = sum(always.values()) * run.devices, {}
+    compute = 2 if run.precision != "float32" else 4
+    block = 2 * (shape.linear + 2 * shape.hidden) + shape.tables
+    busy = always | {"activations": activations(shape, run)}
+    busy |= {"gathered": float(block * compute * run.sharded)}
+    if run.precision == "mixed":  # bfloat16 copies of the weights, until the loss is known
+        busy["autocast"] = 2.0 * shape.parameters
     moments = {
-        "loss": busy | loss | {"gradients": early},
-        "backward": busy | inside | {"gradients": grads if inside else early},
+        "loss": busy | {"head": head(shape, run), "gradients": early},
+        "backward": busy | {"gradients": whole if run.checkpointing else early},
+        "update": always | {"gradients": whole},
     }
-    moments["update"] = held | {"gradients": grads}
+    if run.checkpointing:
+        again = run.batch * run.length * layer_activations(shape, run)
+        moments["backward"]["one layer again"] = again
     if run.phase == "grpo":
-        whole = shape.parameters * compute if run.sharded else 0.0
-        moments["sampling"] = held | {
-            "gathered": whole,
+        moments["sampling"] = always | {
+            "gathered": float(shape.parameters * compute * run.sharded),
             "cache": cache(shape, run),
             "logits": 6.0 * 4 * run.chains * shape.vocab,
         }

@@ -90,8 +90,41 @@ def add_expert(leaves) -> None:
     p.add_argument("--seed", type=integer(0), default=0, help="of photos, pictures and weights")
 
 
-def register(sub) -> None:
+def add_stage(p: argparse.ArgumentParser, name: str) -> None:
+    p.add_argument(
+        "--photographs",
+        type=place,
+        help="a folder of annotated photographs; those that ship if left out",
+    )
+    p.add_argument(
+        "--out", type=place, default=Path("runs/nano"), help="weights, logs, checkpoints"
+    )
+    p.add_argument("--minutes", type=real(), default=60.0, help="how long; a killed run goes on")
+    p.add_argument("--steps", type=integer(), default=10**9, help="at most so many steps")
+    first = " (the tokenizer alone)" if name == "all" else ""
+    p.add_argument("--init", type=place, help=f"a folder of weights to start from{first}")
+    p.add_argument(
+        "--batch", type=integer(), help="8 crops or 12 chains on a CPU, 64 or 128 on a GPU"
+    )
+    p.add_argument("--lr", type=real(), help="peak learning rate; each stage has its own")
+    p.add_argument("--workers", type=integer(0), help="processes that prepare data")
+    p.add_argument("--device", help="cpu, cuda or mps; the best there is if left out")
+    p.add_argument("--seed", type=integer(0), default=0, help="of weights and data")
+    if name in ("policy", "all"):
+        text = "how often the policy sees each pair: on a GPU, 5 keeps up with 16 cores"
+        p.add_argument("--reuse", type=integer(), default=1, help=text)
+    if name in ("ending", "all"):
+        text = "whose clean pictures the ending learns from: one that `realsr peers` lists"
+        p.add_argument("--teacher", default="realesrgan-x4plus", help=text)
+    if name not in ("policy", "ending"):
+        p.add_argument(
+            "--vgg",
+            default="",
+            help="VGG16 weights for the tokenizer's loss, see losses.vgg_features",
+        )
 
+
+def register(sub) -> None:
     text = "train the tokenizer, the policy, or the decoder on the policy's codes"
     group = sub.add_parser("train", help=text, description=text)
     leaves = group.add_subparsers(dest="what", required=True, metavar="WHAT")
@@ -103,39 +136,6 @@ def register(sub) -> None:
         "all": "the four one after another, sharing the minutes",
     }
     for name, what in stages.items():
-        p = leaf(leaves, name, train, what)
-        p.add_argument(
-            "--photographs",
-            type=place,
-            help="a folder of annotated photographs; those that ship if left out",
-        )
-        p.add_argument(
-            "--out", type=place, default=Path("runs/nano"), help="weights, logs, checkpoints"
-        )
-        p.add_argument(
-            "--minutes", type=real(), default=60.0, help="how long; a killed run goes on"
-        )
-        p.add_argument("--steps", type=integer(), default=10**9, help="at most so many steps")
-        first = " (the tokenizer alone)" if name == "all" else ""
-        p.add_argument("--init", type=place, help=f"a folder of weights to start from{first}")
-        p.add_argument(
-            "--batch", type=integer(), help="8 crops or 12 chains on a CPU, 64 or 128 on a GPU"
-        )
-        p.add_argument("--lr", type=real(), help="peak learning rate; each stage has its own")
-        p.add_argument("--workers", type=integer(0), help="processes that prepare data")
-        p.add_argument("--device", help="cpu, cuda or mps; the best there is if left out")
-        p.add_argument("--seed", type=integer(0), default=0, help="of weights and data")
-        if name in ("policy", "all"):
-            text = "how often the policy sees each pair: on a GPU, 5 keeps up with 16 cores"
-            p.add_argument("--reuse", type=integer(), default=1, help=text)
-        if name in ("ending", "all"):
-            text = "whose clean pictures the ending learns from: one that `realsr peers` lists"
-            p.add_argument("--teacher", default="realesrgan-x4plus", help=text)
-        if name not in ("policy", "ending"):
-            p.add_argument(
-                "--vgg",
-                default="",
-                help="VGG16 weights for the tokenizer's loss, see losses.vgg_features",
-            )
+        add_stage(leaf(leaves, name, train, what), name)
     add_expert(leaves)
     add_grpo(leaves)

@@ -152,9 +152,9 @@ class Fit:
             self.step, self.seconds = self.step + 1, time.time() - start
             for k, v in {"loss": loss, **figures}.items():
                 seen.setdefault(k, []).append(v.detach())
-            logs = len(seen["loss"]) == c.log_every
+            logs = len(seen["loss"]) == c.log_every or self.done == 1
             saves = time.time() - saved >= 60 * c.checkpoint_minutes
-            if (logs or saves or self.done == 1) and not bool((loss + norm).isfinite()):
+            if (logs or saves) and not bool((loss + norm).isfinite()):
                 where = f"the loss of {self.out.name} is lost at step {self.step}"
                 raise RuntimeError(f"{where}: lower the rate")
             if logs:

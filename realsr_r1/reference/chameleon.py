@@ -20,11 +20,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import psutil  # comes with accelerate
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from peft import LoraConfig, PeftModel, get_peft_model
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
@@ -39,6 +42,7 @@ from transformers.models.chameleon.modeling_chameleon import ChameleonLayerNorm
 from transformers.utils.generic import can_return_tuple
 
 from realsr_r1.common import device_of
+from realsr_r1.planning import cost
 
 # Token names, from PURE's vocab.py and item_processor.py, and their ids: <reservedNNNNN> is NNNNN +
 # 4 throughout.
@@ -265,13 +269,20 @@ def read_config(folder: Path) -> ChameleonConfig:
         raise FileNotFoundError(
             f"no config.json in {folder.name}/: give a folder in the hub's format"
         )
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    damaged = f"config.json in {folder.name}/ is damaged: download it again"
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(damaged) from e
     if kind not in ("chameleon", "chameleon_xllmx"):
         raise ValueError(
             f"{folder.name}/ holds a model of class {kind!r}, not Chameleon: take nonwhy/PURE "
             f"or one tuned from it"
         )
-    config = ChameleonConfig.from_pretrained(folder, local_files_only=True)
+    try:
+        config = ChameleonConfig.from_pretrained(folder, local_files_only=True)
+    except (ValueError, StrictDataclassError) as e:
+        raise ValueError(damaged) from e
     stored = _shapes(folder).get("model.layers.0.self_attn.q_norm.weight")
     if stored and stored[0] != config.num_attention_heads:
         if stored[0] != 1:
@@ -287,33 +298,14 @@ def needed_bytes(
     config: ChameleonConfig, bits: int = 16, tokens: int = 10_000, batch: int = 1
 ) -> int:
     """Memory to generate: weights at `bits` (embeddings and head at 16 at least) and keys and
-    values of `tokens` in 16 bits.
+    values of `tokens`, in 16 bits or 32.
 
     7B with PURE's vocabulary in bfloat16: 14.2 GB, and 0.5 MB a token. Activations are small beside
     these and left out.
     """
-    d, m, v, layers = (
-        config.hidden_size,
-        config.intermediate_size,
-        config.vocab_size,
-        config.num_hidden_layers,
-    )
-    kv = (
-        (config.num_key_value_heads or config.num_attention_heads) * d // config.num_attention_heads
-    )
-    weights = (
-        layers * (2 * d * d + 2 * d * kv + 3 * d * m) * bits // 8 + 2 * v * d * max(bits, 16) // 8
-    )
-    return weights + 2 * layers * kv * 2 * tokens * batch
-
-
-def available_bytes(device: torch.device) -> int:
-    """Free memory of the device (of the machine for CPU and MPS, which shares it)."""
-    return (
-        torch.cuda.mem_get_info(device)[0]
-        if device.type == "cuda"
-        else psutil.virtual_memory().available
-    )
+    shape, width = cost.Shape.of(config), max(bits, 16) // 8
+    weights = shape.layers * shape.linear * bits // 8 + shape.tables * width
+    return weights + 2 * shape.layers * shape.kv * width * tokens * batch
 
 
 def quantization(bits: int) -> BitsAndBytesConfig | None:
@@ -337,42 +329,59 @@ def quantization(bits: int) -> BitsAndBytesConfig | None:
 
 
 def load(
-    name: str | Path,
-    device: str | None = None,
-    bits: int = 16,
-    device_map: str | dict | None = None,
-    adapter: str | Path | None = None,
-    tokens: int = 10_000,
-) -> ImageChameleon | PeftModel:
+    name: str | Path, device: str | None = None, bits: int = 16, tokens: int = 10_000
+) -> ImageChameleon:
     """A Chameleon-class checkpoint, from a folder or the hub, with `.layout` and `.words` (its
     tokenizer), in evaluation mode.
 
-    `bits`: 32, 16 (bfloat16), 8 or 4. `device_map`: "auto" spreads over several devices
-    (accelerate). `adapter`: a PEFT folder put on top. `tokens`: the longest sequence, for the
-    memory check before loading. One-sentence errors: FileNotFoundError, ValueError (class,
-    vocabulary, keys), RuntimeError (memory).
+    `bits`: 32, 16 (bfloat16), 8 or 4. `tokens`: the longest sequence, for the memory check before
+    loading. One-sentence errors: FileNotFoundError, ValueError (class, vocabulary, keys),
+    RuntimeError (memory).
     """
     quantized, dev = quantization(bits), device_of(device)
     folder = local_folder(name)
     config = read_config(folder)
-    words = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    words = _words(folder)
     layout = Layout.of((config.vocabulary_map or {}) | words.get_vocab(), config.vocab_size)
-    needed, free = needed_bytes(config, bits, tokens), available_bytes(dev)
-    if device_map is None and needed > free:
+    needed, free = needed_bytes(config, bits, tokens), cost.free_bytes(dev)
+    if needed > free:
         raise RuntimeError(
             f"{folder.name} needs about {needed / 1e9:.1f} GB at {bits} bits and {dev} has "
-            f"{free / 1e9:.1f} GB free: "
-            "take --bits 8 or 4, or spread it with a device map"
+            f"{free / 1e9:.1f} GB free: take --bits 8 or 4, or a larger device"
         )
     if config.vocabulary_map is None:  # transformers wants one; only its <image> entry is looked up
         config.vocabulary_map = {}
+    dtype = torch.float32 if bits == 32 else torch.bfloat16
+    model = _weights(folder, config, dtype, quantized, dev)
+    model.layout, model.words = layout, words
+    return model.eval()
+
+
+def _words(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder; ValueError, in one sentence, where none can be read."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ValueError(
+            f"the tokenizer in {folder.name}/ is missing or damaged: download the whole repository"
+        ) from e
+
+
+def _weights(
+    folder: Path,
+    config: ChameleonConfig,
+    dtype: torch.dtype,
+    quantized: BitsAndBytesConfig | None,
+    device: torch.device,
+) -> ImageChameleon:
+    """The model with all its weights; ValueError, in one sentence, where they do not fit."""
     try:
         model, info = ImageChameleon.from_pretrained(
             folder,
             config=config,
-            dtype=torch.float32 if bits == 32 else torch.bfloat16,
+            dtype=dtype,
             quantization_config=quantized,
-            device_map=device_map or {"": dev},
+            device_map={"": device},
             output_loading_info=True,
             local_files_only=True,
         )
@@ -388,38 +397,4 @@ def load(
             f"weights in {folder.name}/ lack {len(missing)} tensors, first {missing[0]}: "
             f"download the whole repository"
         )
-    if adapter:
-        if not (Path(adapter) / "adapter_config.json").exists():
-            raise FileNotFoundError(
-                f"no adapter_config.json in {Path(adapter).name}/: give the folder that a PEFT "
-                f"model was saved to"
-            )
-        model = PeftModel.from_pretrained(model, str(adapter))
-    plain(model).layout, plain(model).words = layout, words
-    return model.eval()
-
-
-def plain(model: torch.nn.Module) -> ImageChameleon:
-    """The Chameleon inside a PEFT model (its layers keep their adapters), or the model itself."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def with_lora(
-    model: ImageChameleon,
-    rank: int = 16,
-    alpha: int = 32,
-    dropout: float = 0.05,
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj"),
-) -> PeftModel:
-    """Freeze the model and put trainable LoRA matrices on the attention's projections (PEFT); the
-    result trains with TRL."""
-    return get_peft_model(
-        model,
-        LoraConfig(
-            r=rank,
-            lora_alpha=alpha,
-            lora_dropout=dropout,
-            target_modules=list(targets),
-            task_type="CAUSAL_LM",
-        ),
-    )
+    return model

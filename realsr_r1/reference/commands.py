@@ -10,20 +10,23 @@ def restore(a: argparse.Namespace) -> int:
     if a.window and (not a.sizes or a.batch > 1):  # told before 14 GB are read
         raise ValueError("--window needs --sizes, and one tile at a time: leave --batch out")
     os.environ["HF_HUB_OFFLINE"] = "0" if a.download else "1"
-    from realsr_r1 import images
     from realsr_r1.files.writable import check_writable
+    from realsr_r1.pipeline import opened
     from realsr_r1.reference import restoring
 
-    size = images.read(a.photo).image.size
+    most, sizes = round(a.max_megapixels * 1024**2), tuple(a.sizes) if a.sizes else None
+    restoring.check_sizes(sizes)
+    size = opened(a.photo, most).image.size
     check_writable(a.out, a.trace, tuple(n * restoring.SCALE for n in size))
     options = {"device": a.device} if a.device else {}
     model = restoring.load_reference(a.weights, a.tokenizer, bits=a.bits, **options)
-    how = {"sizes": tuple(a.sizes) if a.sizes else None, "window": a.window}
-    most = round(a.max_megapixels * 1024**2)
+    how = {"sizes": sizes, "window": a.window}
     result = restoring.restore_reference(
         a.photo, model, restoring.PURE, a.seed, a.batch, most, **how
     )
     result.save(a.out, a.trace)
+    if empty := result.settings["bicubic_tiles"]:
+        print(f"{empty} of {len(result.tiles)} tiles are bicubic: the model drew no final image")
     print(a.out)
     return 0 if result.complete else STOPPED
 

@@ -22,7 +22,9 @@ over a token on a CPU; the saved passes should count fully where a pass costs th
 weights, as with 7B on a GPU (not measured here).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -126,6 +128,31 @@ def _verify(guesses: Tensor, q: Tensor, p: Tensor, u: Tensor) -> int:
     return int(stands.long().cumprod(0).sum())
 
 
+def _left(p: Tensor, q: Tensor, kept: int) -> Tensor:
+    """What the first place after the `kept` guesses is drawn from, (v,): where its guess was
+    refused, what p has more than q."""
+    left = (p[kept] - q[kept]).clamp_min(0) if kept < len(q) else p[kept]
+    # Equal distributions differ by rounding alone, and then a refusal says nothing: draw from p.
+    return left if float(left.sum()) > 1e-6 else p[kept]
+
+
+def _extended(
+    guesses: Tensor, q: Tensor, new: Tensor, uniform: Callable[[int], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Guesses (m,) and their distributions (m, v) with uniform ones for new places, whose masks are
+    `new` (k, v), behind them."""
+    if not len(new):
+        return guesses, q
+    drawn = choose(new.log(), uniform(len(new)))
+    return torch.cat([guesses, drawn]), torch.cat([q, new / new.sum(-1, keepdim=True)])
+
+
+def _uniform(generator: torch.Generator | None, device: torch.device, m: int) -> Tensor:
+    """Numbers (m,) in [0, 1) on the device."""
+    where = generator.device if generator is not None else device
+    return torch.rand(m, generator=generator, device=where).to(device)
+
+
 @torch.no_grad()
 def speculative(
     readings: list[Reading],
@@ -143,45 +170,32 @@ def speculative(
     `.masks`). Raises ValueError for a context of more than one row or a window below 1."""
     rows = readings[0].pending.shape[0]
     if rows != 1 or window < 1:
-        raise ValueError(
-            f"speculative decoding takes one sequence and a window of at least 1, got {rows} and "
-            f"{window}"
-        )
-    device = readings[0].device
-    kinds, masks, n = kinds.to(device), masks.to(device), len(kinds)
-    # Tokens that no place allows (most of a large vocabulary) are left out: below, a token is
-    # its number among the others.
+        what = f"one sequence and a window of at least 1, got {rows} and {window}"
+        raise ValueError(f"speculative decoding takes {what}")
+    device, n = readings[0].device, len(kinds)
+    kinds, masks = kinds.to(device), masks.to(device)
+    # Tokens that no place allows are left out: below, a token is its number among the others.
     columns = masks[kinds.unique()].any(0).nonzero()[:, 0]
     masks = masks[:, columns]
-
-    def uniform(m: int) -> Tensor:
-        where = generator.device if generator is not None else device
-        return torch.rand(m, generator=generator, device=where).to(device)
-
+    uniform = partial(_uniform, generator, device)
     settled = torch.zeros(0, dtype=torch.long, device=device)
     guesses, q, passes = settled, torch.zeros(0, masks.shape[1], device=device), 0
     while (at := len(settled)) < n:
         new = masks[kinds[at + len(guesses) : min(n, at + window)]].float()
-        if len(new):
-            guesses = torch.cat([guesses, choose(new.log(), uniform(len(new)))])
-            q = torch.cat([q, new / new.sum(-1, keepdim=True)])
+        guesses, q = _extended(guesses, q, new, uniform)
         m = len(guesses)
         ahead = masks[kinds[at : at + m + 1]]  # nothing follows the very last token
-        logits = [r.logits(columns[guesses])[: len(ahead), columns] for r in readings]
-        passes += 1
-        scores = target(logits[0], ahead, sampling, logits[1] if len(logits) > 1 else None, k_first)
-        p = scores.softmax(-1)
+        seen = [r.logits(columns[guesses])[: len(ahead), columns] for r in readings]
+        scores = target(seen[0], ahead, sampling, seen[1] if len(seen) > 1 else None, k_first)
+        p, passes = scores.softmax(-1), passes + 1
         kept = _verify(guesses, q, p[:m], uniform(m))
         settled = torch.cat([settled, guesses[:kept]])
         if len(settled) == n:
             break
-        left = (p[kept] - q[kept]).clamp_min(0) if kept < m else p[kept]
-        # Equal distributions differ by rounding alone, and then a refusal says nothing: draw from
-        # p.
-        left = left if float(left.sum()) > 1e-6 else p[kept]
-        token = choose(left.log()[None], uniform(1))
+        token = choose(_left(p, q, kept).log()[None], uniform(1))
         settled = torch.cat([settled, token])
         for r in readings:
             r.settle(m - kept, columns[token])
-        guesses, q = choose(scores[kept + 1 :], uniform(len(scores) - kept - 1)), p[kept + 1 :]
+        rest = scores[kept + 1 :]
+        guesses, q = choose(rest, uniform(len(rest))), p[kept + 1 :]
     return Drawn(columns[settled].cpu(), passes)

@@ -24,9 +24,7 @@ from realsr_r1.vlcot import Vocabulary
 SOURCE = "Qwen/Qwen3-0.6B"
 
 
-def pretrained(
-    source: str | Path = SOURCE, device: str | torch.device = "cpu"
-) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerBase]:
+def pretrained(source: str | Path = SOURCE) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerBase]:
     """A Qwen3 and its tokenizer from a folder in the hub's format, or by its name from the hub (or
     its local cache).
 
@@ -39,7 +37,7 @@ def pretrained(
     except (OSError, HFValidationError) as e:
         raise FileNotFoundError(
             f"no model {name}: give a folder with config.json, model.safetensors and "
-            f"tokenizer.json, or unset HF_HUB_OFFLINE where there is a network"
+            f"tokenizer.json, or --download where there is a network"
         ) from e
     except (ValueError, StrictDataclassError) as e:
         raise ValueError(
@@ -50,9 +48,8 @@ def pretrained(
         raise ValueError(
             f"{name} is a {shape.model_type} model: the middle size takes a Qwen3 such as {SOURCE}"
         )
-    cost.require(
-        4 * cost.Shape.of(shape).parameters, torch.device(device), f"loading {Path(name).name}"
-    )
+    need = 4 * cost.Shape.of(shape).parameters
+    cost.require(need, torch.device("cpu"), f"loading {Path(name).name}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model, info = Qwen3ForCausalLM.from_pretrained(
@@ -70,7 +67,7 @@ def pretrained(
         raise ValueError(
             f"{name} lacks {len(missing)} weights, the first is {missing[0]}: download it again"
         )
-    return model.to(device), tokenizer
+    return model, tokenizer
 
 
 def spoken(token: str) -> str:

@@ -51,34 +51,42 @@ def image_tokens(pixels: int, factor: int = 8) -> int:
     return (n := pixels // factor) * (n + 1) + 4
 
 
+def check_sizes(sizes: tuple[int, ...] | None) -> None:
+    """ValueError unless a chain of images of these sizes ends in a whole tile."""
+    side = TILE * SCALE
+    if sizes and (sizes[-1] != side or any(n % chameleon.SIZE_UNIT for n in sizes)):
+        raise ValueError(
+            f"sizes {' '.join(map(str, sizes))} do not fit: multiples of {chameleon.SIZE_UNIT} "
+            f"pixels, the last of them {side}, such as {' '.join(map(str, CHAIN_SIZES))}"
+        )
+
+
 def prompt_ids(model: PreTrainedModel, codes: Tensor, prompt: str = PROMPT) -> Tensor:
     """The enlarged LR photo's codes (b, h, w) → prompts (b, p): sentence, image, end of turn. A
     model knows the sentence it was tuned with: for PURE's own weights give the one in its README,
     without the image mark."""
-    base = chameleon.plain(model)
-    head = [base.layout.names[BOS], *base.words.encode(prompt + " ", add_special_tokens=False)]
+    head = [model.layout.names[BOS], *model.words.encode(prompt + " ", add_special_tokens=False)]
     return torch.tensor(
-        [[*head, *base.layout.image_ids(c), base.layout.names[TURN]] for c in codes.cpu()]
+        [[*head, *model.layout.image_ids(c), model.layout.names[TURN]] for c in codes.cpu()]
     )
 
 
 def render(chain: vlcot.Chain, model: PreTrainedModel) -> Tensor:
     """A complete chain → token ids (n,), ending the turn. Text between two images is tokenized in
     one piece."""
-    base = chameleon.plain(model)
     ids, text = [], ""
     for tag in vlcot.TAGS:
         value, text = getattr(chain, tag), f"{text}<{tag}>"
         if tag in vlcot.IMAGE_TAGS:
             ids += [
-                *base.words.encode(text, add_special_tokens=False),
-                *base.layout.image_ids(value),
+                *model.words.encode(text, add_special_tokens=False),
+                *model.layout.image_ids(value),
             ]
             text = f"</{tag}>"
         else:
             text += f"{value}</{tag}>"
     return torch.tensor(
-        [*ids, *base.words.encode(text, add_special_tokens=False), base.layout.names[TURN]]
+        [*ids, *model.words.encode(text, add_special_tokens=False), model.layout.names[TURN]]
     )
 
 
@@ -97,8 +105,7 @@ def image_text(ids: list[int], layout: Layout) -> str:
 def text_of(ids: Tensor | list[int], model: PreTrainedModel) -> str:
     """Token ids → the text that `vlcot` and `rewards` read; padding and end of turn are left out.
     An image begins at its start token and lasts to its end, or to the first token of a text."""
-    base = chameleon.plain(model)
-    layout, parts, run, image = base.layout, [], [], []
+    layout, parts, run, image = model.layout, [], [], []
     names = layout.names
     silent = {names[TURN], names[PAD], names[BOS]}
     inside = {names[ROW], names[END], *layout.sizes}
@@ -113,14 +120,14 @@ def text_of(ids: Tensor | list[int], model: PreTrainedModel) -> str:
             if i == names[END]:
                 continue
         if i == names[START]:
-            parts, run = [*parts, base.words.decode(run)] if run else parts, []
+            parts, run = [*parts, model.words.decode(run)] if run else parts, []
             image = [i]
         elif laid_out:  # layout outside an image: parsing refuses what it stands in
-            parts, run = [*parts, base.words.decode(run), "<row>"], []
+            parts, run = [*parts, model.words.decode(run), "<row>"], []
         elif i not in silent:
             run.append(i)
     parts += [image_text(image, layout)] if image else []
-    return " ".join([*parts, base.words.decode(run)] if run else parts)
+    return " ".join([*parts, model.words.decode(run)] if run else parts)
 
 
 def parse(ids: Tensor | list[int], model: PreTrainedModel) -> vlcot.Chain:
@@ -298,6 +305,51 @@ class Interleaved(LogitsProcessor):
         return torch.full_like(scores, float("-inf")).scatter(1, chosen[:, None], 0.0)
 
 
+@dataclass
+class _Turn:
+    """One call of `generate`: the model, its grammar and settings, and the longest sequence."""
+
+    model: PreTrainedModel
+    grammar: Grammar
+    how: Sampling
+    generator: torch.Generator | None
+    longest: int
+
+    def go_on(self, ids: Tensor, stops: list[str], images: int) -> Tensor:
+        """Sequences (b, n) continued up to one of the tokens `stops`; `images` are drawn."""
+        names = self.model.layout.names
+        config = GenerationConfig(
+            max_new_tokens=self.longest - ids.shape[1],
+            do_sample=False,
+            pad_token_id=names[PAD],
+            eos_token_id=[names[s] for s in stops],
+        )
+        chooser = Interleaved(self.model, self.grammar, self.how, self.generator, images)
+        return self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([chooser]),
+        )
+
+    def image(self, ids: Tensor, pixels: int, window: int) -> Tensor | None:
+        """A sequence (1, n) that has begun an image, with the whole image, drawn ahead by `window`
+        guesses at a time; None where there is no room for it."""
+        layout, n = self.model.layout, pixels // self.model.layout.factor
+        if ids[0, -1] != self.grammar.start_id or ids.shape[1] + n * (n + 1) + 3 >= self.longest:
+            return None
+        unit = layout.names[chameleon.size_name(pixels // chameleon.SIZE_UNIT)]
+        ids = torch.cat([ids, torch.tensor([[unit, unit]], device=ids.device)], 1)
+        kinds = torch.tensor(([CODE] * n + [ROW_END]) * n + [IMAGE_END])
+        readings = [jacobi.Reading(self.model, ids)]
+        if self.how.guidance != 1.0:
+            readings.append(jacobi.Reading(self.model, ids[:, -3:]))
+        drawn = jacobi.speculative(
+            readings, kinds, self.grammar.masks, self.how, window, self.generator, k_first=True
+        )
+        return torch.cat([ids, drawn.ids[None].to(ids.device)], 1)
+
+
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,
@@ -314,50 +366,21 @@ def generate(
     `sizes` (pixels) as in `Grammar`. `window` > 0 draws images by speculative Jacobi decoding (one
     row, `sizes` given). Raises ValueError for settings that do not go together.
     """
-    base, length = chameleon.plain(model), prompts.shape[1]
-    grammar = Grammar(base.layout, sizes, base.device)
     if window and (sizes is None or len(prompts) > 1):
         raise ValueError(
             "speculative decoding takes one prompt at a time and needs the images' sizes: give "
             "sizes, or window 0"
         )
-
-    def go_on(ids: Tensor, stops: list[str], images: int) -> Tensor:
-        config = GenerationConfig(
-            max_new_tokens=length + max_new - ids.shape[1],
-            do_sample=False,
-            pad_token_id=base.layout.names[PAD],
-            eos_token_id=[base.layout.names[s] for s in stops],
-        )
-        processors = LogitsProcessorList([Interleaved(base, grammar, how, generator, images)])
-        return base.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            generation_config=config,
-            logits_processor=processors,
-        )
-
-    ids = prompts.to(base.device)
-    if not window:
-        return go_on(ids, [TURN], 0)[:, length:].cpu()
-    for k, pixels in enumerate(sizes):
-        ids = go_on(ids, [TURN, START], k)
-        n = pixels // base.layout.factor
-        if ids[0, -1] != grammar.start_id or ids.shape[1] + n * (n + 1) + 3 >= length + max_new:
+    length, grammar = prompts.shape[1], Grammar(model.layout, sizes, model.device)
+    turn = _Turn(model, grammar, how, generator, length + max_new)
+    ids, drawn = prompts.to(model.device), sizes if window else ()
+    for k, pixels in enumerate(drawn):
+        ids = turn.go_on(ids, [TURN, START], k)
+        longer = turn.image(ids, pixels, window)
+        if longer is None:
             return ids[:, length:].cpu()
-        side = torch.tensor(
-            [[base.layout.names[chameleon.size_name(pixels // chameleon.SIZE_UNIT)]] * 2],
-            device=base.device,
-        )
-        ids = torch.cat([ids, side], 1)
-        kinds = torch.tensor(([CODE] * n + [ROW_END]) * n + [IMAGE_END])
-        readings = [jacobi.Reading(base, ids)]
-        readings += [jacobi.Reading(base, ids[:, -3:])] if how.guidance != 1.0 else []
-        drawn = jacobi.speculative(
-            readings, kinds, grammar.masks, how, window, generator, k_first=True
-        )
-        ids = torch.cat([ids, drawn.ids[None].to(base.device)], 1)
-    return go_on(ids, [TURN], len(sizes))[:, length:].cpu()
+        ids = longer
+    return turn.go_on(ids, [TURN], len(drawn))[:, length:].cpu()
 
 
 @dataclass
@@ -376,7 +399,7 @@ def load_reference(name: str | Path, tokenizer: str | Path | None = None, **opti
         tokenizer or (beside if beside.exists() else beside.name)
     )  # first: if it is absent, no time is lost
     model = chameleon.load(name, **options)
-    layout = chameleon.plain(model).layout
+    layout = model.layout
     if (vq.config.codes, vq.factor) != (layout.codes, layout.factor):
         raise ValueError(
             f"the tokenizer has {vq.config.codes} codes of {vq.factor} pixels "
@@ -384,7 +407,7 @@ def load_reference(name: str | Path, tokenizer: str | Path | None = None, **opti
             "take vq_ds8_c2i.pt with PURE's vocabulary (Lumina-mGPT's own image decoder is not "
             "part of transformers)"
         )
-    return Reference(model, vq.to(chameleon.plain(model).device))
+    return Reference(model, vq.to(model.device))
 
 
 def final_codes(text: str) -> Tensor | None:

@@ -1,11 +1,16 @@
 """The chain against the final image alone, on a tiny scale."""
 
+from dataclasses import replace
+
+import pandas as pd
+import pytest
 import torch
 
 from realsr_r1 import photographs, sft
 from realsr_r1.ablations import chain
 from realsr_r1.evaluation import benchmark
 from realsr_r1.pipeline import RealSR
+from realsr_r1.policy import ChainPolicy
 from realsr_r1.pretraining import redraw
 from realsr_r1.pretraining.recipes import Machine
 
@@ -18,12 +23,33 @@ def test_variants_of_a_seed_are_trained_and_measured_side_by_side(tmp_path):
     text = chain.table(paths)
     for variant in chain.MEASURED:
         assert f"| {variant} |" in text
-    assert text.count("[") == 3  # a paired difference for each but the first
+    with pytest.raises(ValueError, match="other settings"):  # its files would be taken for these
+        chain.seeds(model, photos, replace(settings, warm=True), Machine(batch=2), 1)
     kept = tmp_path / "direct-equal-pairs-0"
     direct = benchmark.load_method("direct", "cpu", str(kept))
     made, chains = direct.call(torch.rand(1, 3, 40, 34), 0)
     assert made.shape == (1, 3, 160, 136)
     assert all(c.final_image is not None and c.rough_image is None for c in chains[0])
+
+
+def test_differences_are_the_firsts_photograph_by_photograph(tmp_path):
+    rows = [
+        {"variant": v, "source": "x", "file": f, "author": "x", "lpips": d, "psnr": 20, "nats": 5}
+        for v, each in (("a", (0.1, 0.5, 0.3)), ("b", (0.2, 0.6, 0.4)))
+        for f, d in zip("pqr", each, strict=True)
+    ]
+    pd.DataFrame(rows).to_csv(tmp_path / "rows.csv", index=False)
+    text = chain.table([tmp_path / "rows.csv"])
+    assert "a minus it" in text and "| a | 0.300 | 20.00 | 5.00 |  |" in text
+    assert "| b | 0.400 | 20.00 | 5.00 | -0.100 [-0.100, -0.100] |" in text
+
+
+def test_settings_that_do_not_go_together(tmp_path):
+    for wrong in ({"warm": True, "variants": chain.VARIANTS}, {"hidden": 28}, {"variants": "x"}):
+        with pytest.raises(ValueError):
+            chain.Settings(None, tmp_path, **wrong)
+    policy = chain.Settings(None, tmp_path, hidden=8, layers=1).policy(64, True)
+    assert ChainPolicy(policy).config.hidden_size == 8
 
 
 def test_the_eye_alone_sees_no_code():

@@ -33,10 +33,16 @@ def test_the_chain_beside_it_on_the_same_photos(rows, tmp_path):
         w.writeheader()
         for r in rows[:-1]:
             w.writerow({"severity": r.severity, "file": r.file} | dict.fromkeys(LABELS, 1.0))
-    said = labels.said_in(table)
-    assert "| 1.000 [1.000, 1.000] |" in labels.report(rows[:-1], said)
+    photos = photographs.load("test")[:3]
+    text = labels.report(rows[:-1], labels.said_in(table, photos[:2]))
+    right = sum(r.labels["blur"] for r in rows[:-1]) / len(rows[:-1])
+    line = next(x for x in text.splitlines() if x.startswith("| blur |"))
+    assert "| 1.000 [1.000, 1.000] |" in line and line.split("| ")[-1].startswith(
+        f"{1 - right:.3f}"
+    )
     with pytest.raises(ValueError, match=r"lacks .*: measure the same photographs"):
-        labels.report(rows, said)
-    table.write_text("a,b\n1,2\n", encoding="utf-8")
+        labels.said_in(table, photos)
     with pytest.raises(ValueError, match="is no table that realsr eval table has written"):
-        labels.said_in(table)
+        labels.said_in(table, photos[:2], ("subject", "background"))
+    with pytest.raises(FileNotFoundError):
+        labels.said_in(tmp_path / "nowhere.csv", photos)

@@ -26,12 +26,6 @@ def test_it_learns_to_name_what_it_has_seen(namer, photos):
     assert right > guess + 0.2
 
 
-def test_it_says_words_of_the_annotations_only(namer, photos):
-    said = namer.say(torch.rand(3, 3, 32, 32))
-    assert all(s["subject"] in {p.subject for p in photos} for s in said)
-    assert all(s["background"] in {p.background[0] for p in photos} for s in said)
-
-
 def test_features_are_those_of_the_pairs_in_order(photos):
     data = photographs.Pairs(photos, labels=False)
     x, index = names.seen(data, 70)  # more than one batch

@@ -129,12 +129,16 @@ def test_the_pipeline_loads_no_trainer():
         ("restore {photo} -o {tmp}/o.png --trace {photo}", "would replace the photo"),
         ("train grpo --words --rewards format degradation", "words alone cannot earn format"),
         ("restore {photo} {tmp}/b/photo.jpg -o {tmp}", "would get one name"),
+        ("restore {photo} {tmp}/b/PHOTO.jpg -o {tmp}", "would get one name"),
+        ("restore {tmp}/photo.jpg -o {tmp}", "exists beside photo.jpg and would be replaced"),
+        ("annotate {tmp} --model qwen2.5-vl --masks {tmp}/../m", "need boxes"),
         ("restore {photo} -o {tmp}/o.png --trace {tmp}/o.png", "give two names"),
         ("eval table --photographs {tmp}", "none of the annotated photographs"),
         ("train decoder --out {tmp}/none --device cpu", "holds no tokenizer"),
         ("train tokenizer --init {tmp} --out {tmp}/x --device cpu", "holds no tokenizer"),
         ("restore {photo} -o {tmp}/o.png --max-megapixels 0.0001", "allow larger photos"),
         ("ablate names --table {photo}", "is no table"),
+        ("ablate names --table {tmp}/no.csv", "no.csv cannot be used, No such file"),
         ("ablate chain --variants chains --device cpu", "no variant 'chains'"),
     ],
 )
@@ -157,7 +161,7 @@ def test_too_little_memory_gets_one_sentence(said, tmp_path, monkeypatch, capsys
     monkeypatch.setattr("realsr_r1.files.commands.model_of", full)
     Image.new("RGB", (32, 32)).save(tmp_path / "photo.png")
     assert main(["restore", str(tmp_path / "photo.png"), "-o", str(tmp_path / "out.png")]) == 2
-    assert "too little memory: lower --batch" in capsys.readouterr().err
+    assert "too little memory: take smaller photos, a lower --batch" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -216,4 +220,4 @@ def test_several_photos_and_one_that_cannot_be_read(tmp_path, capsys):
     assert main(f"restore {photos} -o {out} --max-megapixels 0.005".split()) == 2
     assert sorted(p.name for p in out.iterdir()) == ["a.png", "b.png"]
     assert "left out: " in (said := capsys.readouterr().out) and "bad.jpg" in said
-    assert "90x80 pixels" in said
+    assert "left out: large.jpg, 90x80 pixels" in said

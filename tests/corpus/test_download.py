@@ -1,6 +1,7 @@
 """`realsr data get` against a small server of our own."""
 
 import csv
+import gzip
 import io
 import tarfile
 import threading
@@ -113,6 +114,33 @@ def test_a_damaged_archive_is_removed(server, tmp_path, capsys):
     assert main(["data", "get", "flowers", "--out", str(tmp_path)]) == 2
     assert "is damaged and was removed" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_header_is_noticed(server, tmp_path):
+    names = annotated("pets600")
+    data = bytearray(gzip.decompress(tar({f"images/{n}": photo() for n in names})))
+    second = data.index(names[1].encode())
+    good, data[second + 1] = bytes(data), data[second + 1] ^ 1
+    packed = gzip.compress(bytes(data))[:-8] + gzip.compress(good)[-8:]  # the checksum as it was
+    server["files"]["images.tar.gz"] = packed
+    with pytest.raises(ValueError, match="damaged and was removed"):
+        download.get("pets", tmp_path)
+    assert not (tmp_path / "images.tar.gz").exists()
+
+
+def test_where_photographs_cannot_be_written_the_archive_stays(server, tmp_path, capsys):
+    files = {f"flower_photos/{n}": photo() for n in annotated("flower_photos")}
+    server["files"]["flower_photos.tgz"] = tar(files)
+    (tmp_path / "flower_photos").write_bytes(b"in the way")
+    assert main(["data", "get", "flowers", "--out", str(tmp_path)]) == 2
+    assert "damaged" not in capsys.readouterr().err
+    assert (tmp_path / "flower_photos.tgz").exists()
+
+
+def test_an_archive_of_something_else_is_named(server, tmp_path):
+    server["files"]["caltech-101.zip"] = tar({"readme": b"moved"})
+    with pytest.raises(ValueError, match="none of the annotated photographs"):
+        download.get("caltech101", tmp_path)
 
 
 def test_an_address_that_has_moved(server, tmp_path, capsys):

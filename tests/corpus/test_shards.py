@@ -76,6 +76,9 @@ def test_files_of_other_photographs_are_not_mixed_in(photos, tmp_path):
     for other, size in ((photos[1:], 4), (photos, 3), (photos[:4], 4)):
         with pytest.raises(ValueError, match="not of these photographs and sizes: use a new"):
             shards.write_shards(other, tmp_path, size)
+    said = [replace(photos[0], subject="ship"), *photos[1:]]  # annotated anew
+    with pytest.raises(ValueError, match="not of these photographs"):
+        shards.write_shards(said, tmp_path, 4)
     with pytest.raises(ValueError, match="nothing to write"):
         shards.write_shards([], tmp_path)
 

@@ -42,15 +42,11 @@ def data():
 @pytest.fixture
 def run(data, tmp_path):
     def go(methods=None, measures=CHEAP, **options):
-        options = {
-            "data": data,
-            "out": tmp_path / "out",
-            "cache": tmp_path / "cache",
-            "baseline": "gray",
-            "device": "cpu",
-        } | options
+        places = {"out": tmp_path / "out", "cache": tmp_path / "cache"}
+        chosen, options = options.pop("data", data), {"baseline": "gray", "device": "cpu"} | options
+        settings = benchmark.Settings(**places | options)
         return benchmark.run(
-            methods=methods or {"gray": gray, "nearest": nearest}, measures=measures, **options
+            chosen, methods or {"gray": gray, "nearest": nearest}, measures, settings
         )
 
     return go
@@ -137,7 +133,7 @@ def test_unlike_timing_and_niqe_of_one_block_are_remarked(run, data):
     ]
     noisy = {"gray": nearest, "nearest": nearest}
     (remark,) = run(noisy, data=BenchSet("small", items, False), measures=["niqe"])["remarks"]
-    assert remark.startswith("niqe: in pictures of 120 px there is one block")
+    assert remark.startswith("niqe: in pictures of 120 px a side there is one row of blocks")
     items = [
         Item("a", lambda: (torch.rand(3, 48, 48, generator=torch.Generator().manual_seed(1)), None))
     ]
@@ -166,23 +162,28 @@ def test_the_table_says_everything(run, tmp_path):
     )
     assert "fid: skipped, fid needs 100 pictures or more, got 6" in text
     assert "niqe: skipped, of 12 pictures 12 are smaller than 96 px." in text
-    assert "6 items of 3 photos" in text and "/torch/hub" not in text
+    assert "6 items in 3 groups" in text and "/torch/hub" not in text
 
 
-def test_grouped_difference_and_mark_by_hand():
-    assert benchtable.grouped([1.0, 3.0, 5.0, None], ["a", "a", "b", "b"]).tolist() == [2.0, 5.0]
-    assert benchtable.grouped([None], ["a"]).tolist() == []
+def test_means_differences_and_marks_by_hand():
+    found = benchtable.mean([1.0, 3.0, 5.0, None], ["a", "a", "b", "b"])
+    assert found.mean == 3.0 and (found.low, found.high) == (2.0, 5.0)  # a, a or b, b
+    alone = benchtable.mean([1.0, 2.0], ["a", "a"])
+    assert (alone.low, alone.mean, alone.high) == (1.5, 1.5, 1.5)
+    assert benchtable.mean([None], ["a"]) is None and benchtable.cell(None) == "–"
     assert benchtable.difference([1.0, None, 2.0], [0.5, 1.0, None]) == [0.5, None, None]
-    up = np.array([0.1, 0.2, 0.1, 0.3, 0.2])
-    assert [benchtable.mark(d, higher) for d in (up, -up) for higher in (True, False)] == [
-        " ▲",
-        " ▼",
-        " ▼",
-        " ▲",
-    ]
-    assert (
-        benchtable.mark(up - 0.18, True) == "" and benchtable.mark(up[:4], True) == ""
-    )  # over zero; too few photos
+    up, groups = np.array([0.1, 0.2, 0.1, 0.3, 0.2]), list("abcde")
+    marks = [benchtable.mark(d, groups, higher) for d in (up, -up) for higher in (True, False)]
+    assert marks == [" ▲", " ▼", " ▼", " ▲"]
+    assert benchtable.mark(up - 0.18, groups, True) == ""  # over zero
+    assert benchtable.mark(up[:4], groups[:4], True) == ""  # too few
+    assert benchtable.mark(up, list("abcdd"), True) == ""
+
+
+def test_digits_are_those_of_the_largest_number_of_any_method():
+    for values in ([0.5], [12.5]), ([12.5], [0.5]):
+        methods = {n: {"scores": {"lpips": v}} for n, v in zip("ab", values, strict=True)}
+        assert benchtable.form_of("lpips", methods) == ".2f"
 
 
 def test_pictures_without_a_number_are_left_out_and_counted(run, data, monkeypatch):
@@ -441,6 +442,16 @@ def test_methods_that_cannot_be_had_are_named_and_the_others_go_on(run, tmp_path
         ValueError, match="none of the methods can be had here: gray, left out, no ncnn"
     ):
         run({"gray": failing}, cache=tmp_path / "third")
+
+
+def test_where_memory_runs_out_the_run_stops_and_says_so(run):
+    def large(lr):  # torch's words on a CPU, where it has no kind of its own
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"
+        )
+
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        run({"gray": gray, "large": large})
 
 
 def test_wrong_names_are_refused_before_any_work(run, tmp_path):

@@ -46,7 +46,7 @@ def test_one_degradation_alone_is_the_same_pictures():
     whole, heavy = benchsets.load("eval", 6), benchsets.load("eval:heavy", 2)
     assert [i.id for i in heavy.items] == [
         i.id for i in whole.items if i.id.endswith("heavy")
-    ] and heavy.name == "eval-heavy"
+    ] and heavy.name == "eval-heavy-first-2"
     assert torch.equal(heavy.items[1].read()[0], whole.items[5].read()[0])
 
 
@@ -76,6 +76,21 @@ def test_annotated_photographs_are_the_test_split_at_three_severities():
     assert torch.equal((hr * 255).round().byte(), pair["hr"])
     assert degradation.to_words(found.items[5].labels) == pair["degradation"]
     assert found.items[0].group == found.items[2].group != found.items[3].group
+
+
+def test_annotated_photographs_of_two_folders_have_two_names(tmp_path):
+    names = set()
+    head = "source,author,file,split,subject,count,view,colors,place,background"
+    for who in ("one", "two"):
+        picture(tmp_path / who / "a.png", 130, 130)
+        row = f"flower_photos,{who},a.png,test,rose,one,near,red,center,grass"
+        (tmp_path / who / "annotations.csv").write_text(f"{head}\n{row}\n")
+        found = benchsets.load(f"photographs:{tmp_path / who}")
+        names.add(found.name)
+        assert {i.group for i in found.items} == {who}  # a flower's photographer
+    assert len(names) == 2 and "photographs" not in names
+    with pytest.raises(ValueError, match="write photographs:FOLDER"):
+        benchsets.load("photographs:")
 
 
 # ---------------------------------------------------------------- folders
@@ -325,7 +340,7 @@ def test_a_data_set_with_pairs_and_its_test_split(local):
     assert lr.shape == (3, 6, 8) and hr.shape == (3, 24, 32) and round(float(hr.max()) * 255) == 30
     with pytest.raises(ValueError, match="the pair of row 1 is not ×4"):
         found.items[1].read()
-    assert benchsets.load(f"{spec}:train", 1).name.endswith("-train")
+    assert benchsets.load(f"{spec}:train").name.endswith("-train")
     with pytest.raises(ValueError, match="no split 'val': choose among"):
         benchsets.load(f"{spec}:val")
 

@@ -39,19 +39,6 @@ def test_the_order_is_shuffled_and_the_key_knows_it(comparison):
     assert {k["severity"] for k in key} == {"light", "medium", "heavy"}
 
 
-def test_pairs_lie_apart_on_the_sheet(comparison):
-    sheet, gap = blind.contact(comparison, per_row=3), blind.GAP
-    w, h = 2 * 128 + 3 * gap, 128 + 2 * gap
-    assert sheet.size == (3 * w, 3 * h)
-    pair = sheet.crop((w, 0, 2 * w, h))
-    within = pair.crop((gap, gap, w - gap, h - gap))
-    from PIL import Image, ImageChops
-
-    alone = Image.open(comparison / "001.png").convert("RGB")
-    assert ImageChops.difference(within, alone).getextrema() == ((0, 0),) * 3
-    assert pair.crop((0, 0, gap, h)).getextrema() == ((255, 255),) * 3
-
-
 def test_the_report_counts_what_was_chosen(comparison, capsys):
     for i in range(6):
         blind.answer(comparison, i, bright_side(comparison, i))
@@ -78,6 +65,14 @@ def test_the_page_goes_through_the_pairs(comparison):
     assert again.children[0].value.startswith("bright preferred")
 
 
+def test_an_answer_is_for_the_pair_that_is_shown(comparison):
+    one, other = blind.page(comparison), blind.page(comparison)  # two people at pair 0
+    for page, side in ((one, 0), (other, 2)):
+        page.children[2].children[side].click()
+    assert blind.read_answers(comparison) == {0: "right"}
+    assert "7 of 8 are open" in other.children[0].value
+
+
 def test_the_first_ending_is_a_method_and_leaves_the_model_alone():
     model = RealSR.from_pretrained("nano", "cpu")
     lr = next(blind.damaged(load("val")[:1])).lr[None]
@@ -92,6 +87,10 @@ def test_errors_are_one_sentence(comparison, tmp_path):
     photos = load("val")[:1]
     with pytest.raises(ValueError, match="already holds a comparison"):
         blind.prepare(photos, {"a": gray(0), "b": gray(1)}, comparison)
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "000.png").touch()  # an earlier one was stopped
+    with pytest.raises(ValueError, match="or part of one"):
+        blind.prepare(photos, {"a": gray(0), "b": gray(1)}, tmp_path / "half")
     with pytest.raises(ValueError, match="two methods, got 1"):
         blind.prepare(photos, {"a": gray(0)}, tmp_path / "x")
     with pytest.raises(ValueError, match="holds no answers yet"):
@@ -100,6 +99,10 @@ def test_errors_are_one_sentence(comparison, tmp_path):
         blind.report(tmp_path)
     with pytest.raises(ValueError, match="left, right or same"):
         blind.answer(comparison, 0, "both")
+    for row in ("8,left", "0,Left", "none,left", "0"):
+        (comparison / "answers.csv").write_text(f"pair,choice\n{row}\n")
+        with pytest.raises(ValueError, match="that is no answer: remove it"):
+            blind.report(comparison)
     with pytest.raises(ValueError, match="no method 'magic'"):
         blind.method("magic", None)
 

@@ -14,13 +14,16 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from realsr_r1.cli import main
 from realsr_r1.grammar import MAX_WORDS
+from realsr_r1.photographs import ASSETS
 from realsr_r1.planning import budget, cost
 from realsr_r1.planning.cost import GB, Run, Shape, memory
 from realsr_r1.policy import ChainPolicy, PolicyConfig
+from realsr_r1.pretraining.muon import MuonAdamW
 
 VOCABULARY = PolicyConfig().vocab_size
 
@@ -81,8 +84,9 @@ def test_parameters_of_chameleon_and_of_the_named_shapes():
     assert cost.qwen3().parameters == 596_049_920  # the published 0.6 B
     body = ChainPolicy(PolicyConfig()).model
     assert cost.nano().parameters == body.num_parameters()
-    with pytest.raises(ValueError, match="gpt2 model is not counted here"):
-        Shape.of(GPT2Config())
+    for other in (GPT2Config(), Qwen3MoeConfig()):  # its experts are no such matrices
+        with pytest.raises(ValueError, match=f"{other.model_type} model is not counted here"):
+            Shape.of(other)
 
 
 def kept_bytes(shape: Shape, precision: str, lora: int = 0, tokens: int = 64) -> float:
@@ -147,6 +151,33 @@ def test_memory_by_hand():
     assert (
         rl.parts["reference"] == 4 * p and rl.moments["sampling"]["cache"] == 4 * 8 * 2 * 2 * 4 * 4
     )
+
+
+def test_states_of_the_optimizers():
+    shape = Shape(8, 2, 2, 1, 4, 16, 100, True, 8)
+    p, table = shape.parameters, 800
+    for optimizer, elements in (("adamw", 2 * p), ("muon", p + table), ("sgd", 0)):
+        run = Run("sft", 3, 5, precision="bfloat16", optimizer=optimizer)
+        assert memory(shape, run).parts["optimizer"] == 2 * elements
+        run = dataclasses.replace(run, sharded=True)  # float32, and the weights once more
+        assert memory(shape, run).parts["optimizer"] == 4 * (p + elements)
+
+
+def test_muons_states_are_those_of_our_optimizer():
+    policy = ChainPolicy(PolicyConfig(codes=64, hidden_size=32, layers=2, heads=2, mlp=48))
+    optimizer = MuonAdamW(policy.model.train(), lr=1e-3)
+    for p in policy.model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    kept = sum(
+        x.numel()
+        for s in optimizer.state_dict()["state"].values()
+        for x in s.values()
+        if torch.is_tensor(x) and x.numel() > 1
+    )
+    shape, run = Shape.of(policy.config.body), Run("sft", optimizer="muon")
+    counted = cost.optimizer_states(shape, run, shape.parameters) / 4
+    assert kept == pytest.approx(counted, rel=0.02)  # norms have two moments, too
 
 
 def test_each_way_to_save_memory_saves_it():
@@ -257,7 +288,19 @@ def test_the_command(capsys, tmp_path):
     assert "## The paper's recipe" in (tmp_path / "cost.md").read_text(encoding="utf-8")
     Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=16).save_pretrained(tmp_path / "mine")
     assert main(["cost", str(tmp_path / "mine")]) == 0
+    assert main(["cost", str(ASSETS / "nano" / "policy-sft")]) == 0
+    capsys.readouterr()
+    sizes = []
+    for more in ("", "--accumulate 4", "--accumulate 1"):
+        assert main(f"cost middle --prompts 2 --group 8 --batch 4 {more}".split()) == 0
+        sizes.append(capsys.readouterr().out)
+    assert sizes[0] == sizes[1] != sizes[2]  # as the trainer does it: all chains in a step
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text('{"model_type": "qwen3", "hidden_size": "many"}')
     for wrong, sentence in (
+        (["cost", str(broken)], "config.json is damaged or of a class"),
+        (["cost", "--table", "-o", str(tmp_path)], "is a folder"),
         (["cost", "nowhere"], "no model nowhere"),
         (["cost", "--offload"], "offload belongs to ZeRO-3"),
     ):

@@ -126,7 +126,7 @@ def test_a_log_has_every_step_once_after_a_kill(tmp_path):
     torch.save(state | {"step": 3}, tmp_path / "checkpoint.pt")
     killed = -1
     fit(8).run(loss_of)
-    assert pd.read_csv(tmp_path / "log.csv")["step"].tolist() == [2, 5, 7]
+    assert pd.read_csv(tmp_path / "log.csv")["step"].tolist() == [2, 5, 7, 8]  # the last, too
 
 
 def test_a_lost_loss_is_neither_kept_nor_returned(tmp_path):

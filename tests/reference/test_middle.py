@@ -86,6 +86,7 @@ def test_it_draws_learns_and_is_saved_like_any_other(policy, model, tmp_path, so
     assert vlcot.well_formed(policy.vocabulary.decode(drawn.ids[0]))
     folder = tmp_path / "middle"
     assert main(f"middle {folder} --source {source}".split()) == 0
+    assert main(f"middle {folder} --source {source}".split()) == 2  # trained ones, perhaps
     command = f"train policy --init {folder} --out {folder} --steps 1 --batch 2 --device cpu"
     assert main(command.split()) == 0
     again = RealSR.from_pretrained(folder, "cpu")
