@@ -246,7 +246,8 @@ def opened(photo: images.Source | images.Photo, max_pixels: int) -> images.Photo
     photo = photo if isinstance(photo, images.Photo) else images.read(photo)
     w, h = photo.image.size
     if w * h > max_pixels:
-        raise ValueError(f"{w}x{h} pixels rarely need ×4: scale it down, or allow larger photos")
+        what = f"{w}x{h} pixels rarely need ×4"
+        raise ValueError(f"{what}: scale it down, or allow larger photos (--max-megapixels)")
     return photo
 
 

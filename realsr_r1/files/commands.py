@@ -77,7 +77,8 @@ def register(sub) -> None:
     text = "1: off; see sampling.guided_logits"
     r.add_argument("--guidance", type=real(zero=True), default=1.0, help=text)
     r.add_argument("--batch", type=integer(), default=96, help="tiles at a time")
-    r.add_argument("--max-megapixels", type=real(), default=1.0, help="refuse larger photos")
+    text = "refuse larger photos; the result has 16 times as many pixels"
+    r.add_argument("--max-megapixels", type=real(), default=1.0, help=text)
     text = "put a see-through photo on white instead of keeping its alpha"
     r.add_argument("--flatten", action="store_true", help=text)
     r.add_argument("--keep-gps", action="store_true", help="keep where the photo was taken")

@@ -28,7 +28,8 @@ def add_model(p: argparse.ArgumentParser, policy: bool = True) -> None:
         "--model", type=filled, default="nano", help="a shipped name, a folder, or a hub id"
     )
     if policy:
-        p.add_argument("--policy", default="policy-sft", help="which of the model's policies")
+        text = "which of the policies; policy-cold and policy-cold-grpo know first words only"
+        p.add_argument("--policy", type=filled, default="policy-sft", help=text)
     p.add_argument("--device", help="cpu, cuda or mps; the best there is if left out")
     text = "the same seed gives the same picture"
     p.add_argument("--seed", type=integer(0), default=0, help=text)

