@@ -366,6 +366,8 @@ def apply(hr: Tensor, draws: list[list[dict]]) -> Tensor:
 def _detail(x: Tensor) -> float:
     """Energy of the finest detail of a (3, h, w) image: mean square of its Laplacian on gray."""
     laplacian = x.new_tensor([[0.0, -1, 0], [-1, 4, -1], [0, -1, 0]])
+    if min(x.shape[-2:]) < 3:
+        return 0.0
     return float(F.conv2d(x.mean(0)[None, None], laplacian[None, None]).square().mean())
 
 

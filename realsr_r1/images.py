@@ -133,7 +133,7 @@ def _photo(image: Image.Image) -> Photo:
     if image.mode.startswith("I") or image.mode == "F":
         image, alpha = _gray(image)
     elif image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
+        image = image.convert("LA" if image.mode == "La" else image.mode).convert("RGBA")
         alpha, image = image.getchannel("A"), image.convert("RGB")
     image = _to_srgb(image, profile)
     if alpha is not None and alpha.getextrema()[0] < 255:

@@ -39,8 +39,8 @@ HIDDEN = (
 
 def text_of(completion: str | Mapping | Sequence) -> str:
     """The text of a completion: a string, a message, or a conversation; else ValueError."""
-    if isinstance(completion, str):  # nine digits are no code, and might not fit an int64
-        return re.sub(r"<[a-z][0-9]{9,}>", "<?>", completion)
+    if isinstance(completion, str):
+        return completion
     if isinstance(completion, Mapping):  # a message, or one part of a content that is a list
         return text_of(completion.get("content", completion.get("text")) or "")
     if isinstance(completion, Sequence):

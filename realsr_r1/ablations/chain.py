@@ -163,6 +163,7 @@ def measure(model: RealSR, policy: ChainPolicy, variant: str, photos: list) -> l
 def run(model: RealSR, photos: list, s: Settings, machine: Machine) -> Path:
     """Train and measure the variants of one seed; rows go to `out`/chain-<seed>.csv as each is
     done. Raises ValueError where `out` holds a run of other settings."""
+    photographs.load("train", s.photographs)  # what is missing is told before a place is claimed
     how = asdict(s) | {"batch": machine.batch, "model": model.name, "n": len(photos)}
     claim(s.out / f"settings-{s.seed}.json", how)
     path = s.out / f"chain-{s.seed}.csv"

@@ -267,7 +267,8 @@ class Playground(widgets.VBox):
         image = images.to_image(self.restored(self.drawn))
         images.write(images.Photo(image), stem.with_suffix(".png"))
         with atomic(stem.with_suffix(".json")) as part:
-            text = json.dumps({t: box.value for t, box in self.texts.items()}, indent=1)
+            chain = self.drawn.chains[0]  # what it was drawn under, not what the boxes say now
+            text = json.dumps({t: getattr(chain, t) for t in self.texts}, indent=1)
             part.write_text(text, encoding="utf-8")
         data = base64.b64encode(stem.with_suffix(".png").read_bytes()).decode()
         link = f'<a download="{stem.name}.png" href="data:image/png;base64,{data}">download</a>'

@@ -91,6 +91,8 @@ def report(
 ) -> str:
     """Lines of text: the share of well-formed chains; LPIPS of pictures drawn under the policy's
     own texts, and how much worse or better the true captions and another photograph's make it."""
+    if len(photos) < 2:
+        raise ValueError("one photograph has no other's text: take two or more (-n)")
     items = held_out(photos, severity, seed, labels=True)
     lr, hr = stacked(items)
     clusters = clusters_of(photos)

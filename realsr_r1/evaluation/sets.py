@@ -170,10 +170,9 @@ def load(spec: str, n: int | None = None) -> BenchSet:
     elif Path(spec).is_dir():
         found = from_folder(spec)
     elif kind in (*KNOWN, "hf", "photographs"):
-        raise ValueError(
-            f"{kind} lies in no place of its own: write "
-            f"{kind}:{'NAME' if kind == 'hf' else 'FOLDER'}"
-        )
+        ways = f"{kind}:{'NAME' if kind == 'hf' else 'FOLDER'}"
+        ways = f"{kind} or {ways}" if kind == "photographs" else ways
+        raise ValueError(f"{spec!r} does not say where {kind} lies: write {ways}")
     else:
         raise FileNotFoundError(f"no set and no folder {spec!r}: choose among {', '.join(NAMES)}")
     if n is not None and n < len(found):  # it has pictures and tables of its own

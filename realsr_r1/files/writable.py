@@ -49,7 +49,8 @@ def claim(path: Path, settings: dict) -> None:
     where a run of other settings did: its results would be taken for this one's."""
     now = json.dumps(settings, default=str)
     if path.exists() and path.read_text(encoding="utf-8") != now:
-        raise ValueError(f"{path.parent} holds a run of other settings: choose another --out")
+        what = f"{path.parent} holds a run of other settings"
+        raise ValueError(f"{what}: choose another --out, or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as part:
         part.write_text(now, encoding="utf-8")

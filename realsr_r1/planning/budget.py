@@ -391,11 +391,12 @@ def shape_of(name: str) -> Shape:
         kind = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))["model_type"]
         ours = kind == PolicyConfig.model_type
         config = (PolicyConfig if ours else AutoConfig).from_pretrained(name)
-    except (ValueError, KeyError, TypeError, StrictDataclassError) as e:
+        config = config.body if ours else config
+    except (ValueError, KeyError, TypeError, ZeroDivisionError, StrictDataclassError) as e:
         raise ValueError(
             f"{name}'s config.json is damaged or of a class that this transformers does not know"
         ) from e
-    return Shape.of(config.body if ours else config)
+    return Shape.of(config)
 
 
 def describe(shape: Shape, run: Run, price: float = 0.0) -> str:

@@ -394,5 +394,5 @@ def require(need: float, device, what: str) -> None:
     if need > free:
         raise RuntimeError(
             f"{what} needs about {need / GB:.1f} GB and {device} has {free / GB:.1f} GB free: "
-            "lower batch or length, use LoRA, shard, or take a larger device (realsr cost --help)"
+            "lower batch or length, or take a larger device (realsr cost --help)"
         )

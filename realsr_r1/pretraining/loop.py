@@ -56,7 +56,8 @@ class Fit:
 
     `out` is a folder: log.csv, and checkpoint.pt until the run ends. `loss_of(step, done)` gives
     the loss and figures for the log, `done` being the share of the run in [0, 1]. `preview(model)`
-    is called at every checkpoint with the averaged model and may return figures for the log."""
+    is called at every checkpoint and at the end with the averaged model; what it returns is
+    printed."""
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, out: Path, config: FitConfig

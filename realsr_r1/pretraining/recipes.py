@@ -89,7 +89,7 @@ class Discriminator(nn.Sequential):
 
 @dataclass(frozen=True)
 class TokenizerLoss:
-    """Weights of the tokenizer's loss and shares of its inputs (see `tokenizer_loss`)."""
+    """Weights of the tokenizer's loss and shares of its inputs (see `TokenizerTraining`)."""
 
     l1: float = 2.0
     lpips: float = 1.0
@@ -249,7 +249,22 @@ def train_tokenizer(
     batches = forever(data, run.machine, used, _stack)
     training = TokenizerTraining(model, batches, run.machine, loss)
     fit.extra = {"critic": training.critic, "critic_step": training.critic_step}
+    fit.extra["usage"] = _Usage(model)
     return fit.run(training, run.preview)
+
+
+class _Usage:
+    """How often each code was used, which no weights hold, for a checkpoint: without it a training
+    that goes on would take long to see that a code is dead."""
+
+    def __init__(self, model: VQModel):
+        self.usage = model.codebook.usage
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"usage": self.usage}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.usage.copy_(state["usage"])
 
 
 def _stack(items: list[dict]) -> dict:

@@ -192,6 +192,7 @@ def _policy(s: Settings, tokenizer: VQModel, start: ChainPolicy | None) -> Chain
 
 
 def _decoder(s: Settings, model: RealSR, what: str) -> VQModel:
+    torch.manual_seed(s.seed)
     run = s.run(what, Preview(s, what).decoder(model.policy))
     if what == "ending":
         return ending.train_ending(model, _crops(s, what), run, peers.load(s.teacher))
@@ -232,19 +233,17 @@ def run(what: str, settings: Settings) -> None:
         return
     if lacks := peers.missing(settings.teacher):
         print(f"the ending will be left out, without its teacher: {lacks}", flush=True)
-    trained = False
+    anew = False
     for stage, share in SHARES.items():
         if stage == "ending" and lacks:
             break
         part = replace(settings, minutes=settings.minutes * share)
         part = part if stage == "tokenizer" else replace(part, init=None)
-        if not trained and part.made(stage):
+        if not anew and part.made(stage):
             print(f"{stage}: finished before with these settings, passed over", flush=True)
             continue
-        if trained:
-            forget(part.out / stage)
+        anew = True
         _stage(stage, part)
-        trained = True
 
 
 def bring(home: Path, out: Path, *parts: str) -> None:
@@ -261,6 +260,14 @@ def bring(home: Path, out: Path, *parts: str) -> None:
             )
 
 
+def outdate(what: str, out: Path) -> None:
+    """What builds on a stage that is being trained begins anew, however this training ends."""
+    stages = list(SHARES)
+    for later in stages[stages.index(what) + 1 :]:
+        forget(out / later)
+        (out / later / "settings.json").unlink(missing_ok=True)
+
+
 def _stage(what: str, s: Settings) -> None:
     home, device = s.init or s.out, s.machine(what).device
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU
@@ -268,6 +275,7 @@ def _stage(what: str, s: Settings) -> None:
         raise ValueError(f"{home} holds no tokenizer: train one first (realsr train tokenizer)")
     if what == "tokenizer":
         start = load_tokenizer(home / what) if s.init else None
+        outdate(what, s.out)
         finish(s.out / what, _tokenizer(s, start), s.out / what, s)
         return
     if what != "policy" and not (home / "policy-sft").exists():
@@ -276,11 +284,13 @@ def _stage(what: str, s: Settings) -> None:
         bring(home, s.out, "tokenizer")
         known = s.init and (home / "policy-sft").exists()
         start = RealSR.from_pretrained(home, device).policy if known else None
+        outdate(what, s.out)
         policy = _policy(s, load_tokenizer(home / "tokenizer"), start)
         finish(s.out / what, policy, s.out / "policy-sft", s)
         return
     bring(home, s.out, "tokenizer", "policy-sft")
     start = RealSR.from_pretrained(home, device)
+    outdate(what, s.out)
     finish(s.out / what, _decoder(s, start, what), s.out / "tokenizer", s)
 
 

@@ -329,12 +329,12 @@ def quantization(bits: int) -> BitsAndBytesConfig | None:
 
 
 def load(
-    name: str | Path, device: str | None = None, bits: int = 16, tokens: int = 10_000
+    name: str | Path, device: str | None = None, bits: int = 16, batch: int = 1
 ) -> ImageChameleon:
     """A Chameleon-class checkpoint, from a folder or the hub, with `.layout` and `.words` (its
     tokenizer), in evaluation mode.
 
-    `bits`: 32, 16 (bfloat16), 8 or 4. `tokens`: the longest sequence, for the memory check before
+    `bits`: 32, 16 (bfloat16), 8 or 4. `batch`: sequences at a time, for the memory check before
     loading. One-sentence errors: FileNotFoundError, ValueError (class, vocabulary, keys),
     RuntimeError (memory).
     """
@@ -343,7 +343,7 @@ def load(
     config = read_config(folder)
     words = _words(folder)
     layout = Layout.of((config.vocabulary_map or {}) | words.get_vocab(), config.vocab_size)
-    needed, free = needed_bytes(config, bits, tokens), cost.free_bytes(dev)
+    needed, free = needed_bytes(config, bits, batch=batch), cost.free_bytes(dev)
     if needed > free:
         raise RuntimeError(
             f"{folder.name} needs about {needed / 1e9:.1f} GB at {bits} bits and {dev} has "

@@ -19,7 +19,7 @@ def restore(a: argparse.Namespace) -> int:
     size = opened(a.photo, most).image.size
     check_writable(a.out, a.trace, tuple(n * restoring.SCALE for n in size))
     options = {"device": a.device} if a.device else {}
-    model = restoring.load_reference(a.weights, a.tokenizer, bits=a.bits, **options)
+    model = restoring.load_reference(a.weights, a.tokenizer, bits=a.bits, batch=a.batch, **options)
     how = {"sizes": sizes, "window": a.window}
     result = restoring.restore_reference(
         a.photo, model, restoring.PURE, a.seed, a.batch, most, **how

@@ -109,7 +109,7 @@ def main() -> None:
     for first in range(0, a.files, each * a.workers):
         seeds = range(first, min(first + each * a.workers, a.files), each)
         with multiprocessing.get_context("spawn").Pool(a.workers) as pool:
-            jobs = [pool.apply_async(work, ((s, each),)) for s in seeds]
+            jobs = [pool.apply_async(work, ((s, min(each, a.files - s)),)) for s in seeds]
             for job in jobs:
                 try:
                     total += job.get(timeout=600)

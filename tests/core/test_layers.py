@@ -71,7 +71,8 @@ def functions(path: Path) -> list[tuple[str, int, list[str]]]:
         if isinstance(node, ast.FunctionDef):
             given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
             parameters = [a.arg for a in given if a.arg not in ("self", "cls")]
-            said = len((ast.get_docstring(node, clean=False) or "").split("\n"))
+            text = ast.get_docstring(node, clean=False)
+            said = len(text.split("\n")) if text else 0
             out.append((node.name, node.end_lineno - node.lineno + 1 - said, parameters))
     return out
 

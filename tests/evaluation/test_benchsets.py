@@ -89,7 +89,7 @@ def test_annotated_photographs_of_two_folders_have_two_names(tmp_path):
         names.add(found.name)
         assert {i.group for i in found.items} == {who}  # a flower's photographer
     assert len(names) == 2 and "photographs" not in names
-    with pytest.raises(ValueError, match="write photographs:FOLDER"):
+    with pytest.raises(ValueError, match="write photographs or photographs:FOLDER"):
         benchsets.load("photographs:")
 
 
@@ -204,7 +204,7 @@ def test_folders_that_are_wrong_are_refused_in_a_sentence(tmp_path):
         benchsets.load("nowhere")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         benchsets.load(f"realsr:{tmp_path / 'none'}")
-    with pytest.raises(ValueError, match="realsr lies in no place of its own: write realsr:FOLDER"):
+    with pytest.raises(ValueError, match="does not say where realsr lies: write realsr:FOLDER"):
         benchsets.load("realsr")
     with pytest.raises(ValueError, match="one item or more, got n = 0"):
         benchsets.load("eval", 0)

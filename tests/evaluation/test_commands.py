@@ -20,7 +20,8 @@ from realsr_r1.cli import main
     ],
 )
 def test_a_leaf_says_what_it_found(leaf, said, tmp_path, capsys):
-    command = f"eval {leaf.format(tmp=tmp_path)} -n 1 --device cpu"
+    n = 2 if leaf.startswith("chains") else 1
+    command = f"eval {leaf.format(tmp=tmp_path)} -n {n} --device cpu"
     assert main(command.split()) == 0
     assert said in capsys.readouterr().out
 

@@ -298,8 +298,12 @@ def test_the_command(capsys, tmp_path):
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "config.json").write_text('{"model_type": "qwen3", "hidden_size": "many"}')
+    wrong_policy = tmp_path / "policy"
+    wrong_policy.mkdir()
+    (wrong_policy / "config.json").write_text('{"model_type": "realsr_chain", "heads": 0}')
     for wrong, sentence in (
         (["cost", str(broken)], "config.json is damaged or of a class"),
+        (["cost", str(wrong_policy)], "config.json is damaged or of a class"),
         (["cost", "--table", "-o", str(tmp_path)], "is a folder"),
         (["cost", "nowhere"], "no model nowhere"),
         (["cost", "--offload"], "offload belongs to ZeRO-3"),

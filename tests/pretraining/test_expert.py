@@ -38,7 +38,6 @@ def test_training_writes_a_file_that_loads(bank, tmp_path):
     x = bank.pictures[:, 0].float() / 255
     with torch.no_grad():
         assert torch.allclose(trained(x), again(x), atol=2e-2)  # the file is in half precision
-    assert E.agreement(again, bank).abs().max() <= 1
 
 
 def test_agreement_knows_a_perfect_judge(bank):

@@ -129,6 +129,28 @@ def test_a_log_has_every_step_once_after_a_kill(tmp_path):
     assert pd.read_csv(tmp_path / "log.csv")["step"].tolist() == [2, 5, 7, 8]  # the last, too
 
 
+def test_a_killed_run_gives_the_weights_of_an_undisturbed_one(tmp_path):
+    def run(name: str, stop: int) -> torch.nn.Module:
+        def loss_of(step: int, done: float):
+            if step == stop:
+                raise KeyboardInterrupt
+            x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+            return model(x).square().mean(), {}
+
+        torch.manual_seed(0 if stop != -2 else 1)  # whoever goes on has begun with other weights
+        model = torch.nn.Linear(3, 2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        how = FitConfig(steps=8, lr=1e-2, warmup=2, ema=0.9, checkpoint_minutes=0)
+        return Fit(model, optimizer, tmp_path / name, how).run(loss_of)
+
+    whole = run("whole", -1)
+    with pytest.raises(KeyboardInterrupt):
+        run("killed", 5)
+    again = run("killed", -2)
+    for a, b in zip(whole.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_a_lost_loss_is_neither_kept_nor_returned(tmp_path):
     model = torch.nn.Linear(1, 1)
     for minutes in (0.0, 60.0):  # at a checkpoint; at the end
@@ -208,6 +230,7 @@ def test_what_builds_on_a_stage_that_is_trained_anew_begins_anew(tmp_path, monke
 
     def stage(what, s):
         done.append(what)
+        stages.outdate(what, s.out)
         (s.out / what).mkdir(exist_ok=True)
         if what == stops:
             (s.out / what / "checkpoint.pt").touch()
@@ -225,7 +248,13 @@ def test_what_builds_on_a_stage_that_is_trained_anew_begins_anew(tmp_path, monke
     stages.run("all", replace(settings, workers=2))
     assert done == ["policy", "decoder", "ending"]
     assert (tmp_path / "policy" / "checkpoint.pt").exists()  # it went on from there
-    done = []
+    done, stops = [], "tokenizer"  # killed again: the policy that was made is of another tokenizer
+    with pytest.raises(KeyboardInterrupt):
+        stages.run("all", replace(settings, minutes=20))
+    assert not (tmp_path / "policy" / "settings.json").exists()
+    assert not (tmp_path / "policy" / "checkpoint.pt").exists()
+    (tmp_path / "tokenizer" / "checkpoint.pt").unlink()
+    done, stops = [], ""
     stages.run("all", replace(settings, minutes=20))
     assert done == [*stages.SHARES] and not list(tmp_path.rglob("checkpoint.pt"))
     for kept in tmp_path.rglob("settings.json"):

@@ -640,7 +640,8 @@ def test_command_line(small, tmp_path, monkeypatch, capsys):
     assert main([*line.split(), "-o", str(out), "--trace", str(trace), "--window", "4"]) == 0
     settings = json.loads(trace.read_text(encoding="utf-8"))["settings"]
     assert images.read(out).image.size == (64, 64) and settings["window"] == 4
-    assert asked == {"name": "some/model", "tokenizer": None, "device": "cpu", "bits": 8}
+    options = {"device": "cpu", "bits": 8, "batch": 1}
+    assert asked == {"name": "some/model", "tokenizer": None} | options
     assert "bicubic" not in capsys.readouterr().out
     with monkeypatch.context() as m:
         m.setattr(R, "final_codes", lambda text: None)  # a model that breaks off

@@ -324,6 +324,11 @@ def entropy_top_k(student) -> None:
     expect(
         near(k[1], formula(0)), f"one certain word has H = 0 and k = 14, yours is {float(k[1]):.0f}"
     )
+    expect(
+        abs(float(k[0]) - round(formula(h))) < 0.6 and abs(float(k[1]) - round(formula(0))) < 0.6,
+        f"k is 1 + 1999·sigmoid(H − 5), rounded: {round(formula(h))} and {round(formula(0))} here, "
+        f"yours are {float(k[0]):g} and {float(k[1]):g}",
+    )
     out = float(student(masked)[0])
     expect(
         math.isfinite(out) and out >= 1 and out < 1e6,

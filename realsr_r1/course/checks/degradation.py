@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from realsr_r1 import degradation
-from realsr_r1.course.checks import Mistake, check, expect
+from realsr_r1.course.checks import Mistake, check, expect, number
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float = 1e-4) -> bool:
@@ -289,7 +289,7 @@ def estimate_noise(student):
     g = torch.Generator().manual_seed(0)
     flat = torch.full((128, 128), 0.5)
     noisy = flat + torch.randn((128, 128), generator=g) * (10 / 255)
-    got = float(student(noisy))
+    got = number(student(noisy), "a standard deviation")
 
     def near(value, tolerance=0.06):
         return abs(got - value) < tolerance * value

@@ -32,8 +32,14 @@ def _stop_at(entropy: list[float], share: float = 0.5, patience: int = 2) -> int
     return None
 
 
+def _group_advantages(rewards: Tensor, group: int, eps: float = 1e-4) -> Tensor:
+    """(n,) → advantages (n,): minus the group's mean, by its standard deviation + eps."""
+    r = rewards.view(-1, group)
+    return ((r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + eps)).flatten()
+
+
 reference = SimpleNamespace(
-    group_advantages=objective.group_advantages,
+    group_advantages=_group_advantages,
     clipped_surrogate=objective.clipped_surrogate,
     kl_k3=objective.kl_k3,
     completion_logprobs=_completion_logprobs,
@@ -51,6 +57,14 @@ def _near(out: Tensor, other: Tensor) -> bool:
     return out.shape == other.shape and torch.allclose(
         out.float(), other.float(), atol=1e-4, rtol=1e-4
     )
+
+
+def _learns(out: Tensor, x: Tensor, right: Tensor, where: str) -> None:
+    """A loss must reach `x`: its gradient is that of `right`."""
+    sentence = f"{where} reaches no gradient: work with tensors, not with float(…) or .item()"
+    expect(out.requires_grad, sentence)
+    got, want = (torch.autograd.grad(v.sum(), x)[0] for v in (out, right))
+    expect(_near(got, want), sentence)
 
 
 @check
@@ -117,15 +131,13 @@ def group_advantages(student) -> None:
         "a group whose rewards are all equal must get advantages of 0",
     )
     tiny = torch.tensor([0.5, 0.5001])
-    value, want = (
-        float(student(tiny, 2, eps)[1]),
-        float(objective.group_advantages(tiny, 2, eps)[1]),
-    )
-    expect(
-        abs(value - want) < 0.05,
-        f"eps is added to the standard deviation, outside any root, as it is given: rewards 0.5 "
-        f"and 0.5001 give {want:.2f}, yours {value:.2f}",
-    )
+    for given in (eps, 10 * eps):
+        value, want = (float(f(tiny, 2, given)[1]) for f in (student, _group_advantages))
+        expect(
+            abs(value - want) < 0.02,
+            f"eps is added to the standard deviation, outside any root, as it is given: rewards "
+            f"0.5 and 0.5001 with eps {given:g} give {want:.2f}, yours {value:.2f}",
+        )
 
 
 @check
@@ -213,6 +225,8 @@ def kl_k3(student) -> None:
     )
     _tensor(out, (2, 3), "one number a word")
     if _near(out, right):
+        x = logp.clone().requires_grad_()
+        _learns(student(x, ref), x, torch.exp(ref - x) - (ref - x) - 1, "the policy's logp")
         return
     expect(
         not _near(out, torch.exp(-x) + x - 1),
@@ -301,6 +315,12 @@ def completion_logprobs(student) -> None:
     )
     _tensor(out, (b, length - p), "one number a completion word")
     if _near(out, right):
+        expect(
+            _near(student(logits, ids, 2), _completion_logprobs(logits, ids, 2)),
+            "right for a prompt of 3 tokens only: use the length that is given",
+        )
+        x = logits.clone().requires_grad_()
+        _learns(student(x, ids, p), x, _completion_logprobs(x, ids, p), "the logits")
         return
     expect(
         not _near(out, pick(logp, 0)),
@@ -382,6 +402,8 @@ def masked_mean(student) -> None:
         abs(float(empty) - 1.25) < 1e-4,
         "a chain without any free word counts as 0 among the chains, as in TRL",
     )
+    free = x.clone().requires_grad_()
+    _learns(student(free, mask), free, objective.masked_mean(free, mask), "x")
 
 
 @check

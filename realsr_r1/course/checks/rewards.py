@@ -82,14 +82,15 @@ def in_form(student) -> None:
     expect(one(_toy(*tags[:-1])) == 0, "the last part is missing and you give 1")
     swapped = _toy(tags[0], tags[3], tags[2], tags[1], *tags[4:])
     expect(one(swapped) == 0, "all parts are there, but in another order: that is 0")
-    twice = _toy(*tags, tags[-1])
-    expect(
-        one(twice) == 0,
-        "the last part is said twice and you give 1: `.+?` runs across the second copy, so count "
-        "each tag",
-    )
-    empty = whole.replace("<rough_understand> a bird", "<rough_understand> ")
-    expect(one(empty) == 0, "a part that holds nothing but space is empty: that is 0")
+    for i, tag in enumerate(tags):
+        twice = _toy(*tags[: i + 1], *tags[i:])
+        expect(
+            one(twice) == 0,
+            f"<{tag}> is said twice and you give 1: `.+?` runs across the second copy, so count "
+            "each tag",
+        )
+        empty = whole.replace(_toy(tag), _part(tag, ""))
+        expect(one(empty) == 0, f"<{tag}> holds nothing but space, it is empty: that is 0")
 
 
 @check
