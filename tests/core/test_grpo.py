@@ -55,6 +55,23 @@ def test_advantages_by_part_by_hand():
     assert a[0, 0] > 0 > a[0, 3]  # its words were good, its picture was not
 
 
+def test_the_trainer_gives_credit_until_a_part_is_closed(rows, tmp_path):
+    """The degradation alone is rewarded: tokens after its end hear nothing."""
+
+    def degradation_reward(completions, **_) -> list[float]:  # by its name
+        return [i / 4 for i in range(len(completions))]
+
+    settings, policy = GrpoSettings(prompts=1, group=4, micro_batch=4), tiny()
+    trainer = ChainGRPOTrainer(policy, rows, [degradation_reward], tmp_path, settings, "cpu")
+    batch = trainer._generate_and_score_completions([rows[0]] * 4)
+    ids, credit = batch["completion_ids"], batch["advantages"]
+    assert credit.shape == ids.shape and (credit[:, 0] != 0).all()
+    closed = ids == policy.vocabulary.ids["</degradation>"]
+    for place, given in zip(closed.int().argmax(1).tolist(), credit, strict=True):
+        assert 0 < place < ids.shape[1] - 1 and not given[place + 1 :].any()
+        assert (given[: place + 1] == given[0]).all()
+
+
 def test_the_trainers_loss_is_the_formula(rows, tmp_path):
     settings = GrpoSettings(prompts=1, group=4, micro_batch=4, beta=0.3)
     policy = tiny()

@@ -169,6 +169,7 @@ WRONG = [
     (checks.entropy_top_k, entropy_k(safe=False), "nan"),
     (checks.entropy_top_k, entropy_k(clamp=99.0), "clamp the entropy"),
     (checks.entropy_top_k, entropy_k(whole=False), "round it"),
+    (checks.entropy_top_k, lambda x: sampling.entropy_top_k(x) - 1, "rounded"),
     (
         checks.entropy_top_k,
         lambda x: 1 + torch.sigmoid(x.softmax(-1).log().mul(-x.softmax(-1)).sum(-1) - 5),

@@ -176,6 +176,18 @@ WRONG = [
         "best word at each place",
     ),
     (checks.masked_mean, lambda x, m: x.mean(), "the mask has no effect"),
+    (checks.masked_mean, lambda x, m: right.masked_mean(x.detach(), m), "reaches no gradient"),
+    (checks.kl_k3, lambda logp, ref: right.kl_k3(logp.detach(), ref), "reaches no gradient"),
+    (
+        checks.completion_logprobs,
+        lambda x, ids, p: right.completion_logprobs(x, ids, 3),
+        "a prompt of 3 tokens only",
+    ),
+    (
+        checks.group_advantages,
+        lambda r, g, eps=1e-4: right.group_advantages(r, g, 1e-4),
+        "as it is given",
+    ),
     (checks.masked_mean, lambda x, m: (x * m).mean(), "still divide by all words"),
     (checks.masked_mean, lambda x, m: (x * m).sum() / m.sum(), "long chains weigh more"),
     (checks.masked_mean, lambda x, m: (x * m).sum(), "that is a sum"),

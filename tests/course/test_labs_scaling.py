@@ -155,6 +155,7 @@ WRONG = [
     ),
     ("cache_bytes", lambda layers, h, d, t, c, w=2: 4 * layers * h * d * t * c, "has no effect"),
     ("zero_bytes", zero(parts=(8, 2, 2)), "left out the float32 copy"),
+    ("zero_bytes", lambda n, d, s: zero()(n, 1 if d == 1 else 8, s), "use what is given"),
     ("zero_bytes", zero(parts=(4, 2, 2)), "12 bytes a parameter"),
     ("zero_bytes", zero(late=-9), "nothing is divided"),
     ("zero_bytes", zero(skip=(2,)), "still whole"),

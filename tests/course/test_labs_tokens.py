@@ -96,6 +96,11 @@ WRONG = [
     ("revive", lambda w, u, p, t, g: rows_of(p, len(w), g), "replaced every code"),
     (
         "revive",
+        lambda w, u, p, t, g: moved(w, u < t, F.normalize(rows_of(p, int((u < t).sum()), None))),
+        "the same generator gave other rows",
+    ),
+    (
+        "revive",
         lambda w, u, p, t, g: moved(w, u >= t, rows_of(p, int((u >= t).sum()), g)),
         "kept the dead",
     ),
