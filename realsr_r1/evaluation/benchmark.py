@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import torch
+from huggingface_hub import constants
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -53,11 +53,7 @@ Restorer = Callable[[Tensor], Tensor]  # (b, 3, h, w) → (b, 3, 4h, 4w), in [0,
 def plain(reason: object) -> str:
     """An error's sentence without this machine's folders and without its full stop, for a table
     that is shared."""
-    places = {
-        "HUB": torch.hub.get_dir(),
-        "HF_HUB_CACHE": huggingface_hub.constants.HF_HUB_CACHE,
-        "~": Path.home(),
-    }
+    places = {"HUB": torch.hub.get_dir(), "HF_HUB_CACHE": constants.HF_HUB_CACHE, "~": Path.home()}
     text = str(reason)
     for name, path in places.items():
         text = text.replace(str(path), name)

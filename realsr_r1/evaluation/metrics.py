@@ -95,9 +95,7 @@ FID_LEAST, FID_ENOUGH = 100, 2048
 def missing_files(name: str) -> list[str]:
     """The files that a metric of the table needs and does not find, each with the folder where it
     goes."""
-    metric = named(name)
-    files = quality.METRICS[metric.pyiqa][2] if metric.pyiqa in quality.METRICS else metric.files
-    return quality.absent(files)
+    return quality.absent(named(name).files)
 
 
 def named(name: str) -> Metric:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import huggingface_hub
 import torch
+from huggingface_hub import constants
 from torch import Tensor
 
 from realsr_r1.evaluation.experts import WEIGHTS, Expert, load_expert
@@ -40,7 +41,7 @@ NAMES = ("nano", "niqe", "brisque", "piqe", "paper")
 def absent(files: tuple[str, ...]) -> list[str]:
     """Those of `files` (named as in METRICS) that are not on this machine, each with the folder
     where it goes."""
-    hub, cache, out = Path(torch.hub.get_dir()), huggingface_hub.constants.HF_HUB_CACHE, []
+    hub, cache, out = Path(torch.hub.get_dir()), constants.HF_HUB_CACHE, []
     for name in files:
         if not name.startswith("timm/"):
             path = hub / name
@@ -56,7 +57,7 @@ def create(metric: str, device: str | torch.device = "cpu", **options) -> Callab
 
     if metric == "niqe":
         options["pretrained_model_path"] = str(NIQE)
-    constants = huggingface_hub.constants
+
     offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
     try:
         return pyiqa.create_metric(metric, device=device, **options)
