@@ -57,7 +57,6 @@ def create(metric: str, device: str | torch.device = "cpu", **options) -> Callab
 
     if metric == "niqe":
         options["pretrained_model_path"] = str(NIQE)
-
     offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
     try:
         return pyiqa.create_metric(metric, device=device, **options)
