@@ -4,6 +4,7 @@ import pytest
 from PIL import Image
 
 from realsr_r1.cli import main
+from realsr_r1.evaluation import demo
 
 
 @pytest.mark.slow
@@ -11,7 +12,6 @@ from realsr_r1.cli import main
     ("leaf", "said"),
     [
         ("chains --severity light", "LPIPS under own texts: 0."),
-        ("trust", "| trust 0.6, 0.35 where read as clean |"),
         ("experts --experts nano", "nano: pairs in LPIPS order 0."),
         ("words --policies policy-cold policy-cold-grpo", "| degradation, policy-cold-grpo |"),
         ("lattice", "true codes: "),
@@ -27,9 +27,10 @@ def test_a_leaf_says_what_it_found(leaf, said, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_demo_pictures(tmp_path):
+def test_the_demo_pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "CUT", 32)  # one tile a photo
     for name in ("sheet.png", "chain.gif"):
         assert main(["demo", "-o", str(tmp_path / name), "--device", "cpu"]) == 0
         with Image.open(tmp_path / name) as made:
-            assert min(made.size) > 200
+            assert min(made.size) > 150
             assert getattr(made, "n_frames", 1) > 1 or name.endswith("png")
