@@ -6,6 +6,7 @@
 import base64
 import copy
 import csv
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -33,13 +34,14 @@ CHOICES = ("left", "same", "right")
 
 def method(name: str, model: RealSR, seed: int = 0, sampling: Sampling = Sampling()) -> Method:
     """A method by name: chain, first ending (the chain by that ending of the decoder), LR alone,
-    bicubic, or one of `peers.METHODS`."""
+    bicubic, or one of `peers.METHODS`. Each picture has noise of its own, the same for two methods
+    of one seed."""
     if name == "first ending":
         model = RealSR(copy.deepcopy(model.tokenizer), model.policy, model.name)
         model.tokenizer.decoder.clean = None
     if name in ("chain", "first ending"):
-        call = chain_method(model, sampling)
-        return lambda lr: call(lr, seed)[0]
+        call, seeds = chain_method(model, sampling), itertools.count(seed)
+        return lambda lr: call(lr, next(seeds))[0]
     if name == "LR alone":
         return lambda lr: model.decode(lr=lr).cpu()
     if name not in peers.METHODS and not name.startswith(peers.ANY):

@@ -105,7 +105,7 @@ def report(
     chains = [c for x in lr.split(48) for c in model.sample(x, sampling, g).chains]
     own = [{t: getattr(c, t) for t in TEXT_TAGS} for c in chains]
     true = [dict(zip(TEXT_TAGS, (x["degradation"], *x["captions"]), strict=True)) for x in items]
-    half = len(true) // 2  # from another part of the table: its neighbors show the same kind
+    half = len(true) // 2  # far off: in a table sorted by kind, neighbors show the same
     far = true[half:] + true[:half]
     other = [t | {TEXT_TAGS[0]: o[TEXT_TAGS[0]]} for t, o in zip(far, own, strict=True)]
     distance = {}

@@ -158,6 +158,14 @@ def test_bad_input_gets_one_sentence(call, message, hr):
         call(hr[None])
 
 
+def test_the_smallest_pictures_have_labels_too():
+    for side in (4, 8):
+        hr = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(side))
+        found = D.degrade(hr, "nano", torch.Generator().manual_seed(0))
+        assert found.lr.shape == (1, 3, side // 4, side // 4)
+        assert set(found.labels[0]) == set(D.LABELS)
+
+
 def test_bytes_are_divided_by_255(hr):
     pixels = (hr[None] * 255).round().byte()
     one, other = (D.degrade(x, "nano") for x in (pixels, pixels / 255))

@@ -85,10 +85,13 @@ def test_the_blind_choice_is_counted_and_the_result_saved(page, tmp_path):
     assert sum(page.wins.values()) == 1 and page.wins[page.order[0]] == 1
     page.picked(1)  # the pair has been judged
     assert sum(page.wins.values()) == 1
+    said = page.texts["rough_understand"].value
+    page.texts["rough_understand"].value = "written since"  # the picture was not drawn under it
     page.save()
     (picture,) = (tmp_path / "saved").glob("*.png")
     assert Image.open(picture).size == (128, 128) and "download" in page.download.value
-    assert set(json.loads(picture.with_suffix(".json").read_text())) == set(page.texts)
+    kept = json.loads(picture.with_suffix(".json").read_text())
+    assert set(kept) == set(page.texts) and kept["rough_understand"] == said
 
 
 @pytest.mark.parametrize("kind", [tuple, dict])

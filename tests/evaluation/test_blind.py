@@ -83,6 +83,15 @@ def test_the_first_ending_is_a_method_and_leaves_the_model_alone():
     assert (chain - first).abs().mean() > 0.003
 
 
+def test_pairs_have_noise_of_their_own_and_both_methods_the_same():
+    """Else all pairs of a comparison would share their luck."""
+    model, lr = RealSR.from_pretrained("nano", "cpu"), torch.full((1, 3, 32, 32), 0.5)
+    call, again = (blind.method("chain", model, 5) for _ in range(2))
+    first, second = call(lr), call(lr)
+    assert not torch.equal(first, second)
+    assert torch.equal(first, again(lr)) and torch.equal(second, again(lr))
+
+
 def test_errors_are_one_sentence(comparison, tmp_path):
     photos = load("val")[:1]
     with pytest.raises(ValueError, match="already holds a comparison"):

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -101,6 +102,8 @@ def test_a_training_goes_on_with_new_items_and_its_own_settings(data, tmp_path, 
         pairs = Noting(data.photos, labels=False)
         recipes.train_tokenizer(tiny()[0], pairs, Run(tmp_path, Machine(batch=2), fit), loss)
     assert seen == [4, 5]
+    kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["extra"]["usage"]["usage"]
+    assert (kept < 0.98).any()  # three steps of codes that nobody used: 0.99³, not 0.99
     other = FitConfig(steps=4, lr=2e-3, warmup=1)
     with pytest.raises(ValueError, match=r"other settings \(lr 0.001, now 0.002\)"):
         recipes.train_tokenizer(tiny()[0], data, Run(tmp_path, Machine(batch=2), other), loss)
@@ -149,6 +152,17 @@ def test_a_killed_run_gives_the_weights_of_an_undisturbed_one(tmp_path):
     again = run("killed", -2)
     for a, b in zip(whole.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_seed_reaches_the_decoder(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(recipes, "train_decoder", lambda *_: drawn.append(torch.rand(1)))
+    monkeypatch.setattr(stages.Preview, "decoder", lambda *_: None)
+    model = SimpleNamespace(tokenizer=None, policy=None)
+    for seed in (3, 3, 4):
+        torch.rand(5)  # whatever came before
+        stages._decoder(stages.Settings(out=tmp_path, seed=seed), model, "decoder")
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_a_lost_loss_is_neither_kept_nor_returned(tmp_path):
