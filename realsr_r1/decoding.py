@@ -46,51 +46,53 @@ class Decoder:
         self.heads, self.kv, self.d = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         self.eps, self.norm = c.rms_norm_eps, body.norm.weight
         self.layers = [_Layer(layer) for layer in body.layers]
-        self.prompt = prompt.shape[1]
+        self.prompt = self.top = prompt.shape[1]  # top: so much of the cache is in use
         read = body(inputs_embeds=prompt, use_cache=True)
         self.last = read.last_hidden_state[:, -1:].repeat_interleave(copies, 0)
-        self.cache = [
-            [
-                F.pad(x, (0, 0, 0, length)).repeat_interleave(copies, 0)
-                for x in (part.keys, part.values)
-            ]
-            for part in read.past_key_values.layers
-        ]
         b, device = len(self.last), prompt.device
-        self.skipped = torch.zeros(b, self.prompt + length, dtype=torch.bool, device=device)
+        shape = b, self.prompt + length, self.kv, self.d
+        self.cache = [(prompt.new_zeros(shape), prompt.new_zeros(shape)) for _ in self.layers]
+        for parts, layer in zip(self.cache, read.past_key_values.layers, strict=True):
+            for part, x in zip(parts, (layer.keys, layer.values), strict=True):
+                part[:, : self.prompt] = x.transpose(1, 2).repeat_interleave(copies, 0)
         self.rows = torch.arange(b, device=device)[:, None]
         positions = torch.arange(self.prompt + length, device=device)[None]
-        self.cos, self.sin = (x[0] for x in body.rotary_emb(prompt, positions))
+        self.slot = positions.repeat(b, 1)  # in the cache, of each place
+        self.holds = self.slot.masked_fill(positions >= self.prompt, self.slot.shape[1])
+        half = self.d // 2  # transformers has each angle twice
+        self.cos, self.sin = (x[0, :, :half] for x in body.rotary_emb(prompt, positions))
 
-    def skip(self, place: Tensor) -> None:
-        """Hide places (b, m) after the prompt until they are written."""
-        self.skipped[self.rows, self.prompt + place] = True
+    def arrange(self, place: Tensor, order: list[int]) -> None:
+        """Places (b, n) after the prompt will be written in this order of theirs: so the cache is
+        filled, and no step has to read ahead of what is written."""
+        place = self.prompt + place
+        self.slot[self.rows, place[:, order]] = place
 
     @torch.no_grad()
     def step(self, x: Tensor, place: Tensor) -> Tensor:
         """Inputs (b, m, hidden) at places (b, m) after the prompt → hidden states (b, m, hidden).
-        Each sees the places up to its own that are not hidden; a place may be written again."""
+        Each sees the places up to its own that are written; a place may be written again."""
         place = self.prompt + place
-        self.skipped[self.rows, place] = False
-        top = int(place.max()) + 1
-        seen = torch.arange(top, device=x.device) <= place[..., None]
-        seen = (seen & ~self.skipped[:, None, :top])[:, None]
+        slot = self.slot[self.rows, place]
+        self.holds[self.rows, slot] = place
+        self.top = top = max(self.top, int(slot.max()) + 1)
+        seen = (self.holds[:, None, :top] <= place[..., None])[:, None]
         bias = x.new_zeros(seen.shape).masked_fill(~seen, float("-inf"))
         cos, sin = self.cos[place][:, :, None], self.sin[place][:, :, None]
         for i, layer in enumerate(self.layers):
             h = F.linear(self._normalize(x), layer.qkv).unflatten(-1, (-1, self.d))
             qk, v = h.split([self.heads + self.kv, self.kv], 2)
-            qk = self._normalize(qk) * layer.qk_norm
-            turned = torch.cat([-qk[..., self.d // 2 :], qk[..., : self.d // 2]], -1)
-            q, k = (qk * cos + turned * sin).split([self.heads, self.kv], 2)
+            one, two = (self._normalize(qk) * layer.qk_norm).chunk(2, -1)
+            turned = torch.cat([one * cos - two * sin, two * cos + one * sin], -1)
+            q, k = turned.split([self.heads, self.kv], 2)
             for part, new in zip(self.cache[i], (k, v), strict=True):
-                part[self.rows, :, place] = new
-            keys, values = (part[:, :, :top] for part in self.cache[i])
+                part[self.rows, slot] = new
+            keys, values = (part[:, :top].transpose(1, 2) for part in self.cache[i])
             q, many = q.transpose(1, 2), self.heads > self.kv
             h = F.scaled_dot_product_attention(q, keys, values, bias, enable_gqa=many)
             x = x + F.linear(h.transpose(1, 2).flatten(2), layer.out)
             gate, up = F.linear(self._normalize(x), layer.up).chunk(2, -1)
-            x = x + F.linear(F.silu(gate) * up, layer.down)
+            x = x + F.linear(F.silu(gate).mul_(up), layer.down)
         self.last = self._normalize(x) * self.norm
         return self.last
 
@@ -130,7 +132,8 @@ class Writer:
         copies: int,
         lag: int,
     ):
-        """`photos`: LR photos (b, 3, 32, 32), and for guidance what the blind reading sees."""
+        """`photos`: LR photos (b, 3, 32, 32) or the eye's maps of them, and for guidance what the
+        blind reading sees."""
         self.policy, self.grammar, self.lag = policy, grammar, lag
         length, task = grammar.max_length + 1, torch.tensor(policy.vocabulary.prompt[-1:])
         task = policy.get_input_embeddings()(task.to(policy.device))
@@ -149,9 +152,10 @@ class Writer:
 
     @torch.no_grad()
     def run(self, pick: Pick, uniform: Uniform) -> None:
-        """Write to the end. `pick`: masked logits (b·m, v) of each reading, places (b, m), whether
-        in an image (b·m,), numbers (b·m,) in [0, 1) → tokens (b, m). `uniform`: which chains (b,)
-        need none, which are in an image, how many each → numbers (b, n)."""
+        """Write to the end. `pick`: masked logits (b·m, v) of each reading, of the codes alone if
+        all are in an image, places (b, m), whether in an image (b·m,), numbers (b·m,) in [0, 1) →
+        tokens (b, m). `uniform`: which chains (b,) need none, which are in an image, how many each
+        → numbers (b, n)."""
         self.pick, self.uniform = pick, uniform
         while not bool((self.state == self.grammar.max_length).all()):
             if bool(self._ready().all()):
@@ -201,9 +205,11 @@ class Writer:
         everywhere = torch.ones_like(self.state).bool()
         u = self.uniform(~everywhere, everywhere, n * n)
         cells = torch.arange(n * n, device=self.at.device)
+        steps = wave(n, min(self.lag, n))
+        order = [c - 1 for drawn, _, _ in steps for c in drawn if c] + [n * n - 1]
         for decoder, _ in self.readings:
-            decoder.skip(self.at[:, None] + cells)
-        for drawn, source, ended in wave(n, min(self.lag, n)):
+            decoder.arrange(self.at[:, None] + cells, order)
+        for drawn, source, ended in steps:
             if drawn[0] > 0:  # the first code follows from what was written before
                 next_ = cells[[*drawn, *(c + 1 for c in ended)]]
                 known = self.codes[:, [first + c for c in source + ended]]
@@ -216,13 +222,17 @@ class Writer:
 
     def _take(self, state: Tensor, place: Tensor, u: Tensor) -> Tensor:
         """Tokens (b, m) for places (b, m) in these states, from the first m of the last logits."""
-        cell, mask = self.grammar.cell[state], ~self.grammar.allowed(state).flatten(0, 1)
-        hidden = [decoder.last[:, : state.shape[1]].flatten(0, 1) for decoder, _ in self.readings]
-        logits = [self.policy.head(h).float().masked_fill(mask, float("-inf")) for h in hidden]
+        cell, v = self.grammar.cell[state], self.policy.vocabulary
         inside = cell >= 0
+        first = v.first_code if bool(inside.all()) else 0
+        hidden = [decoder.last[:, : state.shape[1]].flatten(0, 1) for decoder, _ in self.readings]
+        logits = [self.policy.head(h, first).float() for h in hidden]
+        if not first:  # in images every code is allowed
+            mask = ~self.grammar.allowed(state).flatten(0, 1)
+            logits = [x.masked_fill_(mask, float("-inf")) for x in logits]
         token = self.pick(logits, place, inside.flatten(), u.flatten())
         self.ids[self.rows, place] = token
-        logp = logits[0].log_softmax(-1).gather(-1, token.view(-1, 1))
+        logp = logits[0].gather(-1, token.view(-1, 1) - first)[:, 0] - logits[0].logsumexp(-1)
         self.logprobs[self.rows, place] = logp.view_as(token)
         self.codes[self.rows.expand_as(cell)[inside], cell[inside]] = token[inside]
         return token

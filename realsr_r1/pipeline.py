@@ -1,8 +1,9 @@
 """A whole photo, ×4: read once, draw many.
 
 The photo scaled down to one tile gives the reading: what it shows, in three texts. Each tile then
-names its own degradation and draws its images under these texts. The codes of all tiles make one
-grid, which the decoder, being convolutional, decodes beside the LR photo: no tile border can show.
+names its own degradation and draws its images under these texts. Eye and decoder are convolutional:
+the one sees the whole photo, so a tile's border knows what lies beyond it; the other decodes the
+codes of all tiles as one grid, beside the LR photo. So tiles need not overlap, and none shows.
 """
 
 import contextlib
@@ -29,10 +30,9 @@ from realsr_r1.vlcot import GRIDS, TEXT_TAGS, Chain
 
 WEIGHTS = Path(__file__).parent / "assets" / "nano"
 TILE = GRIDS[-1] * FACTOR // SCALE  # LR pixels
-STRIDE = 28  # LR pixels: a tile's outer codes are drawn but not used, where it has neighbors
 CODE = FACTOR // SCALE  # LR pixels per code
 MAX_PIXELS = 1024 * 1024  # of the LR photo: the result has 16 times as many
-WINDOW, MARGIN = 64, 8  # codes: the decoder's window on large photos, and what it sees around it
+WINDOW, MARGIN = 64, 6  # codes: the decoder's window on large photos, and what it sees around it
 
 
 @dataclass
@@ -136,7 +136,7 @@ class RealSR:
         generator: torch.Generator | list[torch.Generator] | None = None,
         texts: dict[str, str] | None = None,
     ) -> Samples:
-        """LR tiles (b, 3, 32, 32) in [0, 1] → chains; `texts`: parts whose words are given."""
+        """`sampling.sample` with texts: parts whose words are given."""
         return sample(self.policy, lr, sampling, generator, self.policy.grammar(texts=texts))
 
     @torch.no_grad()
@@ -201,8 +201,7 @@ class RealSR:
         trust = float(self.tokenizer.trust(clean))
         out = decode_grid(self, grid, lr, trust)[:, : h * SCALE, : w * SCALE]
         settings = {"model": self.name, "seed": int(seed), "device": str(self.device)}
-        settings |= {"trust": trust}
-        settings |= {"lr_size": [w, h], "tile": TILE, "stride": STRIDE, "scale": SCALE}
+        settings |= {"trust": trust, "lr_size": [w, h], "tile": TILE, "scale": SCALE}
         alpha = photo.alpha and photo.alpha.resize((w * SCALE, h * SCALE), Image.Resampling.BICUBIC)
         parts = settings | asdict(sampling), len(tiles) == len(places), alpha, photo.exif
         return Restoration(images.to_image(out), reading, tiles, *parts)
@@ -214,11 +213,14 @@ class RealSR:
         if len(places) == 1:
             return lambda first, size: [reading]
         texts, (sampling, seed) = {t: getattr(reading, t) for t in TEXT_TAGS[1:]}, how
+        with torch.no_grad():
+            seen, n = self.policy.eye(lr[None].to(self.device))[0], GRIDS[-1]
 
         def draw(first: int, size: int) -> list[Chain]:
-            some = [lr[:, y : y + TILE, x : x + TILE] for x, y in places[first : first + size]]
+            corners = [(x // CODE, y // CODE) for x, y in places[first : first + size]]
+            some = torch.stack([seen[:, y : y + n, x : x + n] for x, y in corners])
             own = [generator(seed, first + i) for i in range(len(some))]
-            return self.sample(torch.stack(some), sampling, own, texts).chains
+            return self.sample(some, sampling, own, texts).chains
 
         return draw
 
@@ -296,7 +298,7 @@ def pad(lr: Tensor) -> Tensor:
 
 
 def origins(
-    size: tuple[int, int], tile: int = TILE, stride: int = STRIDE, step: int = CODE
+    size: tuple[int, int], tile: int = TILE, stride: int = TILE, step: int = CODE
 ) -> list[tuple[int, int]]:
     """(x, y) of the tiles that cover an LR photo of (h, w) ≥ one tile, multiples of `step`."""
 
@@ -307,16 +309,11 @@ def origins(
     return [(x, y) for y in along(size[0]) for x in along(size[1])]
 
 
-def put(grid: Tensor, codes: Tensor, place: tuple[int, int], inner: int = 1) -> None:
-    """Write a tile's codes (16, 16) into the grid (h, w): its border of `inner` codes only where
-    nothing has been written yet, since it has seen less of what lies around."""
+def put(grid: Tensor, codes: Tensor, place: tuple[int, int]) -> None:
+    """Write a tile's codes (16, 16) into the grid (h, w), where nothing has been written yet."""
     x, y = place[0] // CODE, place[1] // CODE
-    n = len(codes)
-    here = grid[y : y + n, x : x + n]
-    border = torch.ones_like(here, dtype=torch.bool)
-    border[inner:-inner, inner:-inner] = False
-    keep = border & (here >= 0)
-    here[:] = torch.where(keep, here, codes)
+    here = grid[y : y + len(codes), x : x + len(codes)]
+    here[:] = torch.where(here < 0, codes, here)
 
 
 def reads_clean(chain: Chain) -> bool:

@@ -114,9 +114,9 @@ class ChainPolicy(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.model.embed_tokens
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """Hidden states (…, hidden) → logits (…, vocabulary)."""
-        return F.linear(hidden, self.get_input_embeddings().weight.to(hidden.dtype))
+    def head(self, hidden: Tensor, first: int = 0) -> Tensor:
+        """Hidden states (…, hidden) → logits (…, vocabulary), from its token `first` on."""
+        return F.linear(hidden, self.get_input_embeddings().weight[first:].to(hidden.dtype))
 
     def grammar(
         self, tags: tuple[str, ...] = TAGS, texts: dict[str, str] | None = None
@@ -148,9 +148,12 @@ class ChainPolicy(PreTrainedModel):
         return torch.where(inside, first + place - start, -1)
 
     def look(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """LR photos (b, 3, 32, 32) in [0, 1] → the prompt's patches (b, 64, hidden) and what the
-        eye and the positions give each cell (b, cells, hidden)."""
-        features = self.eye(pixel_values.to(self.dtype))
+        """LR photos (b, 3, 32, 32) in [0, 1], or the eye's maps (b, hidden, 16, 16) cut out of that
+        of a larger photo, → the prompt's patches (b, 64, hidden) and what the eye and the positions
+        give each cell (b, cells, hidden)."""
+        features = pixel_values.to(self.dtype)
+        if features.shape[1] == 3:
+            features = self.eye(features)
         patches = self.eye.patches(features) + self.patch_position.weight
         pooled = [F.adaptive_avg_pool2d(features, n).flatten(2) for n in GRIDS]
         seen = self.from_eye(torch.cat(pooled, 2).transpose(1, 2))

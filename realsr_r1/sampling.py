@@ -16,7 +16,7 @@ from realsr_r1.common import check_number
 from realsr_r1.decoding import Writer
 from realsr_r1.grammar import LayoutGrammar
 from realsr_r1.policy import FIRST_CELL, ChainPolicy
-from realsr_r1.vlcot import GRIDS
+from realsr_r1.vlcot import GRIDS, Vocabulary
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -99,15 +99,19 @@ def _guided(logits: list[Tensor], inside: Tensor, guidance: float) -> Tensor:
     return torch.where(inside[:, None], mixed, logits[0])
 
 
-def _chosen(logits: Tensor, inside: Tensor, sampling: Sampling, first: int, u: Tensor) -> Tensor:
-    """Tokens (n,) from masked logits (n, v); `inside` (n,) marks rows that are in an image."""
-    heat = torch.where(inside, sampling.image_temperature, sampling.temperature)
-    scores = logits / heat[:, None]
-    if sampling.entropy_top_k and bool(inside.any()):
-        some = scores[inside, first:]
-        scores[inside, first:] = keep_top_k(some, entropy_top_k(some))
-    drawn = choose(scores, u.to(scores.device))
-    return torch.where(~inside & sampling.greedy_text, scores.argmax(-1), drawn)
+def _chosen(logits: Tensor, inside: Tensor, how: Sampling, v: Vocabulary, u: Tensor) -> Tensor:
+    """Tokens (n,) from masked logits whose last columns are the codes; `inside` (n,) marks rows
+    that are in an image."""
+    token = torch.zeros_like(inside, dtype=torch.long)
+    if not bool(inside.all()):
+        text = logits[~inside] / how.temperature
+        token[~inside] = text.argmax(-1) if how.greedy_text else choose(text, u[~inside])
+    if bool(inside.any()):
+        codes = logits[inside, -v.codes :] / how.image_temperature
+        if how.entropy_top_k:
+            codes = keep_top_k(codes, entropy_top_k(codes))
+        token[inside] = v.first_code + choose(codes, u[inside])
+    return token
 
 
 def _uniform(generator: Generators, settled: Tensor, n: int = 1) -> Tensor:
@@ -139,8 +143,8 @@ def sample(
     grammar: LayoutGrammar | None = None,
     prefix: Tensor | None = None,
 ) -> Samples:
-    """Chains for LR photos (b, 3, 32, 32) in [0, 1], `num_generations` for each, those of a photo
-    adjacent. Same generator state, same chains, on every device up to rounding.
+    """Chains for LR photos (b, 3, 32, 32) in [0, 1], or the eye's maps of them; those of a photo
+    are adjacent. Same generator state, same chains, on every device up to rounding.
 
     Args:
         generator: one for all, or one for each photo, whose chains then do not depend on the batch.
@@ -150,7 +154,7 @@ def sample(
     grammar, lr = (grammar or policy.grammar()).to(policy.device), lr.to(policy.device)
     photos = [lr.to(policy.dtype)]
     if sampling.guidance != 1.0:
-        photos.append(torch.full_like(photos[0], 0.5))
+        photos.append(photos[0].new_full((len(lr), 3, 2 * GRIDS[-1], 2 * GRIDS[-1]), 0.5))
     writer = Writer(policy, photos, grammar, sampling.num_generations, sampling.lag)
     given = None if prefix is None else prefix.to(policy.device)
 
@@ -159,7 +163,7 @@ def sample(
 
     def pick(logits: list[Tensor], place: Tensor, inside: Tensor, u: Tensor) -> Tensor:
         guided = _guided(logits, inside, sampling.guidance)
-        token = _chosen(guided, inside, sampling, policy.vocabulary.first_code, u)
+        token = _chosen(guided, inside, sampling, policy.vocabulary, u.to(guided.device))
         if given is None:
             return token.view_as(place)
         n = given.shape[1]

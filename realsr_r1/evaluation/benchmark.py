@@ -37,7 +37,7 @@ from realsr_r1.evaluation import sets as benchsets
 from realsr_r1.evaluation import tables as benchtable
 from realsr_r1.evaluation.sets import BenchSet, Item
 from realsr_r1.evaluation.tables import write
-from realsr_r1.pipeline import STRIDE, TILE, RealSR, find_weights, pad
+from realsr_r1.pipeline import TILE, RealSR, find_weights, pad
 from realsr_r1.planning.budget import Meter
 from realsr_r1.sampling import Generators, Samples, Sampling, sample
 from realsr_r1.version import __version__
@@ -145,7 +145,7 @@ def load_method(name: str, device: str | None = None, weights: str = "nano") -> 
     policy, sampling = named.get(name, "policy-sft"), Sampling()
     kind = Direct if name == "direct" else RealSR
     model, folder = kind.from_pretrained(weights, device, policy), find_weights(weights)
-    key = f"{fingerprint(folder / policy, folder / 'tokenizer')} {sampling} {STRIDE} {model.device}"
+    key = f"{fingerprint(folder / policy, folder / 'tokenizer')} {sampling} {model.device}"
     if name == "lr-alone":
         return Method(lr_alone(model), f"{key} lr-alone")
     return Method(chain_method(model, sampling, name == "plain"), f"{key} {name}")

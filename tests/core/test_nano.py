@@ -2,8 +2,8 @@
 
 Random weights are enough: everything here is about form, not about quality."""
 
-import itertools
 import json
+import math
 import subprocess
 import sys
 
@@ -16,17 +16,7 @@ from realsr_r1 import images, sampling, sft, vlcot
 from realsr_r1.common import generator
 from realsr_r1.decoding import Decoder, wave
 from realsr_r1.evaluation.chains import chain_metrics
-from realsr_r1.pipeline import (
-    CODE,
-    STRIDE,
-    TILE,
-    RealSR,
-    decode_grid,
-    origins,
-    pad,
-    put,
-    reads_clean,
-)
+from realsr_r1.pipeline import CODE, TILE, RealSR, decode_grid, origins, pad, put, reads_clean
 from realsr_r1.policy import CELLS, PARENTS, ChainPolicy, PolicyConfig
 from realsr_r1.pretraining.redraw import final_codes, redraw
 from realsr_r1.sampling import Sampling, choose, keep_top_k, logprobs_of, sample
@@ -177,19 +167,27 @@ def test_decoder_is_the_body_unrolled(kv_heads):
     torch.testing.assert_close(torch.cat(got, 1), want[:, 4:], atol=1e-5, rtol=1e-4)
 
 
-def test_decoder_does_not_see_what_is_skipped(model):
-    """As if the places that have not been written yet were masked in transformers' forward pass."""
+def test_decoder_does_not_see_what_is_not_written(model):
+    """As if places that are written later were masked in transformers' forward pass, wherever in
+    the cache they lie."""
     body = model.policy.model
     x = torch.randn(1, 8, 32, generator=torch.Generator().manual_seed(0))
     mask = torch.ones(8, 8).tril().masked_fill(torch.tensor([0, 0, 0, 0, 1, 1, 0, 0]).bool(), 0)
     bias = torch.zeros(1, 1, 8, 8).masked_fill(mask == 0, float("-inf"))
     with torch.no_grad():
         want = body(inputs_embeds=x, attention_mask=bias).last_hidden_state
-    decoder = Decoder(body, x[:, :3], 5)
-    decoder.skip(torch.tensor([[1, 2]]))
-    decoder.step(x[:, 3:4], torch.tensor([[0]]))
-    got = decoder.step(x[:, 6:8], torch.tensor([[3, 4]]))
-    torch.testing.assert_close(got, want[:, 6:], atol=1e-5, rtol=1e-4)
+        whole = body(inputs_embeds=x).last_hidden_state
+    for order in ([0, 1, 2, 3], [2, 3, 0, 1]):
+        decoder = Decoder(body, x[:, :3], 5)
+        decoder.arrange(torch.tensor([[1, 2, 3, 4]]), order)
+        decoder.step(x[:, 3:4], torch.tensor([[0]]))
+        got = decoder.step(x[:, 6:8], torch.tensor([[3, 4]]))
+        torch.testing.assert_close(got, want[:, 6:], atol=1e-5, rtol=1e-4)
+        got = decoder.step(x[:, 4:6], torch.tensor([[1, 2]]))  # does not see what comes after it
+        torch.testing.assert_close(got, whole[:, 4:6], atol=1e-5, rtol=1e-4)
+        again = decoder.step(x[:, 7:], torch.tensor([[4]]))  # place 6 had not seen places 4 and 5
+        assert decoder.slot[0, 3:].tolist() == [3, *(4 + order.index(i) for i in range(4))]
+        assert not torch.allclose(again, want[:, 7:], atol=1e-5)
 
 
 def test_waves_draw_every_cell_once_after_what_it_follows():
@@ -399,7 +397,7 @@ def test_tiles_cover_every_code(size):
         assert x % CODE == y % CODE == 0 and x + TILE <= w and y + TILE <= h
         put(grid, torch.full((16, 16), i), (x, y))
     assert (grid >= 0).all()
-    assert all(b - a <= STRIDE for a, b in itertools.pairwise(sorted({x for x, _ in places})))
+    assert len(places) == math.ceil(h / TILE) * math.ceil(w / TILE)  # no more than it takes
 
 
 def test_windows_decode_as_the_whole(model, monkeypatch):
@@ -479,6 +477,33 @@ def test_a_photo_of_one_tile_is_read_and_drawn_by_one_chain(model, monkeypatch):
     assert drawn == [1] and out.tiles[0].chain is out.reading and out.image.size == (128, 116)
     clean = torch.tensor(float(reads_clean(out.reading)))
     assert out.settings["trust"] == float(model.tokenizer.trust(clean))
+
+
+def test_a_tile_knows_what_lies_around_it(model, monkeypatch):
+    """Tiles get what the eye sees of the whole photo: at their borders it knows the neighbors."""
+    real, seen = RealSR.sample, []
+
+    def note(self, x, *args, **options):
+        seen.append(x)
+        return real(self, x, *args, **options)
+
+    monkeypatch.setattr(RealSR, "sample", note)
+    photo = Image.effect_noise((64, 32), 60).convert("RGB")
+    model(photo, progress=False)
+    tiles = torch.stack(images.to_tensor(photo).split(32, 2))
+    with torch.no_grad():
+        alone = model.policy.eye(tiles)
+    same = torch.isclose(seen[1], alone, atol=1e-5).all(1).all(1)  # (tiles, columns)
+    assert same[0, :12].all() and same[1, 4:].all() and not same[0, 15] and not same[1, 0]
+
+
+@pytest.mark.parametrize("guidance", [1.0, 0.8])
+def test_chains_of_photos_and_of_the_eye_s_maps_are_the_same(model, lr, guidance):
+    how = Sampling(guidance=guidance)
+    with torch.no_grad():
+        maps = model.policy.eye(lr)
+    a, b = (model.sample(x, how, generator(0)) for x in (lr, maps))
+    assert torch.equal(a.ids, b.ids)
 
 
 def test_stopping_keeps_what_is_done(model, monkeypatch, capsys):

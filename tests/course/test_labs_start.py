@@ -14,10 +14,7 @@ def part_at(trace, x, y, tag):
 
 
 def tiles_needed(width, height):
-    def along(n):
-        return 1 + math.ceil(max(0, n - 32) / 28)
-
-    return along(width) * along(height)
+    return math.ceil(width / 32) * math.ceil(height / 32)
 
 
 def chain_tokens(text_words, image_sides):
@@ -68,12 +65,11 @@ WRONG = [
     ("part_at", lambda t, x, y, tag: part_at(t, x, y, "rough_understand"), "whatever `tag` says"),
     ("part_at", lambda t, x, y, tag: None, "returned nothing"),
     ("part_at", lambda t, x, y, tag: t["tile"], "KeyError"),
-    ("tiles_needed", product(lambda n: 1 + max(0, n - 32) // 28), "rounded down"),
-    ("tiles_needed", product(lambda n: 1 + max(0, n - 32) / 28), "whole"),
-    ("tiles_needed", product(lambda n: math.ceil(n / 32)), "forgot the overlap"),
-    ("tiles_needed", product(lambda n: math.ceil(n / 28)), "the first one brings 32"),
-    ("tiles_needed", product(lambda n: max(1, math.ceil((n - 32) / 28))), "takes 2 tiles"),
-    ("tiles_needed", product(lambda n: math.ceil((n - 32) / 28)), "smaller than a tile"),
+    ("tiles_needed", product(lambda n: n // 32), "rounded down"),
+    ("tiles_needed", product(lambda n: max(1, n // 32)), "rounded down"),
+    ("tiles_needed", product(lambda n: n / 32), "whole"),
+    ("tiles_needed", product(lambda n: n // 32 + 1), "do not add 1"),
+    ("tiles_needed", product(lambda n: 1 + math.ceil(max(0, n - 32) / 28)), "takes 6 tiles"),
     ("tiles_needed", lambda w, h: tiles_needed(4 * w, 4 * h), "pixels of the result"),
     ("tiles_needed", lambda w, h: tiles_needed(w, 32), "one row"),
     ("tiles_needed", lambda w, h: tiles_needed(w, 32) + tiles_needed(32, h), "multiply them"),

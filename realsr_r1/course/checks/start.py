@@ -9,7 +9,7 @@ from torch import Tensor
 
 from realsr_r1.course.checks import check, expect
 from realsr_r1.perceptual import psnr
-from realsr_r1.pipeline import STRIDE, TILE, origins
+from realsr_r1.pipeline import TILE, origins
 from realsr_r1.vlcot import IMAGE_TAGS, TAGS, image_length
 
 
@@ -24,7 +24,7 @@ def toy_trace() -> dict:
                 for t in TAGS
             }
             tiles.append({"x": x, "y": y, **parts})
-    return {"settings": {"tile": TILE, "stride": STRIDE}, "complete": True, "tiles": tiles}
+    return {"settings": {"tile": TILE}, "complete": True, "tiles": tiles}
 
 
 def find_part(trace: dict, x: int, y: int, tag: str):
@@ -112,27 +112,24 @@ def tiles_needed(student) -> None:
         one."""
         return all(got == per_side(w) * per_side(h) for (w, h), got in answers.items())
 
-    places = [(32, 32), (33, 32), (56, 80), (58, 80), (160, 104), (20, 20), (200, 113)]
+    places = [(32, 32), (33, 32), (64, 80), (58, 80), (160, 104), (20, 20), (200, 113)]
     answers = {(w, h): student(w, h) for w, h in places}
     expect(all(a is not None for a in answers.values()), "you returned nothing: end with `return`")
     expect(
         all(int(a) == a for a in answers.values()),
         "a number of tiles is whole: round up with math.ceil",
     )
+    for down in (lambda n: n // TILE, lambda n: max(1, n // TILE)):
+        expect(
+            not mistake(down),
+            "you rounded down: the last pixels stay uncovered, round up with math.ceil",
+        )
     expect(
-        not mistake(lambda n: 1 + max(0, n - TILE) // STRIDE),
-        "you rounded down: the last pixels stay uncovered, round up with math.ceil",
+        not mistake(lambda n: n // TILE + 1),
+        "a side of 64 pixels takes two tiles, not three: round up with math.ceil, do not add 1",
     )
     expect(
-        not mistake(lambda n: math.ceil(n / TILE)),
-        "you forgot the overlap: tiles start every 28 pixels, only the first one is 32 new ones",
-    )
-    expect(
-        not mistake(lambda n: math.ceil(n / STRIDE)),
-        "you counted 28 new pixels for every tile: the first one brings 32",
-    )
-    expect(
-        not mistake(lambda n: 1 + math.ceil(max(0, 4 * n - TILE) / STRIDE)),
+        not mistake(lambda n: math.ceil(4 * n / TILE)),
         "you counted pixels of the result: tiles are cut from the LR photo",
     )
 
@@ -143,11 +140,6 @@ def tiles_needed(student) -> None:
     expect(answers != one_side, "you counted one row of tiles only: multiply by the number of rows")
     both_sides = {(w, h): along(w) + along(h) for w, h in places}
     expect(answers != both_sides, "you added columns and rows: multiply them")
-    expect(
-        answers[20, 20] == 1,
-        f"a photo smaller than a tile is padded and takes 1 tile, you returned "
-        f"{answers[20, 20]}: mind the 0 or negative rest",
-    )
     for (w, h), got in answers.items():
         expect(
             got == count_tiles(w, h),
