@@ -3,7 +3,7 @@
 The photo scaled down to one tile gives the reading: what it shows, in three texts. Each tile then
 names its own degradation and draws its images under these texts. Eye and decoder are convolutional:
 the one sees the whole photo, so a tile's border knows what lies beyond it; the other decodes the
-codes of all tiles as one grid, beside the LR photo. So tiles need not overlap, and none shows.
+codes of all tiles as one grid, beside the LR photo. So tiles need not overlap.
 """
 
 import contextlib
