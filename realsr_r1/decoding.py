@@ -57,14 +57,15 @@ class Decoder:
                 part[:, : self.prompt] = x.transpose(1, 2).repeat_interleave(copies, 0)
         self.rows = torch.arange(b, device=device)[:, None]
         positions = torch.arange(self.prompt + length, device=device)[None]
-        self.slot = positions.repeat(b, 1)  # in the cache, of each place
-        self.holds = self.slot.masked_fill(positions >= self.prompt, self.slot.shape[1])
+        self.slot = positions.repeat(b, 1)  # where in the cache each place is written
+        nothing = self.slot.shape[1]  # a place that no query can see
+        self.holds = self.slot.masked_fill(positions >= self.prompt, nothing)  # place, by slot
         half = self.d // 2  # transformers has each angle twice
         self.cos, self.sin = (x[0, :, :half] for x in body.rotary_emb(prompt, positions))
 
     def arrange(self, place: Tensor, order: list[int]) -> None:
-        """Places (b, n) after the prompt will be written in this order of theirs: so the cache is
-        filled, and no step has to read ahead of what is written."""
+        """Places (b, n) after the prompt will be written in this order of theirs: the cache keeps
+        it, so that no step has to read beyond what is written."""
         place = self.prompt + place
         self.slot[self.rows, place[:, order]] = place
 
