@@ -2,8 +2,8 @@
 
 The photo scaled down to one tile gives the reading: what it shows, in three texts. Each tile then
 names its own degradation and draws its images under these texts. Eye and decoder are convolutional:
-the one sees the whole photo, so a tile's border knows what lies beyond it; the other decodes the
-codes of all tiles as one grid, beside the LR photo. So tiles need not overlap.
+the one sees the whole photo, so a tile's border knows what lies beside it; the other decodes the
+codes of all tiles as one grid, beside the LR photo. So tiles lie side by side.
 """
 
 import contextlib
@@ -214,7 +214,7 @@ class RealSR:
             return lambda first, size: [reading]
         texts, (sampling, seed) = {t: getattr(reading, t) for t in TEXT_TAGS[1:]}, how
         with torch.no_grad():
-            seen, n = self.policy.eye(lr[None].to(self.device))[0], GRIDS[-1]
+            seen, n = self.policy.eye(lr[None].to(self.device, self.policy.dtype))[0], GRIDS[-1]
 
         def draw(first: int, size: int) -> list[Chain]:
             corners = [(x // CODE, y // CODE) for x, y in places[first : first + size]]

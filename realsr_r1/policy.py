@@ -148,8 +148,8 @@ class ChainPolicy(PreTrainedModel):
         return torch.where(inside, first + place - start, -1)
 
     def look(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """LR photos (b, 3, 32, 32) in [0, 1], or the eye's maps (b, hidden, 16, 16) cut out of that
-        of a larger photo, → the prompt's patches (b, 64, hidden) and what the eye and the positions
+        """LR photos (b, 3, 32, 32) in [0, 1], or the eye's maps (b, hidden, 16, 16) cut from a
+        larger photo's, → the prompt's patches (b, 64, hidden) and what the eye and the positions
         give each cell (b, cells, hidden)."""
         features = pixel_values.to(self.dtype)
         if features.shape[1] == 3:

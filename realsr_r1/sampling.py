@@ -143,14 +143,14 @@ def sample(
     grammar: LayoutGrammar | None = None,
     prefix: Tensor | None = None,
 ) -> Samples:
-    """Chains for LR photos (b, 3, 32, 32) in [0, 1], or the eye's maps of them; those of a photo
-    are adjacent. Same generator state, same chains, on every device up to rounding.
+    """`num_generations` chains for each LR photo (b, 3, 32, 32) in [0, 1], or each of the eye's
+    maps (b, hidden, 16, 16), adjacent. Same generator state, same chains, up to rounding.
 
     Args:
         generator: one for all, or one for each photo, whose chains then do not depend on the batch.
         grammar: the layout; None is the whole chain.
-        prefix: first tokens (b, n) that are not chosen, such as a true chain's; where the layout
-            leaves one token alone, it is that one."""
+        prefix: first tokens (b, n) of this layout that are not chosen, such as a true chain's;
+            where the layout leaves one token alone, it is that one."""
     grammar, lr = (grammar or policy.grammar()).to(policy.device), lr.to(policy.device)
     photos = [lr.to(policy.dtype)]
     if sampling.guidance != 1.0:

@@ -2,6 +2,7 @@
 
 Random weights are enough: everything here is about form, not about quality."""
 
+import copy
 import json
 import math
 import subprocess
@@ -215,11 +216,17 @@ def test_rows_that_wait_for_the_row_above_are_plain_sampling(model, lr):
 
 @pytest.mark.parametrize("lag", [1, 2])
 def test_a_wave_does_not_depend_on_the_batch(model, lr, lag):
-    whole = model.sample(lr, Sampling(lag=lag), [generator(i) for i in range(len(lr))])
+    """Under texts of unequal length, so that each chain's image lies elsewhere in the cache."""
+    how = Sampling(temperature=2.0, greedy_text=False, lag=lag, num_generations=2)
+    lr = lr.repeat_interleave(3, 0)
+    whole = model.sample(lr, how, [generator(i) for i in range(len(lr))])
+    assert len({int((row != 0).sum()) for row in whole.ids}) > 2
     for i in range(len(lr)):
-        one = model.sample(lr[i : i + 1], Sampling(lag=lag), [generator(i)])
-        assert torch.equal(one.codes[0], whole.codes[i])
-        assert vlcot.well_formed(model.policy.vocabulary.decode(whole.ids[i]))
+        one, two = model.sample(lr[i : i + 1], how, [generator(i)]), slice(2 * i, 2 * i + 2)
+        assert torch.equal(one.codes, whole.codes[two])
+        n = one.ids.shape[1]
+        torch.testing.assert_close(one.logprobs, whole.logprobs[two, :n], atol=2e-5, rtol=1e-4)
+        assert vlcot.well_formed(model.policy.vocabulary.decode(whole.ids[2 * i]))
 
 
 @pytest.mark.parametrize("aligned", [True, False])
@@ -396,7 +403,7 @@ def test_tiles_cover_every_code(size):
     for i, (x, y) in enumerate(places):
         assert x % CODE == y % CODE == 0 and x + TILE <= w and y + TILE <= h
         put(grid, torch.full((16, 16), i), (x, y))
-    assert (grid >= 0).all()
+    assert (grid >= 0).all() and (grid[:16, :16] == 0).all()  # the first tile that covers a code
     assert len(places) == math.ceil(h / TILE) * math.ceil(w / TILE)  # no more than it takes
 
 
@@ -495,6 +502,8 @@ def test_a_tile_knows_what_lies_around_it(model, monkeypatch):
         alone = model.policy.eye(tiles)
     same = torch.isclose(seen[1], alone, atol=1e-5).all(1).all(1)  # (tiles, columns)
     assert same[0, :12].all() and same[1, 4:].all() and not same[0, 15] and not same[1, 0]
+    half = RealSR(model.tokenizer, copy.deepcopy(model.policy).bfloat16())
+    assert half(photo, progress=False).complete
 
 
 @pytest.mark.parametrize("guidance", [1.0, 0.8])

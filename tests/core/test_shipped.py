@@ -7,6 +7,7 @@ from realsr_r1 import RealSR, Sampling, perceptual, vlcot
 from realsr_r1.evaluation.nano import bicubic
 from realsr_r1.grpo import WORDS
 from realsr_r1.photographs import Pairs, load
+from realsr_r1.pipeline import decode_grid
 from realsr_r1.rewards import degradation_reward
 from realsr_r1.sampling import sample
 
@@ -62,6 +63,15 @@ def test_the_form_has_been_learnt(model, pairs):
         assert len(chain.labels) == 5
         assert chain.final_understand.split()[2] == "view"
         assert vlcot.well_formed(vlcot.render(chain))
+
+
+def test_windows_of_a_large_photo_do_not_show(model, monkeypatch):
+    """What lies beyond their margin moves no pixel by a grey level."""
+    g = torch.Generator().manual_seed(0)
+    grid, lr = torch.randint(0, 2048, (40, 40), generator=g), torch.rand(3, 80, 80, generator=g)
+    whole = decode_grid(model, grid, lr, 0.6)
+    monkeypatch.setattr("realsr_r1.pipeline.WINDOW", 20)
+    assert (decode_grid(model, grid, lr, 0.6) - whole).abs().max() < 1 / 255
 
 
 def test_true_codes_are_a_picture(model, pairs):
