@@ -29,7 +29,7 @@ from huggingface_hub import constants
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from realsr_r1 import degradation, vlcot
+from realsr_r1 import degradation, pipeline, vlcot
 from realsr_r1 import images as photos
 from realsr_r1.common import device_of, out_of_memory
 from realsr_r1.evaluation import metrics, nano, peers
@@ -43,10 +43,7 @@ from realsr_r1.sampling import Generators, Samples, Sampling, sample
 from realsr_r1.version import __version__
 
 OWN = ("chain-sft", "chain-grpo", "direct", "lr-alone", "plain")
-BATCH, SMALL = (
-    32,
-    TILE * TILE,
-)  # photos of up to SMALL pixels go through a method together, larger ones one by one
+BATCH, SMALL = 32, TILE * TILE  # so many photos together, of up to SMALL pixels; larger ones alone
 Restorer = Callable[[Tensor], Tensor]  # (b, 3, h, w) → (b, 3, 4h, 4w), in [0, 1]
 
 
@@ -124,7 +121,7 @@ def lr_alone(model: RealSR) -> Callable:
 
 
 def fingerprint(*paths: Path) -> str:
-    """Twelve digits that stand for the contents of weight files and folders of them."""
+    """Twelve digits that stand for the contents of files and folders of them."""
     digest = hashlib.sha256()
     for file in sorted(
         f for p in paths for f in (p.rglob("*") if p.is_dir() else [p]) if f.is_file()
@@ -145,7 +142,8 @@ def load_method(name: str, device: str | None = None, weights: str = "nano") -> 
     policy, sampling = named.get(name, "policy-sft"), Sampling()
     kind = Direct if name == "direct" else RealSR
     model, folder = kind.from_pretrained(weights, device, policy), find_weights(weights)
-    key = f"{fingerprint(folder / policy, folder / 'tokenizer')} {sampling} {model.device}"
+    parts = folder / policy, folder / "tokenizer", Path(pipeline.__file__)  # how photos are cut
+    key = f"{fingerprint(*parts)} {sampling} {model.device}"
     if name == "lr-alone":
         return Method(lr_alone(model), f"{key} lr-alone")
     return Method(chain_method(model, sampling, name == "plain"), f"{key} {name}")
