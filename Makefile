@@ -19,20 +19,20 @@ $(VENV)/.installed: environment.yml pyproject.toml
 
 # Executes the eight notebooks in order, a line each; the files themselves stay as they are.
 course: install
-	$(RUN) -m realsr_r1.course.notebooks run
+	$(RUN) -m realsr_r1 course run
 
 lab: install
-	$(RUN) -m jupyterlab --ServerApp.root_dir=notebooks --LabApp.default_url=/lab/tree/00_start_here.ipynb
+	$(RUN) -m realsr_r1 course lab
 
 student: install
-	$(RUN) -m realsr_r1.course.notebooks student
+	$(RUN) -m realsr_r1 course student
 
 solutions: install
-	$(RUN) -m realsr_r1.course.notebooks solutions
+	$(RUN) -m realsr_r1 course solutions
 
 # make address [REPO=name/repo]: badges and install lines of a fork, by default of `git remote`
 address: install
-	$(RUN) -m realsr_r1.course.notebooks address $(REPO)
+	$(RUN) -m realsr_r1 course address $(REPO)
 
 demo: install
 	$(RUN) -m realsr_r1 demo -o figures/nano_demo.webp

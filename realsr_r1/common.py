@@ -72,6 +72,12 @@ def atomic(path: str | Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file in one go, see `atomic`."""
+    with atomic(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
 def out_of_memory(e: RuntimeError) -> bool:
     """Whether torch says so: on CPUs (Linux, Windows) it has no kind of its own for it."""
     said = ("out of memory", "can't allocate memory", "not enough memory")

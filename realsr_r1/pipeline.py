@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from realsr_r1 import images, vlcot
-from realsr_r1.common import atomic, device_of, generator, out_of_memory
+from realsr_r1.common import device_of, generator, out_of_memory, write_text
 from realsr_r1.policy import ChainPolicy
 from realsr_r1.sampling import Samples, Sampling, sample
 from realsr_r1.tokenizer import FACTOR, SCALE, VQModel
@@ -77,8 +77,7 @@ class Restoration:
             raise ValueError(f"picture and trace are both to go to {path}: give two names")
         images.write(images.Photo(self.image, self.alpha, self.exif), path, keep_gps)
         if trace:
-            with atomic(trace) as part:
-                part.write_text(json.dumps(self.trace), encoding="utf-8")
+            write_text(trace, json.dumps(self.trace))
 
     def _repr_png_(self) -> bytes:
         return self.image._repr_png_()

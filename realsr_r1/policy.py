@@ -174,14 +174,16 @@ class ChainPolicy(PreTrainedModel):
         x = self.get_input_embeddings()(ids)
         here = ids == self.vocabulary.ids[LR]
         rank = (here.cumsum(1) - 1).clamp(0, PATCH_TOKENS - 1)
-        x = torch.where(here[..., None], _take(patches, rank).to(x.dtype), x)
+        patches = patches.take_along_dim(rank[..., None], 1).to(x.dtype)
+        x = torch.where(here[..., None], patches, x)
         if not self.config.aligned:
             return x
         cells = self.cells(ids)
         written = torch.full((len(ids), CELLS + 1), -1, device=ids.device)
         index = torch.where(cells[:, :-1] >= 0, cells[:, :-1], CELLS)
         written.scatter_(1, index, ids[:, 1:])  # the token after a position fills its cell
-        extra = _take(seen, cells.clamp(min=0)) + self.previous(written[:, :CELLS], cells)
+        seen = seen.take_along_dim(cells.clamp(min=0)[..., None], 1)
+        extra = seen + self.previous(written[:, :CELLS], cells)
         return x + torch.where((cells >= 0)[..., None], extra, 0.0).to(x.dtype)
 
     def forward(
@@ -203,8 +205,3 @@ class ChainPolicy(PreTrainedModel):
             target = labels[:, -logits.shape[1] :][:, 1:]
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), target.flatten())
         return CausalLMOutput(loss=loss, logits=logits)
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of (b, m, d) at index (b, n) → (b, n, d)."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))

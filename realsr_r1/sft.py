@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from realsr_r1 import vlcot
 from realsr_r1.policy import ChainPolicy
@@ -40,9 +41,7 @@ def collate(vocabulary: Vocabulary, tags: tuple[str, ...] = TAGS) -> Collate:
 
     def batch(items: list[dict]) -> dict:
         rows = [chain_ids(vocabulary, x["degradation"], x["captions"], tags) for x in items]
-        ids = torch.full((len(rows), max(map(len, rows))), vocabulary.ids[PAD])
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row)
+        ids = pad_sequence([torch.tensor(r) for r in rows], True, vocabulary.ids[PAD])
         out = {k: torch.stack([x[k] for x in items]) for k in ("hr", "lr")}
         return out | {"ids": ids, "index": torch.tensor([x["index"] for x in items])}
 

@@ -111,10 +111,8 @@ def gated(reward: Reward, gate: Reward = format_reward) -> Reward:
         scores, opened = (r(completions=completions, **columns) for r in (reward, gate))
         return [s if g == 1 else 0.0 for s, g in zip(scores, opened, strict=True)]
 
-    closed_unless_open.__name__, closed_unless_open.columns = (
-        f"gated_{reward.__name__}",
-        _columns(reward, gate),
-    )
+    closed_unless_open.__name__ = f"gated_{reward.__name__}"
+    closed_unless_open.columns = _columns(reward, gate)
     return closed_unless_open
 
 

@@ -1,17 +1,15 @@
-"""Annotated photographs as parquet files: `photographs.load` reads them at once, `stream` a few at
-a time, as does `datasets` (there `cast_column("image", datasets.Image())` decodes the pictures).
+"""Annotated photographs as parquet files: `photographs.load` reads them at once, `datasets` streams
+them (`cast_column("image", datasets.Image())` decodes the pictures there).
 """
 
-from collections.abc import Iterator
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from realsr_r1.common import atomic
-from realsr_r1.photographs import Photograph, from_row
+from realsr_r1.photographs import Photograph
 
 PATTERN = "annotated-*.parquet"
 FIELDS = tuple(f.name for f in fields(Photograph) if f.name != "read")
@@ -56,22 +54,3 @@ def _rows(path: Path) -> list[dict[str, str]]:
     """The rows of a finished file, without the pictures; columns that it lacks are, too."""
     columns = [name for name in parquet.read_schema(path).names if name in FIELDS]
     return parquet.read_table(path, columns=columns).to_pylist()
-
-
-def stream(
-    where: str | Path, split: str = "train", shard: tuple[int, int] = (0, 1)
-) -> Iterator[Photograph]:
-    """The photographs of a split in a folder of such files, one at a time; each is in exactly one
-    of the shards (index, number). Raises FileNotFoundError where there are no such files."""
-    from datasets import load_dataset  # slow to import
-    from datasets.distributed import split_dataset_by_node
-
-    files = [str(p) for p in sorted(Path(where).glob(PATTERN))]
-    if not files:
-        raise FileNotFoundError(f"{where} holds no {PATTERN}: write them with realsr data shards")
-    index, number = shard
-    if not 0 <= index < number:
-        raise ValueError(f"there is no shard {index} of {number}: count from 0 to {number - 1}")
-    rows = load_dataset("parquet", data_files=files, split="train", streaming=True)
-    rows = split_dataset_by_node(rows, rank=index, world_size=number)
-    return (from_row(r, partial(bytes, r["image"])) for r in rows if r["split"] == split)

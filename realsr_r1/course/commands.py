@@ -1,57 +1,65 @@
-"""`realsr course`: the lessons, in JupyterLab, as a list, or run through."""
+"""`realsr course`: the lessons, opened, run through, saved, shared, re-addressed."""
 
 import argparse
-import json
 import os
-import re
 from pathlib import Path
 
 from realsr_r1.files.options import leaf
 
-NOTEBOOKS = Path(__file__).parents[2] / "notebooks"  # of a checkout; a wheel has none
 FIRST = "00_start_here.ipynb"
+WHAT = {
+    "lab": "open JupyterLab at the first lesson",
+    "run": "execute all in order into a temporary folder",
+    "execute": "execute and save with outputs",
+    "student": "the edition without solutions, to editions/student",
+    "solutions": "the edition with every exercise solved, to editions/solutions",
+    "address": "point badges and install lines to a fork, by default this checkout's remote",
+}
 
 
-def lessons() -> list[tuple[Path, str, str]]:
-    """Each notebook with its title and its time on two CPU cores, from its first cell. Raises
-    FileNotFoundError where there are no notebooks."""
-    found = []
-    for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb")):
-        text = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
-        title = re.match(r"#\s*(?:\d+ · )?(.*)", text)[1]
-        minutes = re.search(r"\|\s*((?:about |under )?\d+ minutes?)", text)
-        found.append((path, title, minutes[1] if minutes else ""))
-    if not found:
+def chosen(names: list[str]) -> list[Path]:
+    """The notebooks that have one of these parts in their names, without names all. Raises
+    FileNotFoundError where there are no notebooks, ValueError where none is called so."""
+    from realsr_r1.course import notebooks
+
+    every = notebooks.notebooks()
+    if not every:
         raise FileNotFoundError(
-            f"there are no notebooks in {NOTEBOOKS}: clone the repository and call "
+            f"there are no notebooks in {notebooks.NOTEBOOKS}: clone the repository and call "
             f"`pip install -e .` in it, or open the lessons in Colab by the links of its README"
         )
+    parts = [name.removesuffix(".ipynb") for name in names]
+    found = [p for p in every if not parts or any(x in p.stem for x in parts)]
+    if not found:
+        raise ValueError(f"no notebook is called {' or '.join(names)}: see notebooks/")
     return found
 
 
 def course(a: argparse.Namespace) -> None:
-    found = lessons()
-    if a.what == "list":
-        for path, title, minutes in found:
-            print(f"{path.stem[:2]}  {title:<44}{minutes}".rstrip())
-        return
     for name, value in (("HF_HUB_OFFLINE", "1"), ("TOKENIZERS_PARALLELISM", "false")):
         os.environ.setdefault(name, value)
+    from realsr_r1.course import notebooks
+
+    if len(a.names) > {"run": 99, "execute": 99, "address": 1}.get(a.what, 0):
+        raise ValueError(f"too many names: realsr course {a.what} is to {WHAT[a.what]}")
+    if a.what == "address":
+        new = a.names[0] if a.names else notebooks.remote_address()
+        print(f"{len(notebooks.set_address(new))} files now point to github.com/{new}")
+        return
+    paths = chosen(a.names)
     if a.what == "lab":
         from jupyterlab.labapp import main
 
-        options = f"--ServerApp.root_dir={NOTEBOOKS}", f"--LabApp.default_url=/lab/tree/{FIRST}"
-        return main(options)
-    from realsr_r1.course import notebooks
-
-    try:
-        notebooks.run([path for path, *_ in found])
-    except notebooks.Stopped as e:
-        raise RuntimeError(str(e)) from e
+        folder = f"--ServerApp.root_dir={notebooks.NOTEBOOKS}"
+        main([folder, f"--LabApp.default_url=/lab/tree/{FIRST}"])
+    elif a.what in ("student", "solutions"):
+        notebooks.write_editions(a.what)
+    else:
+        {"run": notebooks.run, "execute": notebooks.execute}[a.what](paths)
 
 
 def register(sub) -> None:
-
-    p = leaf(sub, "course", course, "the lessons: open them, list them, or run all of them")
-    text = "lab: open JupyterLab at the first; list: titles and times; run: execute all in order"
-    p.add_argument("what", nargs="?", choices=("lab", "list", "run"), default="lab", help=text)
+    p = leaf(sub, "course", course, "the lessons: open them, run them, save or share them")
+    text = "; ".join(f"{k}: {v}" for k, v in WHAT.items())
+    p.add_argument("what", nargs="?", choices=tuple(WHAT), default="lab", help=text)
+    p.add_argument("names", nargs="*", help="lessons, by a part of their names; or OWNER/REPO")

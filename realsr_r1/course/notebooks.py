@@ -1,20 +1,10 @@
-"""The course: what every notebook starts with, and the commands that run, save, share and
-re-address the notebooks.
-
-python -m realsr_r1.course.notebooks …
-
-    run                     execute all in order into a temporary folder (make course)
-    execute NAME…           execute and save with outputs (all of them without a name)
-    student                 the edition without solutions → editions/student
-    solutions               the edition with every exercise solved → editions/solutions
-    address [OWNER/REPO]    point badges and install lines to a fork; without a name to this
-                            checkout's remote
+"""The course: what every notebook starts with, and how notebooks are run, saved, shared and
+re-addressed (`realsr course`).
 
 A saved notebook carries a fingerprint of the code that made its outputs, so that a test sees when
 the two drift apart.
 """
 
-import argparse
 import ast
 import base64
 import copy
@@ -25,7 +15,6 @@ import random
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 import tomllib
@@ -103,7 +92,7 @@ def fingerprint(nb) -> str:
 # Executing.
 
 
-class Stopped(Exception):
+class Stopped(RuntimeError):
     """A notebook that did not run through, with one sentence that says where and why."""
 
 
@@ -382,47 +371,3 @@ def set_address(new: str, root: Path = ROOT) -> list[Path]:
             path.write_text(fresh, encoding="utf-8")
             changed.append(path)
     return changed
-
-
-def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(
-        prog="realsr_r1.course.notebooks",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument("command", choices=("run", "execute", "student", "solutions", "address"))
-    p.add_argument(
-        "names", nargs="*", help="notebooks, by name or a part of it; for address: OWNER/REPO"
-    )
-    a = p.parse_args(argv)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    chosen = [
-        n
-        for n in notebooks()
-        if not a.names or any(x.removesuffix(".ipynb") in n.stem for x in a.names)
-    ]
-    try:
-        if a.command == "address":
-            if len(a.names) > 1:
-                raise ValueError("one address at a time: make address REPO=OWNER/REPO")
-            new = a.names[0] if a.names else remote_address()
-            print(f"{len(set_address(new))} files now point to github.com/{new}")
-        elif not chosen:
-            raise ValueError(
-                f"no notebook is called {' or '.join(a.names) or 'anything'}: see notebooks/"
-            )
-        elif a.command in ("student", "solutions"):
-            write_editions(a.command)
-        else:
-            {"run": run, "execute": execute}[a.command](chosen)
-    except KeyboardInterrupt:
-        print("\nstopped by Ctrl-C; nothing half-done was saved", file=sys.stderr)
-        return 130
-    except (Stopped, ValueError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

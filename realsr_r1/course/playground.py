@@ -16,11 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from realsr_r1 import degradation, images, perceptual, photographs
-from realsr_r1.common import atomic, generator
+from realsr_r1.common import generator, write_text
 from realsr_r1.grammar import LayoutGrammar
 from realsr_r1.pipeline import RealSR
 from realsr_r1.policy import FIRST_CELL
 from realsr_r1.sampling import Samples, Sampling, sample
+from realsr_r1.tokenizer import bicubic
 from realsr_r1.vlcot import GRIDS, IMAGE_TAGS, TAGS, TEXT_TAGS
 
 SHOWN = 224  # pixels of a picture on the page
@@ -230,10 +231,7 @@ class Playground(widgets.VBox):
 
     def bicubic(self) -> Tensor:
         """The LR photo enlarged, (3, 128, 128)."""
-        size = [n * degradation.PRESETS["nano"].scale for n in self.lr.shape[-2:]]
-        return F.interpolate(self.lr[None], size, mode="bicubic", align_corners=False)[0].clamp(
-            0, 1
-        )
+        return bicubic(self.lr[None])[0].clamp(0, 1)
 
     def compare(self) -> None:
         """Restored and bicubic, in secret order: choose one."""
@@ -260,16 +258,13 @@ class Playground(widgets.VBox):
             self.tell("write a chain first")
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        stem = (
-            self.folder
-            / f"{self.photo.value if not self.upload.value else 'mine'}-{self.seed.value}"
-        )
+        name = "mine" if self.upload.value else self.photo.value
+        stem = self.folder / f"{name}-{self.seed.value}"
         image = images.to_image(self.restored(self.drawn))
         images.write(images.Photo(image), stem.with_suffix(".png"))
-        with atomic(stem.with_suffix(".json")) as part:
-            chain = self.drawn.chains[0]  # what it was drawn under, not what the boxes say now
-            text = json.dumps({t: getattr(chain, t) for t in self.texts}, indent=1)
-            part.write_text(text, encoding="utf-8")
+        chain = self.drawn.chains[0]  # what it was drawn under, not what the boxes say now
+        texts = {t: getattr(chain, t) for t in self.texts}
+        write_text(stem.with_suffix(".json"), json.dumps(texts, indent=1))
         data = base64.b64encode(stem.with_suffix(".png").read_bytes()).decode()
         link = f'<a download="{stem.name}.png" href="data:image/png;base64,{data}">download</a>'
         self.download.value = f"saved as {html.escape(str(stem))}.png, {link}"

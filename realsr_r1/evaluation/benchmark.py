@@ -31,12 +31,11 @@ from tqdm.auto import tqdm
 
 from realsr_r1 import degradation, pipeline, vlcot
 from realsr_r1 import images as photos
-from realsr_r1.common import device_of, out_of_memory
+from realsr_r1.common import atomic, device_of, out_of_memory, write_text
 from realsr_r1.evaluation import metrics, nano, peers
 from realsr_r1.evaluation import sets as benchsets
 from realsr_r1.evaluation import tables as benchtable
 from realsr_r1.evaluation.sets import BenchSet, Item
-from realsr_r1.evaluation.tables import write
 from realsr_r1.pipeline import TILE, RealSR, find_weights, pad
 from realsr_r1.planning.budget import Meter
 from realsr_r1.sampling import Generators, Samples, Sampling, sample
@@ -115,7 +114,7 @@ def lr_alone(model: RealSR) -> Callable:
     def call(lr: Tensor, seed: int) -> tuple[Tensor, None]:
         h, w = (4 * n for n in lr.shape[-2:])
         made = [model.decode(lr=pad(x)[None])[0, :, :h, :w].cpu() for x in lr]
-        return torch.stack(made).clamp(0, 1), None
+        return torch.stack(made), None
 
     return call
 
@@ -261,14 +260,11 @@ def restore_all(
                         "said": said(chains[i], item) if chains else {},
                         "scores": {},
                     }
-                    file.with_suffix(".json").unlink(
-                        missing_ok=True
-                    )  # never old notes beside a new picture
-                    photos.to_image(outputs[i]).save(
-                        file.with_suffix(".part"), "PNG", compress_level=1
-                    )
-                    file.with_suffix(".part").replace(file)
-                    write(file.with_suffix(".json"), json.dumps(notes))
+                    # Never old notes beside a new picture.
+                    file.with_suffix(".json").unlink(missing_ok=True)
+                    with atomic(file) as part:
+                        photos.to_image(outputs[i]).save(part, "PNG", compress_level=1)
+                    write_text(file.with_suffix(".json"), json.dumps(notes))
             bar.update(len(items))
 
 
@@ -281,39 +277,29 @@ def score_all(
     """Score every output of every method by one metric, into the notes beside it. Returns how many
     pictures have no number and why, or nothing. Raises as `metrics.load` does, and ValueError where
     the set or no picture of it is fit for the metric."""
-    metric, score, without = metrics.named(name), None, {"too small": 0, "no number": 0}
+    metric, score = metrics.named(name), None
+    few, odd = f"are smaller than {metric.smallest} px", "are flat or otherwise out of its range"
+    without = {few: 0, odd: 0}
     if metric.reference and not data.paired:
         raise ValueError(f"it compares with originals and {data.name} has none")
     with tqdm(total=len(data) * len(folders), desc=name, mininterval=2) as bar:
         for folder in folders.values():
             for first, items, lr, hr in batches(data.items):
                 files = [place(folder, first + i, item) for i, item in enumerate(items)]
-                notes, small = (
-                    [read_notes(f) for f in files],
-                    4 * min(lr[0].shape[1:]) < metric.smallest,
-                )
+                notes = [read_notes(f) for f in files]
+                small = 4 * min(lr[0].shape[1:]) < metric.smallest
                 if any(name not in n["scores"] for n in notes):
                     score = score or metrics.load(name, device)
                     outputs = torch.stack([photos.to_tensor(photos.open_photo(f)) for f in files])
                     originals = torch.stack(hr) if data.paired else None
-                    for file, n, v in zip(
-                        files,
-                        notes,
-                        [None] * len(items) if small else score(outputs, originals).tolist(),
-                        strict=True,
-                    ):
+                    values = [None] * len(items) if small else score(outputs, originals).tolist()
+                    for file, n, v in zip(files, notes, values, strict=True):
                         n["scores"][name] = v if v is not None and np.isfinite(v) else None
-                        write(file.with_suffix(".json"), json.dumps(n))
-                without["too small" if small else "no number"] += sum(
-                    n["scores"][name] is None for n in notes
-                )
+                        write_text(file.with_suffix(".json"), json.dumps(n))
+                missing = sum(n["scores"][name] is None for n in notes)
+                without[few if small else odd] += missing
                 bar.update(len(items))
-    why = [f"{without['too small']} are smaller than {metric.smallest} px"] * bool(
-        without["too small"]
-    )
-    why += [f"{without['no number']} are flat or otherwise out of its range"] * bool(
-        without["no number"]
-    )
+    why = [f"{n} {what}" for what, n in without.items() if n]
     every = len(data) * len(folders)
     if sum(without.values()) == every:
         raise ValueError(f"of {every} pictures {' and '.join(why)}")
@@ -334,13 +320,11 @@ def fid_all(
         photos.to_image(item.read()[1]).save(place(originals, i, item), compress_level=1)
     for method, folder in folders.items():
         files = [place(folder, i, item) for i, item in enumerate(data.items)]
-        key, kept = (
-            hashlib.sha1("".join(read_notes(f)["key"] for f in files).encode()).hexdigest(),
-            folder / "fid.txt",
-        )
+        keys, kept = "".join(read_notes(f)["key"] for f in files), folder / "fid.txt"
+        key = hashlib.sha1(keys.encode()).hexdigest()
         if not kept.exists() or kept.read_text(encoding="utf-8").split()[0] != key:
             sharp = [place(originals, i, item) for i, item in enumerate(data.items)]
-            write(kept, f"{key} {metrics.fid(files, sharp, device)}")
+            write_text(kept, f"{key} {metrics.fid(files, sharp, device)}")
         found[method] = float(kept.read_text(encoding="utf-8").split()[1])
     return found
 

@@ -5,13 +5,12 @@ two pictures it must prefer the one that LPIPS calls closer to its original. Sim
 stands in for people. The paper's experts are in `evaluation.quality`.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -39,7 +38,6 @@ class NanoExpert(nn.Module):
 
     def __init__(self, width: int = 48, worst: int = 16):
         super().__init__()
-        self.config = {"width": width, "worst": worst}
         wide = 2 * width
         self.fine = nn.Sequential(
             nn.Conv2d(7 * 16, width, 3, padding=1), nn.SiLU(), _Residual(width), nn.SiLU()
@@ -90,10 +88,9 @@ def load_expert(
         where = f"weights {path.name} are missing in {path.parent.name}/"
         raise FileNotFoundError(f"{where}: train them (realsr train expert) or reinstall")
     try:
-        with safe_open(path, "pt") as f:
-            model = NanoExpert(**json.loads(f.metadata()["config"]))
+        model = NanoExpert()
         model.load_state_dict(load_file(path))
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError) as e:
+    except (SafetensorError, OSError, ValueError, RuntimeError) as e:
         raise ValueError(
             f"weights {path.name} are damaged or not the nano expert's: copy or train them again"
         ) from e

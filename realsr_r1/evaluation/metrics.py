@@ -42,9 +42,8 @@ class Metric:
     higher: bool  # higher is better
     reference: bool  # needs the original
     smallest: int = 1  # pixels of the shorter side
-    files: tuple[
-        str, ...
-    ] = ()  # as in quality.METRICS: in torch's hub folder, or timm/… in the Hugging Face cache
+    # As in quality.METRICS: in torch's hub folder, or timm/… in the Hugging Face cache.
+    files: tuple[str, ...] = ()
     options: dict = field(default_factory=dict)
     whole_set: bool = False  # one number for a set, not for a picture
 
@@ -71,9 +70,8 @@ METRICS = {
     "brisque": _blind("BRISQUE", "brisque", 16),
     "piqe": _blind("PIQE", "piqe", 16),
     "musiq": _blind("MUSIQ, trained on KonIQ", "musiq"),
-    "maniqa": _blind(
-        "MANIQA, trained on PIPAL", "maniqa-pipal"
-    ),  # the released code's; its other heads give other numbers
+    # The released code's MANIQA; its other heads give other numbers.
+    "maniqa": _blind("MANIQA, trained on PIPAL", "maniqa-pipal"),
     "clipiqa": _blind("CLIP-IQA, RN50", "clipiqa"),
     "topiq": _blind("TOPIQ-NR, ResNet-50 trained on KonIQ", "topiq_nr"),
     "fid": Metric(
@@ -177,12 +175,10 @@ def load(name: str, device: str | torch.device = "cpu") -> Score:
         check(name, output, original)
         pictures = (output, original) if metric.reference else (output,)
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "cov"
-            )  # torch's word on a flat picture's one block; the result is NaN
-            return quality.numbers(
-                compare, *(p.to(device).float().clamp(0, 1) for p in pictures)
-            ).cpu()
+            # torch's word on a flat picture's one block; the result is NaN.
+            warnings.filterwarnings("ignore", "cov")
+            clipped = (p.to(device).float().clamp(0, 1) for p in pictures)
+            return quality.numbers(compare, *clipped).cpu()
 
     return score
 
@@ -216,9 +212,8 @@ def fid(
             f"pictures only",
             stacklevel=2,
         )
-    with (
-        tempfile.TemporaryDirectory() as folder
-    ):  # pyiqa takes folders: one for each list, with unique names
+    # pyiqa takes folders: one for each list, with unique names.
+    with tempfile.TemporaryDirectory() as folder:
         sides = [Path(folder) / side for side in ("outputs", "originals")]
         for side, files in zip(sides, (outputs, originals), strict=True):
             side.mkdir()

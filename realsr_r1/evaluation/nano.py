@@ -6,18 +6,18 @@ chain's are (confetti scores well on LPIPS); the true codes in full (the ceiling
 without the LR photo (the paper's way); bicubic.
 """
 
-import csv
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from realsr_r1 import perceptual, tokenizer, vlcot
-from realsr_r1.common import atomic, generator
+from realsr_r1.common import atomic, generator, write_text
 from realsr_r1.degradation import LABELS, from_words
 from realsr_r1.photographs import Pairs, Photograph
 from realsr_r1.pipeline import RealSR, reads_clean
@@ -208,12 +208,6 @@ def table(rows: list[dict]) -> str:
 
 def write(rows: list[dict], out: Path, note: str) -> None:
     """`out`.csv with every row and `out`.md with the table under a line that says how it came."""
-    names = list(dict.fromkeys(k for r in rows for k in r))
-    with atomic(f"{out}.csv") as part, part.open("w", newline="", encoding="utf-8") as f:
-        w = csv.DictWriter(f, names)
-        w.writeheader()
-        w.writerows(
-            {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows
-        )
-    with atomic(f"{out}.md") as part:
-        part.write_text(f"{note}\n\n{table(rows)}", encoding="utf-8")
+    with atomic(f"{out}.csv") as part:
+        pd.DataFrame(rows).to_csv(part, index=False, float_format="%.4g")
+    write_text(f"{out}.md", f"{note}\n\n{table(rows)}")

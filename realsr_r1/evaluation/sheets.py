@@ -1,5 +1,7 @@
 """Contact sheets: pictures in rows under headings, as one picture."""
 
+import textwrap
+
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -25,14 +27,7 @@ def grid(
     )
     pen, font = ImageDraw.Draw(out), ImageFont.load_default(size=11)
     for c, text in enumerate(headings):
-        words, line, lines = text.split(), "", []
-        for word in words:
-            if line and pen.textlength(f"{line} {word}", font=font) > side:
-                lines.append(line)
-                line = word
-            else:
-                line = f"{line} {word}".strip()
-        for i, part in enumerate([*lines, line][:2]):
+        for i, part in enumerate(textwrap.wrap(text, side // 6)[:2]):
             pen.text((gap + c * (side + gap), 1 + 12 * i), part, fill="black", font=font)
     for r, row in enumerate(rows):
         for c, x in enumerate(row):

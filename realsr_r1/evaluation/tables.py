@@ -19,18 +19,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from realsr_r1.common import atomic
+from realsr_r1.common import write_text
 from realsr_r1.evaluation import metrics
 from realsr_r1.stats import Interval, clustered
 
 FEWEST = 5  # groups below which a bootstrap interval says too little for a mark
 Values = Sequence[float | None]
-
-
-def write(path: Path, text: str) -> None:
-    """Write a text file in one go: a reader sees the old one or the new one, never half."""
-    with atomic(path) as part:
-        part.write_text(text, encoding="utf-8")
 
 
 def mean(values: Values, groups: Sequence[str]) -> Interval | None:
@@ -146,9 +140,9 @@ def rows(record: dict) -> list[list]:
 def save(record: dict, out: Path, name: str) -> None:
     """Write name.md, name.csv (means, intervals, paired differences) and name.json (every picture's
     numbers)."""
-    write(out / f"{name}.md", "\n".join(tables(record)))
-    write(out / f"{name}.json", json.dumps(record))
+    write_text(out / f"{name}.md", "\n".join(tables(record)))
+    write_text(out / f"{name}.json", json.dumps(record))
     text, three = io.StringIO(newline=""), ["", "_low", "_high"]
     heads = ["mean", "low", "high", *(f"difference{x}" for x in three)]
     csv.writer(text, lineterminator="\n").writerows([["method", "measure", *heads], *rows(record)])
-    write(out / f"{name}.csv", text.getvalue())
+    write_text(out / f"{name}.csv", text.getvalue())

@@ -11,9 +11,9 @@ import torch
 
 from realsr_r1 import rewards
 from realsr_r1.common import generator
-from realsr_r1.evaluation.nano import SEVERITIES, clusters_of
+from realsr_r1.evaluation.nano import SEVERITIES, clusters_of, held_out
 from realsr_r1.grpo import WORDS
-from realsr_r1.photographs import Pairs, Photograph
+from realsr_r1.photographs import Photograph
 from realsr_r1.policy import ChainPolicy
 from realsr_r1.sampling import Sampling, sample
 from realsr_r1.stats import Interval, clustered
@@ -73,8 +73,7 @@ def measure(policy: ChainPolicy, photos: list[Photograph], seed: int = 0, batch:
     """Sample the first words for each photograph at each severity, and score them."""
     items, clusters = [], []
     for severity in SEVERITIES:
-        data = Pairs(photos, f"nano-{severity}", seed=seed, training=False)
-        items += [data[i] for i in range(len(data))]
+        items += held_out(photos, severity, seed, labels=True)
         clusters += clusters_of(photos)
     scores, away = {}, len(items) // 2  # items that far apart show other photographs
     for mode, sampling in MODES.items():

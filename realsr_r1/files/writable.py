@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from realsr_r1 import images
-from realsr_r1.common import atomic
+from realsr_r1.common import atomic, write_text
 
 LARGEST = {"JPEG": 65_500, "WEBP": 16_383, "AVIF": 65_535, "GIF": 65_535, "ICO": 256}  # pixels
 
@@ -52,8 +52,7 @@ def claim(path: Path, settings: dict) -> None:
         what = f"{path.parent} holds a run of other settings"
         raise ValueError(f"{what}: choose another --out, or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(path) as part:
-        part.write_text(now, encoding="utf-8")
+    write_text(path, now)
 
 
 def append_row(path: Path, row: dict) -> None:

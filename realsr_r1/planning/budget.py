@@ -57,14 +57,12 @@ def plans() -> dict[str, tuple[Shape, Run]]:
     middle, ours = qwen3(PolicyConfig().vocab_size), {"checkpointing": True, "fused": False}
     shards = REFERENCE | {"sharded": True}
     lora, seven = REFERENCE | {"lora": 16}, chameleon()
+    groups = Run("grpo", p, c, 4, 4, 2, 8, **ours)
     return {
         "nano, SFT, batch 64": (nano(), Run("sft", p, c, 64, optimizer="muon", average=True)),
         "nano, GRPO, 4 × 8, micro-batch 8": (nano(), Run("grpo", p, c, 8, 4, 4, 8, fused=False)),
         "0.6 B, SFT, all weights, batch 4": (middle, Run("sft", p, c, 4, average=True, **ours)),
-        "0.6 B, GRPO, all weights, KL, 2 × 8, micro-batch 4": (
-            middle,
-            Run("grpo", p, c, 4, 4, 2, 8, **ours),
-        ),
+        "0.6 B, GRPO, all weights, KL, 2 × 8, micro-batch 4": (middle, groups),
         "7 B, SFT, LoRA": (seven, Run("sft", **lora)),
         "7 B, GRPO, LoRA, group 5": (seven, Run("grpo", **lora, group=5, accumulate=5)),
         "7 B, SFT, all weights, FSDP2 or ZeRO-3": (seven, Run("sft", **shards)),
@@ -94,25 +92,8 @@ def fit_table(cards: tuple[Card, ...] = CARDS) -> str:
     return "\n".join(rows)
 
 
-def storage(
-    photos: int, pixels: int = 512, tokens: int = 11_000, crops: int = 1, captions: float = 800
-) -> dict[str, float]:
-    """Bytes of a prepared set: crops as PNG at `PNG` bytes a pixel (the shipped evaluation photos'
-    mean), token shards of int32, `captions` bytes of text each."""
-    n = photos * crops
-    return {
-        "photos": n * PNG * pixels**2,
-        "tokens": n * tokens * 4.0,
-        "captions": n * float(captions),
-    }
-
-
 def recipe(
-    photos: int = 95_000,
-    rl_photos: int = 500,
-    price: float = 3.0,
-    card: Card = CARDS[-1],
-    utilization: float = 0.35,
+    photos: int = 95_000, rl_photos: int = 500, price: float = 3.0, utilization: float = 0.35
 ) -> str:
     """Markdown: time, money and storage of the paper's recipe with the 7 B model on one row of
     cards.
@@ -122,31 +103,24 @@ def recipe(
     and 10 k FFHQ, PURE's data), of RL photos (the release's folder is named test500), the `price` a
     card and hour, and the `utilization` of the card's peak.
     """
-    shape, epochs = chameleon(), 2
-    cold, rl = (
-        Run("sft", **REFERENCE, sharded=True, devices=card.devices),
-        Run("grpo", **REFERENCE, group=5, reference=False),
-    )
+    shape, epochs, card = chameleon(), 2, CARDS[-1]
+    cold = Run("sft", **REFERENCE, sharded=True, devices=card.devices)
+    rl = Run("grpo", **REFERENCE, group=5, reference=False)
     rows = ["| part | chains | hours on " + card.name + " | money |", "|---|---|---|---|"]
     for name, run, chains in (
         ("cold start", cold, photos * epochs),
         ("VLCoT-GRPO", rl, rl_photos * epochs * 5),
     ):
-        step = sum(seconds(shape, run, card, utilization).values()) / (
-            5 if run.phase == "grpo" else 1
-        )
+        step = sum(seconds(shape, run, card, utilization).values())
+        step /= 5 if run.phase == "grpo" else 1
         hours = step * chains / card.devices / 3600
         rows.append(f"| {name} | {chains:,} | {hours:,.0f} | {hours * card.devices * price:,.0f} |")
-    need = storage(photos)
-    text = ", ".join(f"{k} {v / 1e9:,.1f} GB" for k, v in need.items())
-    return "\n".join(
-        [
-            *rows,
-            "",
-            f"Storage for {photos:,} photos of 512 px: {text}; a checkpoint with optimizer "
-            f"{14 * shape.parameters / 1e9:,.0f} GB.",
-        ]
-    )
+    # A photo as PNG (`PNG` bytes a pixel: the shipped evaluation photos' mean), 11,000 tokens of
+    # int32, 800 bytes of text.
+    need = {"photos": PNG * 512**2, "tokens": 11_000 * 4.0, "captions": 800.0}
+    text = ", ".join(f"{k} {photos * v / 1e9:,.1f} GB" for k, v in need.items())
+    text = f"Storage for {photos:,} photos of 512 px: {text}; a checkpoint with optimizer"
+    return "\n".join([*rows, "", f"{text} {14 * shape.parameters / 1e9:,.0f} GB."])
 
 
 class Meter:
@@ -168,17 +142,14 @@ class Meter:
         return psutil.Process().memory_info().rss
 
     def __enter__(self) -> "Meter":
-        self.cuda, self.process, self.stop = (
-            torch.cuda.is_initialized(),
-            psutil.Process(),
-            threading.Event(),
-        )
-        self.peak, self.thread = self.process.memory_info().rss, None
+        self.cuda, self.process = torch.cuda.is_initialized(), psutil.Process()
+        self.peak, self.thread, self.stop = self.process.memory_info().rss, None, threading.Event()
         if self.cuda:
-            self.start = reset_peak(torch.device("cuda"))
+            torch.cuda.reset_peak_memory_stats()
+            self.start = torch.cuda.memory_allocated()
         try:
-            reset_peak(torch.device("cpu"))
-        except RuntimeError:
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # Linux: a new peak
+        except OSError:
             self.thread = threading.Thread(target=self._watch, daemon=True)
             self.thread.start()
         return self
@@ -191,33 +162,15 @@ class Meter:
         self.stop.set()
         if self.thread:
             self.thread.join()
-        self.peak = max(
-            self.peak, self.process.memory_info().rss if self.thread else status("VmHWM")
-        )
+        last = self.process.memory_info().rss if self.thread else status("VmHWM")
+        self.peak = max(self.peak, last)
 
     @property
     def megabytes(self) -> float:
         cuda = torch.cuda.max_memory_allocated() if self.cuda else 0
-        used = (
-            self.cuda and cuda > self.start
-        )  # not so for a method of the CPU beside others on CUDA
+        # Not so for a method of the CPU beside others on CUDA.
+        used = self.cuda and cuda > self.start
         return (cuda if used else max(0, self.peak - self.before)) / 1e6
-
-
-def reset_peak(device: torch.device) -> float:
-    """Forget the peak so far; returns the bytes in use now. RuntimeError where the system keeps no
-    such count."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    except OSError as e:
-        raise RuntimeError(
-            "peak memory is measured on CUDA, or on Linux, which resets a process's own count: "
-            "use one of them"
-        ) from e
-    return status("VmRSS")
 
 
 def status(name: str) -> float:

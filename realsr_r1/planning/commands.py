@@ -9,7 +9,7 @@ COUNTS = ("batch", "accumulate", "prompts", "group", "lora", "devices")
 
 
 def cost(a: argparse.Namespace) -> None:
-    from realsr_r1.common import atomic
+    from realsr_r1.common import write_text
     from realsr_r1.planning import budget
     from realsr_r1.planning.cost import Run
 
@@ -32,8 +32,7 @@ def cost(a: argparse.Namespace) -> None:
     if a.out is None:
         print(text)
         return
-    with atomic(a.out) as part:
-        part.write_text(text, encoding="utf-8")
+    write_text(a.out, text)
 
 
 def middle(a: argparse.Namespace) -> None:

@@ -17,11 +17,8 @@ from realsr_r1.policy import PolicyConfig
 from realsr_r1.vlcot import GRIDS, PATCH_TOKENS, TAGS, image_length
 
 GB = 2**30
-BYTES = {
-    "float32": 4,
-    "mixed": 4,
-    "bfloat16": 2,
-}  # a weight; mixed: float32 weights, bfloat16 autocast
+# Of a weight; mixed: float32 weights, bfloat16 autocast.
+BYTES = {"float32": 4, "mixed": 4, "bfloat16": 2}
 # Bytes that autograd keeps, a token and layer, for each element of (hidden, queries, keys, MLP):
 # from the operations of transformers' blocks with fused attention. RMS norms always compute in
 # float32, so bfloat16 keeps copies.
@@ -29,12 +26,9 @@ KEPT = {"float32": (24, 16, 16, 16), "bfloat16": (16, 10, 10, 8), "mixed": (26, 
 # With LoRA on all linear layers: frozen weights keep no inputs, float32 adapters keep float32
 # copies of theirs.
 KEPT_LORA = {"float32": (16, 12, 12, 16), "bfloat16": (28, 12, 8, 10)}
-STATES = {
-    "adamw": 2.0,
-    "muon": 1.0,  # of matrices; the embeddings have AdamW's two moments
-    "adamw8bit": 0.5,
-    "sgd": 0.0,
-}  # elements of optimizer state a trained element, in its precision
+# Elements of optimizer state per trained element, in its precision. Muon's are those of matrices:
+# the embeddings have AdamW's two moments.
+STATES = {"adamw": 2.0, "muon": 1.0, "adamw8bit": 0.5, "sgd": 0.0}
 HEADROOM = 0.08  # of a card: context, workspaces, fragmentation
 
 
@@ -146,9 +140,7 @@ class Run:
     optimizer: str = "adamw"
     checkpointing: bool = False
     lora: int = 0  # rank; 0: all weights
-    reference: bool = (
-        True  # GRPO: a frozen copy for the KL (LoRA needs none: adapters are switched off)
-    )
+    reference: bool = True  # GRPO: a frozen copy for the KL (LoRA switches its adapters off)
     fused: bool = True  # GRPO: TRL's fused head and padded batches; ours keeps all logits instead
     average: bool = False  # SFT: a running average of the weights is kept beside them
     devices: int = 1
@@ -205,14 +197,10 @@ class Memory:
 def layer_activations(shape: Shape, run: Run) -> float:
     """Bytes that autograd keeps of one layer for one token."""
     per = (KEPT_LORA if run.lora else KEPT)[run.precision]
-    small = 4 * (
-        2 + 2 * shape.heads + shape.kv_heads + 7 * run.lora
-    )  # inverse deviations, log-sum-exp, adapters' middle
-    masked = (
-        BYTES[run.precision if run.precision != "mixed" else "bfloat16"] * 2 * (shape.q - shape.kv)
-        if run.phase == "grpo"
-        else 0
-    )
+    # Inverse deviations, log-sum-exp, adapters' middle.
+    small = 4 * (2 + 2 * shape.heads + shape.kv_heads + 7 * run.lora)
+    width = BYTES["bfloat16" if run.precision == "mixed" else run.precision]
+    masked = width * 2 * (shape.q - shape.kv) if run.phase == "grpo" else 0
     return (
         sum(n * x for n, x in zip(per, (shape.hidden, shape.q, shape.kv, shape.mlp), strict=True))
         + small

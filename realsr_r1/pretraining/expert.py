@@ -1,7 +1,6 @@
 """The nano expert: trained by ranking pictures of one photograph, those that the policy draws among
 them, since these are what it must judge in GRPO."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,8 +98,7 @@ def train_expert(bank: Bank, out: Path, fit: FitConfig, width: int = 7) -> NanoE
 
     trained = Fit(model, optimizer, out, fit).run(loss_of)
     state = {k: x.half().contiguous() for k, x in trained.state_dict().items()}
-    meta = {"config": json.dumps(trained.config)}
-    save_file(state, out / "expert.safetensors", meta)
+    save_file(state, out / "expert.safetensors")
     forget(out)
     return trained
 

@@ -249,22 +249,11 @@ def train_tokenizer(
     batches = forever(data, run.machine, used, _stack)
     training = TokenizerTraining(model, batches, run.machine, loss)
     fit.extra = {"critic": training.critic, "critic_step": training.critic_step}
-    fit.extra["usage"] = _Usage(model)
+    # No weights hold how often each code was used: without it, a training that goes on would take
+    # long to see that a code is dead.
+    fit.extra["usage"] = torch.nn.Module()
+    fit.extra["usage"].register_buffer("usage", model.codebook.usage)
     return fit.run(training, run.preview)
-
-
-class _Usage:
-    """How often each code was used, which no weights hold, for a checkpoint: without it a training
-    that goes on would take long to see that a code is dead."""
-
-    def __init__(self, model: VQModel):
-        self.usage = model.codebook.usage
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"usage": self.usage}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.usage.copy_(state["usage"])
 
 
 def _stack(items: list[dict]) -> dict:

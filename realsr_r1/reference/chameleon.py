@@ -37,28 +37,18 @@ from transformers import (
     ChameleonForConditionalGeneration,
     PreTrainedTokenizerBase,
 )
-from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.chameleon.modeling_chameleon import ChameleonLayerNorm
-from transformers.utils.generic import can_return_tuple
 
 from realsr_r1.common import device_of
 from realsr_r1.planning import cost
 
 # Token names, from PURE's vocab.py and item_processor.py, and their ids: <reservedNNNNN> is NNNNN +
 # 4 throughout.
-BOS, PAD, START, END, ROW, TURN = (
-    "<s>",
-    "<pad>",
-    "<racm3:break>",
-    "<eoss>",
-    "<reserved08799>",
-    "<reserved08706>",
-)
+BOS, PAD, START, END = "<s>", "<pad>", "<racm3:break>", "<eoss>"
+ROW, TURN = "<reserved08799>", "<reserved08706>"
 PUBLISHED_IDS = {BOS: 0, PAD: 1, END: 8196, START: 8197, TURN: 8710, ROW: 8803}
-SIZE_UNIT, LARGEST_SIZE = (
-    32,
-    32,
-)  # <reserved(8800+n)> means n·32 pixels; PURE's widest picture of 512² pixels is 32 units
+# <reserved(8800+n)> means n·32 pixels; PURE's widest picture of 512² pixels is 32 units.
+SIZE_UNIT, LARGEST_SIZE = 32, 32
 # Ids of the codes: (first code, first id, how many). The second block is PURE's extension from
 # Chameleon's 8,192 codes to LlamaGen's 16,384. The blocks are in inference_solver.py. That ids rise
 # with codes inside a block is how vocab.py inverts the map (it sorts both sides); it is used only
@@ -181,49 +171,11 @@ class ImageChameleon(ChameleonForConditionalGeneration):
     def __init__(self, config: ChameleonConfig):
         super().__init__(config)
         del self.model.vqmodel
+        self.model.vocabulary_mapping.image_tokens = []  # those whose logits are masked
         if rows := getattr(config, "qk_norm_rows", None):
             for layer in self.model.layers:
                 a = layer.self_attn
                 a.q_norm, a.k_norm = (ChameleonLayerNorm((rows, a.head_dim)) for _ in "qk")
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values=None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        **kwargs,
-    ) -> CausalLMOutputWithPast:
-        """transformers' forward without the mask over image logits. Ids (b, n) →
-        logits (b, n, v)."""
-        out = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(out.last_hidden_state[:, keep])
-        loss = (
-            None
-            if labels is None
-            else self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
-        )
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=out.past_key_values,
-            hidden_states=out.hidden_states,
-            attentions=out.attentions,
-        )
 
 
 def local_folder(name: str | Path) -> Path:

@@ -137,17 +137,17 @@ def _left(p: Tensor, q: Tensor, kept: int) -> Tensor:
 
 
 def _extended(
-    guesses: Tensor, q: Tensor, new: Tensor, uniform: Callable[[int], Tensor]
+    guesses: Tensor, q: Tensor, new: Tensor, draw: Callable[[int], Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Guesses (m,) and their distributions (m, v) with uniform ones for new places, whose masks are
     `new` (k, v), behind them."""
     if not len(new):
         return guesses, q
-    drawn = choose(new.log(), uniform(len(new)))
+    drawn = choose(new.log(), draw(len(new)))
     return torch.cat([guesses, drawn]), torch.cat([q, new / new.sum(-1, keepdim=True)])
 
 
-def _uniform(generator: torch.Generator | None, device: torch.device, m: int) -> Tensor:
+def uniform(generator: torch.Generator | None, device: torch.device, m: int) -> Tensor:
     """Numbers (m,) in [0, 1) on the device."""
     where = generator.device if generator is not None else device
     return torch.rand(m, generator=generator, device=where).to(device)
@@ -177,25 +177,25 @@ def speculative(
     # Tokens that no place allows are left out: below, a token is its number among the others.
     columns = masks[kinds.unique()].any(0).nonzero()[:, 0]
     masks = masks[:, columns]
-    uniform = partial(_uniform, generator, device)
+    draw = partial(uniform, generator, device)
     settled = torch.zeros(0, dtype=torch.long, device=device)
     guesses, q, passes = settled, torch.zeros(0, masks.shape[1], device=device), 0
     while (at := len(settled)) < n:
         new = masks[kinds[at + len(guesses) : min(n, at + window)]].float()
-        guesses, q = _extended(guesses, q, new, uniform)
+        guesses, q = _extended(guesses, q, new, draw)
         m = len(guesses)
         ahead = masks[kinds[at : at + m + 1]]  # nothing follows the very last token
         seen = [r.logits(columns[guesses])[: len(ahead), columns] for r in readings]
         scores = target(seen[0], ahead, sampling, seen[1] if len(seen) > 1 else None, k_first)
         p, passes = scores.softmax(-1), passes + 1
-        kept = _verify(guesses, q, p[:m], uniform(m))
+        kept = _verify(guesses, q, p[:m], draw(m))
         settled = torch.cat([settled, guesses[:kept]])
         if len(settled) == n:
             break
-        token = choose(_left(p, q, kept).log()[None], uniform(1))
+        token = choose(_left(p, q, kept).log()[None], draw(1))
         settled = torch.cat([settled, token])
         for r in readings:
             r.settle(m - kept, columns[token])
         rest = scores[kept + 1 :]
-        guesses, q = choose(rest, uniform(len(rest))), p[kept + 1 :]
+        guesses, q = choose(rest, draw(len(rest))), p[kept + 1 :]
     return Drawn(columns[settled].cpu(), passes)

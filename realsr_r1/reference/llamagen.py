@@ -35,14 +35,6 @@ DS8 = LlamaGenConfig()  # the paper's
 DS16 = LlamaGenConfig(multiplier=(1, 1, 2, 2, 4))
 
 
-class Codebook(nn.Module):
-    """Codes as unit vectors (codes, d)."""
-
-    def __init__(self, codes: int, dim: int):
-        super().__init__()
-        self.weight = nn.Parameter(F.normalize(torch.randn(codes, dim), dim=1))
-
-
 class LlamaGen(nn.Module):
     """Image (b, 3, h, w) in [0, 1] ↔ codes (b, h/factor, w/factor)."""
 
@@ -62,11 +54,8 @@ class LlamaGen(nn.Module):
         self.encoder, self.decoder = JanusVQVAEEncoder(blocks), JanusVQVAEDecoder(blocks)
         self.quant_conv = nn.Conv2d(config.latent, config.code_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.latent, 1)
-        self.quantize = Codebook(config.codes, config.code_dim)
-
-    @property
-    def factor(self) -> int:
-        return self.config.factor
+        self.quantize = nn.Embedding(config.codes, config.code_dim)  # normalized where it is used
+        self.factor = config.factor
 
     def encode(self, x: Tensor) -> Tensor:
         """Image (b, 3, h, w) in [0, 1] → codes (b, h/factor, w/factor), int64."""

@@ -40,9 +40,8 @@ PURE = Sampling(temperature=0.9, image_temperature=0.9, guidance=0.8)  # text gr
 CHAIN_SIZES = (128, 256, 512)  # pixels of the chain's images (paper); PURE itself draws one, (512,)
 TILE, STRIDE, SCALE = 128, 96, 4  # LR pixels, LR pixels, factor: a tile's result has 512 pixels
 MAX_NEW = 8192  # PURE's README
-TEXT, LAST_TEXT, SIZE, CODE, ROW_END, IMAGE_END, FORCED = range(
-    7
-)  # what may come next; rows of the grammar's masks
+# What may come next: rows of the grammar's masks.
+TEXT, LAST_TEXT, SIZE, CODE, ROW_END, IMAGE_END, FORCED = range(7)
 
 
 def image_tokens(pixels: int, factor: int = 8) -> int:
@@ -173,21 +172,15 @@ class Grammar:
                 )
             masks[FORCED + k, n[chameleon.size_name(pixels // chameleon.SIZE_UNIT)]] = True
         self.masks, self.side = masks.to(device), self.side.to(device)
-        self.columns = (
-            self.masks[[CODE, ROW_END, IMAGE_END]].any(0).nonzero()[:, 0]
-        )  # all that can stand in an image's rows
+        # All that can stand in an image's rows.
+        self.columns = self.masks[[CODE, ROW_END, IMAGE_END]].any(0).nonzero()[:, 0]
 
     def start(self, batch: int, images: int = 0) -> None:
         """Every row stands in text, with `images` images behind it. `at`: −1 in text, 0 height, 1
         width, 2… in the rows."""
         new = lambda value: torch.full((batch,), value, device=self.masks.device)  # noqa: E731
-        self.at, self.images, self.h, self.w, self.column = (
-            new(-1),
-            new(images),
-            new(0),
-            new(0),
-            new(0),
-        )
+        self.at, self.images = new(-1), new(images)
+        self.h = self.w = self.column = new(0)
 
     @property
     def inside(self) -> Tensor:
@@ -197,31 +190,19 @@ class Grammar:
 
     def kind(self) -> Tensor:
         """(b,) the row of `masks` that holds the words allowed next."""
-        last = (
-            self.images >= len(self.sizes)
-            if self.sizes is not None
-            else torch.zeros_like(self.inside)
-        )
-        size = (
-            FORCED + self.images - 1 if self.sizes is not None else torch.full_like(self.at, SIZE)
-        )
-        body = torch.where(
-            self.column == self.w,
-            ROW_END,
-            torch.where(self.at - 2 == self.h * (self.w + 1), IMAGE_END, CODE),
-        )
-        return torch.where(
-            self.at < 0, torch.where(last, LAST_TEXT, TEXT), torch.where(self.inside, body, size)
-        )
+        free = self.sizes is None
+        size = SIZE if free else FORCED + self.images - 1
+        text = TEXT if free else torch.where(self.images >= len(self.sizes), LAST_TEXT, TEXT)
+        end = self.at - 2 == self.h * (self.w + 1)
+        body = torch.where(self.column == self.w, ROW_END, torch.where(end, IMAGE_END, CODE))
+        return torch.where(self.at < 0, text, torch.where(self.inside, body, size))
 
     def step(self, word: Tensor) -> None:
         """Move on with the words (b,) just taken."""
         begins, height, width = (self.at < 0) & (word == self.start_id), self.at == 0, self.at == 1
         ends = self.inside & (self.at - 2 == self.h * (self.w + 1))
         side = self.side[word]
-        self.column = torch.where(
-            self.inside & (self.column < self.w), self.column + 1, torch.zeros_like(self.column)
-        )
+        self.column = torch.where(self.inside & (self.column < self.w), self.column + 1, 0)
         self.h, self.w = torch.where(height, side, self.h), torch.where(width, side, self.w)
         self.images = self.images + begins
         moved = torch.where(self.at >= 0, self.at + 1, torch.where(begins, 0, -1))
@@ -243,10 +224,7 @@ class ImageOnly:
             self.cache = None
             return None
         if self.cache is None:
-            self.cache, self.mask = (
-                DynamicCache(),
-                torch.zeros(len(word), 0, dtype=torch.long, device=word.device),
-            )
+            self.cache, self.mask = DynamicCache(), word.new_zeros(len(word), 0)
         self.mask = torch.cat([self.mask * ~begins[:, None], torch.ones_like(word)[:, None]], 1)
         out = self.model.model(
             word[:, None],
@@ -284,24 +262,16 @@ class Interleaved(LogitsProcessor):
             if how.guidance != 1.0:
                 other = self.free.logits(word, grammar.at == 0, grammar.at >= 0)
         allowed, inside = grammar.masks[grammar.kind()], grammar.inside
-        u = torch.rand(
-            len(scores),
-            generator=self.generator,
-            device=self.generator.device if self.generator else scores.device,
-        )
+        u = jacobi.uniform(self.generator, scores.device, len(scores))
         text = scores.float().masked_fill(~allowed, float("-inf"))
-        chosen = (
-            text.argmax(-1)
-            if how.greedy_text
-            else choose(text / how.temperature, u.to(scores.device))
-        )
+        chosen = text.argmax(-1) if how.greedy_text else choose(text / how.temperature, u)
         if bool(inside.any()):
             logits, free, mask = (
                 None if x is None else x[inside][:, grammar.columns]
                 for x in (scores, other, allowed)
             )
             some = jacobi.target(logits, mask, how, free, k_first=True)
-            chosen[inside] = grammar.columns[choose(some, u.to(scores.device)[inside])]
+            chosen[inside] = grammar.columns[choose(some, u[inside])]
         return torch.full_like(scores, float("-inf")).scatter(1, chosen[:, None], 0.0)
 
 
@@ -395,9 +365,8 @@ def load_reference(name: str | Path, tokenizer: str | Path | None = None, **opti
     """`chameleon.load(name, **options)` with LlamaGen's ds8 tokenizer: `tokenizer`, or
     vq_ds8_c2i.pt beside the model or from the hub."""
     beside = Path(name) / "vq_ds8_c2i.pt"
-    vq = load_llamagen(
-        tokenizer or (beside if beside.exists() else beside.name)
-    )  # first: if it is absent, no time is lost
+    # First: if it is absent, no time is lost.
+    vq = load_llamagen(tokenizer or (beside if beside.exists() else beside.name))
     model = chameleon.load(name, **options)
     layout = model.layout
     if (vq.config.codes, vq.factor) != (layout.codes, layout.factor):

@@ -27,7 +27,6 @@ def test_photographs_come_back_as_they_were(photos, tmp_path):
     assert sorted(tmp_path.iterdir()) == files
     assert plain(photographs.load("train", tmp_path)) == plain(photos)
     assert plain(photographs.load("val", tmp_path)) == plain(others)
-    assert plain(shards.stream(tmp_path, "val")) == plain(others)
     assert photographs.load("train", tmp_path)[3].captions == photos[3].captions
 
 
@@ -40,16 +39,6 @@ def test_datasets_streams_them_too(photos, tmp_path):
     rows = list(data.cast_column("image", datasets.Image()))
     assert [r["file"] for r in rows] == [p.file for p in photos]
     assert rows[0]["image"].size and rows[0]["colors"] == "+".join(photos[0].colors)
-
-
-@pytest.mark.parametrize("number", [1, 2, 3])
-def test_every_photograph_is_in_one_shard(photos, tmp_path, number):
-    """Two files: three processes share them by rows."""
-    shards.write_shards(photos, tmp_path, per_file=4)
-    parts = [plain(shards.stream(tmp_path, shard=(i, number))) for i in range(number)]
-    assert all(parts)
-    found = sorted((x for part in parts for x in part), key=lambda x: x[0].file)
-    assert found == sorted(plain(photos), key=lambda x: x[0].file)
 
 
 def test_a_killed_run_goes_on(photos, tmp_path):
@@ -81,14 +70,6 @@ def test_files_of_other_photographs_are_not_mixed_in(photos, tmp_path):
         shards.write_shards(said, tmp_path, 4)
     with pytest.raises(ValueError, match="nothing to write"):
         shards.write_shards([], tmp_path)
-
-
-def test_a_folder_without_such_files_and_a_shard_that_is_not_there(photos, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"holds no annotated-.*: write them with realsr"):
-        shards.stream(tmp_path)
-    shards.write_shards(photos, tmp_path)
-    with pytest.raises(ValueError, match="there is no shard 2 of 2: count from 0 to 1"):
-        shards.stream(tmp_path, shard=(2, 2))
 
 
 def test_command_line(tmp_path, capsys):

@@ -1,58 +1,35 @@
 """`realsr course`."""
 
-import argparse
-import json
-
 import pytest
+from jupyterlab import labapp
 
-from realsr_r1.course import commands
-
-
-def course(*options: str) -> None:
-    p = argparse.ArgumentParser()
-    commands.register(p.add_subparsers())
-    a = p.parse_args(["course", *options])
-    a.run(a)
-
-
-def test_the_list_has_every_lesson_with_its_time(capsys):
-    course("list")
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(list(commands.NOTEBOOKS.glob("0*.ipynb")))
-    assert lines[0].startswith("00  Start here  ")
-    assert all(line.endswith(("minute", "minutes")) for line in lines)
+from realsr_r1.cli import main
+from realsr_r1.course import commands, notebooks
 
 
 def test_the_lab_opens_at_the_first_lesson(monkeypatch):
-    from jupyterlab import labapp
-
     asked = []
     monkeypatch.setattr(labapp, "main", asked.extend)
-    course()
+    assert main(["course"]) == 0
     assert asked == [
-        f"--ServerApp.root_dir={commands.NOTEBOOKS}",
+        f"--ServerApp.root_dir={notebooks.NOTEBOOKS}",
         "--LabApp.default_url=/lab/tree/00_start_here.ipynb",
     ]
-    assert (commands.NOTEBOOKS / commands.FIRST).exists()
+    assert (notebooks.NOTEBOOKS / commands.FIRST).exists()
 
 
-def test_run_tells_where_a_notebook_stopped(monkeypatch, tmp_path):
-    from realsr_r1.course import notebooks
-
-    cell = {"cell_type": "markdown", "source": ["# 03 · A title\n"]}
-    (tmp_path / "03_x.ipynb").write_text(json.dumps({"cells": [cell]}), encoding="utf-8")
-    monkeypatch.setattr(commands, "NOTEBOOKS", tmp_path)
-
-    def run(paths):
-        raise notebooks.Stopped(f"{paths[0].stem} stopped in cell 2")
-
-    monkeypatch.setattr(notebooks, "run", run)
-    with pytest.raises(RuntimeError, match="03_x stopped in cell 2"):
-        course("run")
+def test_notebooks_are_chosen_by_a_part_of_their_names(monkeypatch):
+    ran = []
+    monkeypatch.setattr(notebooks, "run", ran.append)
+    assert main(["course", "run"]) == 0
+    assert main(["course", "run", "03", "07_scaling_up.ipynb"]) == 0
+    every, some = ran
+    assert every == notebooks.notebooks() and len(every) == 8
+    assert [p.stem for p in some] == ["03_vlcot_sft", "07_scaling_up"]
 
 
-@pytest.mark.parametrize("what", ["lab", "list", "run"])
-def test_without_a_checkout_one_sentence_says_what_to_do(monkeypatch, tmp_path, what):
-    monkeypatch.setattr(commands, "NOTEBOOKS", tmp_path / "notebooks")
-    with pytest.raises(FileNotFoundError, match=r"no notebooks in .*: clone the repository"):
-        course(what)
+@pytest.mark.parametrize("what", ["lab", "student", "run"])
+def test_without_a_checkout_one_sentence_says_what_to_do(monkeypatch, capsys, what):
+    monkeypatch.setattr(notebooks, "notebooks", list)
+    assert main(["course", what]) == 2
+    assert "no notebooks in" in capsys.readouterr().err

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from realsr_r1.cli import main
 from realsr_r1.course import checks
 from realsr_r1.course import notebooks as course
 
@@ -239,7 +240,7 @@ def test_a_failing_notebook_stops_the_course_with_one_sentence(tmp_path, capsys,
     course.write(notebook(("md", "# Broken"), ("code", "x = 1"), ("code", "y = x / 0")), path)
     before = path.read_text(encoding="utf-8")
     monkeypatch.setattr(course, "notebooks", lambda: [path])
-    assert course.main(["run"]) == 1
+    assert main(["course", "run"]) == 2
     out, err = capsys.readouterr()
     assert out.startswith("[1/1] 00_broken … stopped")
     assert (
@@ -250,9 +251,10 @@ def test_a_failing_notebook_stops_the_course_with_one_sentence(tmp_path, capsys,
 
 
 def test_unknown_names_get_one_sentence(capsys):
-    assert course.main(["execute", "99_nothing"]) == 1
-    assert course.main(["address", "a/b", "c/d"]) == 1
-    assert capsys.readouterr().err.count("error: ") == 2
+    assert main(["course", "execute", "99_nothing"]) == 2
+    assert main(["course", "address", "a/b", "c/d"]) == 2
+    assert main(["course", "student", "03"]) == 2
+    assert capsys.readouterr().err.count("error: ") == 3
 
 
 @pytest.mark.parametrize("value, quick", [("1", True), ("0", False), (None, True)])

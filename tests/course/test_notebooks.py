@@ -71,8 +71,8 @@ def test_code_and_outputs_belong_together(path, read):
     nb = read(path)
     stored = nb.metadata.get("realsr_r1", {}).get("code")
     assert stored == course.fingerprint(nb), (
-        f"the code of {path.stem} changed after its outputs were made: python -m "
-        f"realsr_r1.course.notebooks execute {path.stem}"
+        f"the code of {path.stem} changed after its outputs were made: "
+        f"realsr course execute {path.stem}"
     )
 
 

@@ -38,6 +38,12 @@ def expect(condition: bool, sentence: str) -> None:
         raise Mistake(sentence)
 
 
+def expect_shape(out, like: tuple[int, ...], what: str) -> None:
+    """Raise `Mistake` unless the answer is a tensor of this shape."""
+    expect(isinstance(out, Tensor), f"return a tensor, not {type(out).__name__}")
+    expect(tuple(out.shape) == like, f"{what}: expected the shape {like}, got {tuple(out.shape)}")
+
+
 def number(out, what: str) -> float:
     """The student's answer as a float; any kind of number will do, numpy's and one-element tensors
     included."""

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from realsr_r1.course.checks import Mistake, check, expect
+from realsr_r1.course.checks import Mistake, check, expect, expect_shape
 
 
 def _labels(ids: torch.Tensor, prompt: int, pad: int = 0) -> torch.Tensor:
@@ -39,11 +39,6 @@ reference = SimpleNamespace(
 )
 
 
-def _shape(out, like: tuple[int, ...], what: str) -> None:
-    expect(isinstance(out, torch.Tensor), f"return a tensor, not {type(out).__name__}")
-    expect(tuple(out.shape) == like, f"{what}: expected the shape {like}, got {tuple(out.shape)}")
-
-
 @check
 def labels(student) -> None:
     """(ids (b, n), prompt length, pad id) → labels (b, n)."""
@@ -51,15 +46,13 @@ def labels(student) -> None:
         [[7, 8, 9, 5, 6, 7, 1, 0], [9, 9, 8, 6, 1, 0, 0, 0], [8, 7, 7, 4, 4, 4, 4, 1]]
     )
     kept, prompt = ids.clone(), 3
-    want = ids.clone()
-    want[:, :prompt] = -100
-    want[ids == 0] = -100
+    want = _labels(ids, prompt)
     out = student(ids, prompt, 0)
     expect(
         torch.equal(ids, kept),
         "you changed the ids themselves: work on a clone, the model still needs them as its input",
     )
-    _shape(out, tuple(ids.shape), "one label a word")
+    expect_shape(out, tuple(ids.shape), "one label a word")
     if torch.equal(out.long(), want):
         padded = ids.where(ids != 0, 2)  # another padding in the same places
         other = padded.where(ids != 0, -100)
@@ -205,12 +198,10 @@ def sequence_logprob(student) -> None:
     logits, ids = 2 * torch.randn(b, n, v, generator=g), torch.randint(0, v, (b, n), generator=g)
     logp = logits.log_softmax(-1)
 
-    def pick(
-        table, first, last, offset
-    ):  # the entries of words first … last - 1, read `offset` positions before
-        return torch.stack(
-            [table[:, i - offset].gather(1, ids[:, i : i + 1])[:, 0] for i in range(first, last)], 1
-        )
+    def pick(table: torch.Tensor, first: int, last: int, offset: int) -> torch.Tensor:
+        """The entries of words first … last - 1, read `offset` positions before."""
+        rows = range(first, last)
+        return torch.stack([table[:, i - offset].gather(1, ids[:, i, None])[:, 0] for i in rows], 1)
 
     right = pick(logp, p, n, 1).sum(1)
     out = student(logits, ids, p)
@@ -222,7 +213,7 @@ def sequence_logprob(student) -> None:
         out.dim() > 0,
         "one number for each row of the batch, not one for all: sum over the words only",
     )
-    _shape(out, (b,), "one number a row")
+    expect_shape(out, (b,), "one number a row")
 
     def is_(other):
         return torch.allclose(out.float(), other, atol=1e-4)
@@ -287,7 +278,7 @@ def entropy_top_k(student) -> None:
     certain[0, 3] = 0
     k = student(torch.cat([torch.zeros(1, 300), certain]))
     expect(isinstance(k, torch.Tensor), f"return a tensor, not {type(k).__name__}")
-    _shape(k, (2,), "one k a row")
+    expect_shape(k, (2,), "one k a row")
     k = k.double()
 
     def formula(h):

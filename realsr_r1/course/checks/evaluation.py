@@ -95,10 +95,8 @@ def psnr_y(student) -> None:
     )
     expect(len(out) == 2, f"two pictures went in, {len(out)} numbers came out")
     d, right = output - original, _psnr_y(output, original)
-    narrow, full = (
-        torch.tensor([65.481, 128.553, 24.966]).view(3, 1, 1) / 255,
-        torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1),
-    )
+    narrow = torch.tensor([65.481, 128.553, 24.966]).view(3, 1, 1) / 255
+    full = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
     wrong = {
         "this is PSNR on RGB: first bring both pictures to Y": _db(d),
         "these are the full-range weights (0.299, 0.587, 0.114): the papers' Y is the "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from realsr_r1 import objective
-from realsr_r1.course.checks import Mistake, check, expect
+from realsr_r1.course.checks import Mistake, check, expect, expect_shape
 
 
 def _completion_logprobs(logits: Tensor, ids: Tensor, prompt: int) -> Tensor:
@@ -48,11 +48,6 @@ reference = SimpleNamespace(
 )
 
 
-def _tensor(out, like: tuple[int, ...], what: str) -> None:
-    expect(isinstance(out, Tensor), f"return a tensor, not {type(out).__name__}")
-    expect(tuple(out.shape) == like, f"{what}: expected the shape {like}, got {tuple(out.shape)}")
-
-
 def _near(out: Tensor, other: Tensor) -> bool:
     return out.shape == other.shape and torch.allclose(
         out.float(), other.float(), atol=1e-4, rtol=1e-4
@@ -80,7 +75,7 @@ def group_advantages(student) -> None:
         "that is one row a group: flatten it again, one advantage for each completion in its "
         "old place",
     )
-    _tensor(out, (8,), "one advantage a completion")
+    expect_shape(out, (8,), "one advantage a completion")
     same = student(torch.tensor([0.5, 0.5, 0.5]), 3, eps)
     expect(
         bool(same.isfinite().all()),
@@ -157,7 +152,7 @@ def clipped_surrogate(student) -> None:
                 "has its advantage, advantages[:, None]"
             ) from error
         raise
-    _tensor(out, (3, 4), "one number a word")
+    expect_shape(out, (3, 4), "one number a word")
     if not _near(out, right):
         clipped = ratio.clamp(1 - e, 1 + e)
         expect(
@@ -223,7 +218,7 @@ def kl_k3(student) -> None:
     expect(
         out.dim() > 0, "that is one number: keep the shape, the mean over free words comes later"
     )
-    _tensor(out, (2, 3), "one number a word")
+    expect_shape(out, (2, 3), "one number a word")
     if _near(out, right):
         x = logp.clone().requires_grad_()
         _learns(student(x, ref), x, torch.exp(ref - x) - (ref - x) - 1, "the policy's logp")
@@ -272,19 +267,14 @@ def completion_logprobs(student) -> None:
     """(logits (b, p + n, v), ids (b, p + n), p) → (b, n)."""
     g = torch.Generator().manual_seed(0)
     b, length, v, p = 2, 7, 5, 3
-    logits, ids = (
-        2 * torch.randn(b, length, v, generator=g),
-        torch.randint(0, v, (b, length), generator=g),
-    )
+    logits = 2 * torch.randn(b, length, v, generator=g)
+    ids = torch.randint(0, v, (b, length), generator=g)
     logp = logits.log_softmax(-1)
 
-    def pick(
-        table: Tensor, offset: int
-    ) -> Tensor:  # completion words, each looked up `offset` positions before its own
-        last = min(length, length + offset)
-        return torch.stack(
-            [table[:, i - offset].gather(1, ids[:, i : i + 1])[:, 0] for i in range(p, last)], 1
-        )
+    def pick(table: Tensor, offset: int) -> Tensor:
+        """The completion's words, each looked up `offset` positions before its own."""
+        rows = range(p, min(length, length + offset))
+        return torch.stack([table[:, i - offset].gather(1, ids[:, i, None])[:, 0] for i in rows], 1)
 
     right = pick(logp, 1)
     try:
@@ -313,7 +303,7 @@ def completion_logprobs(student) -> None:
         tuple(out.shape) != (b, length - p, 1),
         "one axis too many is left: take [..., 0] after gather",
     )
-    _tensor(out, (b, length - p), "one number a completion word")
+    expect_shape(out, (b, length - p), "one number a completion word")
     if _near(out, right):
         expect(
             _near(student(logits, ids, 2), _completion_logprobs(logits, ids, 2)),
