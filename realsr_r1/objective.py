@@ -57,14 +57,10 @@ def kl_k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     return delta.exp() - delta - 1
 
 
-def masked_mean(x: Tensor, mask: Tensor, per_sequence: bool = True) -> Tensor:
-    """Mean of x (b, n) where mask (b, n) is set.
-
-    `per_sequence`: of each completion first, then over completions (GRPO: every completion counts
-    the same); otherwise over all tokens at once (DAPO, arXiv 2503.14476: long ones count more)."""
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of x (b, n) where mask (b, n) is set, of each completion first, then over completions:
+    all count the same. (DAPO, arXiv 2503.14476, averages all tokens: long ones count more.)"""
     mask = mask.to(x.dtype)
-    if not per_sequence:
-        return (x * mask).sum() / mask.sum().clamp(min=1)
     return ((x * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
 
 
