@@ -92,7 +92,7 @@ def fingerprint(nb) -> str:
 # Executing.
 
 
-class Stopped(RuntimeError):
+class Stopped(ValueError):
     """A notebook that did not run through, with one sentence that says where and why."""
 
 
@@ -218,7 +218,7 @@ def run(paths: list[Path]) -> None:
         print(f"{time.time() - at:.0f} s", flush=True)
     print(
         f"all {len(paths)} notebooks ran in {(time.time() - began) / 60:.1f} min; open them "
-        f"with `make lab`"
+        f"with `realsr course lab`"
     )
 
 

@@ -27,7 +27,8 @@ def grid(
     )
     pen, font = ImageDraw.Draw(out), ImageFont.load_default(size=11)
     for c, text in enumerate(headings):
-        for i, part in enumerate(textwrap.wrap(text, side // 6)[:2]):
+        lines = textwrap.wrap(text, side // 6, break_long_words=False, break_on_hyphens=False)
+        for i, part in enumerate(lines[:2]):
             pen.text((gap + c * (side + gap), 1 + 12 * i), part, fill="black", font=font)
     for r, row in enumerate(rows):
         for c, x in enumerate(row):
