@@ -40,8 +40,10 @@ def course(a: argparse.Namespace) -> None:
         os.environ.setdefault(name, value)
     from realsr_r1.course import notebooks
 
-    if len(a.names) > {"run": 99, "execute": 99, "address": 1}.get(a.what, 0):
-        raise ValueError(f"too many names: realsr course {a.what} is to {WHAT[a.what]}")
+    most = {"run": len(a.names), "execute": len(a.names), "address": 1}.get(a.what, 0)
+    if len(a.names) > most:
+        takes = "one address, OWNER/REPO" if most else "no names"
+        raise ValueError(f"realsr course {a.what} takes {takes}: leave out the rest")
     if a.what == "address":
         new = a.names[0] if a.names else notebooks.remote_address()
         print(f"{len(notebooks.set_address(new))} files now point to github.com/{new}")
