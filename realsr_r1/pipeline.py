@@ -88,6 +88,8 @@ class RealSR:
 
     `model("photo.jpg", seed=0)` restores a photo; `sample` and `decode` are its two halves."""
 
+    parts = vlcot.TAGS  # of a chain, that are written
+
     def __init__(self, tokenizer: VQModel, policy: ChainPolicy, name: str = "nano"):
         if tokenizer.config.codes != policy.config.codes:
             raise ValueError(
@@ -136,7 +138,8 @@ class RealSR:
         texts: dict[str, str] | None = None,
     ) -> Samples:
         """`sampling.sample` with texts: parts whose words are given."""
-        return sample(self.policy, lr, sampling, generator, self.policy.grammar(texts=texts))
+        grammar = self.policy.grammar(self.parts, texts)
+        return sample(self.policy, lr, sampling, generator, grammar)
 
     @torch.no_grad()
     def decode(

@@ -17,7 +17,7 @@ from realsr_r1.degradation import LABELS, LEVELS, RESIZES, from_words
 from realsr_r1.evaluation.experts import NanoExpert
 from realsr_r1.evaluation.nano import SEVERITIES, cluster_of
 from realsr_r1.pretraining.loop import Fit, FitConfig, forget
-from realsr_r1.pretraining.recipes import Counting, Machine, Replay, autocast, forever
+from realsr_r1.pretraining.recipes import Machine, Replay, autocast, forever
 from realsr_r1.stats import clustered
 from realsr_r1.tokenizer import ResBlock
 
@@ -67,8 +67,8 @@ def train(data: Dataset, out: Path, machine: Machine, fit: FitConfig, reuse: int
     model = Namer().to(machine.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=fit.lr, weight_decay=0.02)
     training = Fit(model, optimizer, out, fit)
-    used = Counting(lambda: training.step * machine.batch / reuse)
-    source = Replay(_small(forever(data, machine, used, _collate)), machine.batch, reuse)
+    pairs = forever(data, machine, lambda: training.step * machine.batch / reuse, _collate)
+    source = Replay(_small(pairs), machine.batch, reuse)
 
     def loss_of(step: int, done: float) -> tuple[Tensor, dict[str, Tensor]]:
         batch = next(source)

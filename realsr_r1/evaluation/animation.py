@@ -5,6 +5,7 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -68,16 +69,9 @@ def frames(items: list[Shown]) -> list[Image.Image]:
     for i, tag in enumerate(TAGS):
         written = list(TAGS[: i + 1])
         steps = STRIPS * GRIDS[IMAGE_TAGS.index(tag)] // GRIDS[-1] if tag in IMAGE_TAGS else 1
-        moments += [(written, (k + 1) / max(1, steps)) for k in range(max(1, steps))]
-    out = []
-    for written, strips in moments:
-        panels = [_panel(item, written, strips) for item in items]
-        w, h = panels[0].size
-        sheet = Image.new("RGB", (w, h * len(panels)), "white")
-        for k, panel in enumerate(panels):
-            sheet.paste(panel, (0, k * h))
-        out.append(sheet)
-    return out
+        moments += [(written, (k + 1) / steps) for k in range(steps)]
+    panels = [[np.asarray(_panel(item, *moment)) for item in items] for moment in moments]
+    return [Image.fromarray(np.concatenate(column)) for column in panels]
 
 
 def write(items: list[Shown], path: str | Path, milliseconds: int = 700) -> None:

@@ -38,7 +38,7 @@ from realsr_r1.evaluation import tables as benchtable
 from realsr_r1.evaluation.sets import BenchSet, Item
 from realsr_r1.pipeline import TILE, RealSR, find_weights, pad
 from realsr_r1.planning.budget import Meter
-from realsr_r1.sampling import Generators, Samples, Sampling, sample
+from realsr_r1.sampling import Sampling
 from realsr_r1.version import __version__
 
 OWN = ("chain-sft", "chain-grpo", "direct", "lr-alone", "plain")
@@ -72,16 +72,7 @@ class Method:
 class Direct(RealSR):
     """A model whose policy draws the final image and nothing before it."""
 
-    def sample(
-        self,
-        lr: Tensor,
-        sampling: Sampling = Sampling(),
-        generator: Generators = None,
-        texts: dict[str, str] | None = None,
-    ) -> Samples:
-        """As RealSR's; it writes no words, so `texts` have no place."""
-        layout = self.policy.grammar(vlcot.IMAGE_TAGS[-1:])
-        return sample(self.policy, lr, sampling, generator, layout)
+    parts = vlcot.IMAGE_TAGS[-1:]
 
 
 def chain_method(model: RealSR, sampling: Sampling = Sampling(), plain: bool = False) -> Callable:

@@ -90,12 +90,6 @@ METRICS = {
 FID_LEAST, FID_ENOUGH = 100, 2048
 
 
-def missing_files(name: str) -> list[str]:
-    """The files that a metric of the table needs and does not find, each with the folder where it
-    goes."""
-    return quality.absent(named(name).files)
-
-
 def named(name: str) -> Metric:
     """The table's entry; ValueError with the names there are."""
     if name not in METRICS:
@@ -119,7 +113,7 @@ def check(name: str, output: Tensor, original: Tensor | None) -> None:
     if metric.reference and original is None:
         raise ValueError(
             f"{name} compares with the original and there is none: choose among "
-            f"{', '.join(blind())}"
+            + ", ".join(k for k, m in METRICS.items() if not m.reference)
         )
     if metric.reference and tuple(original.shape) != shape:
         raise ValueError(
@@ -131,19 +125,6 @@ def check(name: str, output: Tensor, original: Tensor | None) -> None:
         raise ValueError(
             f"{name} needs pictures of {metric.smallest} px or more, got {size}: leave them "
             f"out, or take another metric"
-        )
-
-
-def blind() -> list[str]:
-    """The names of the metrics that need no original."""
-    return [name for name, metric in METRICS.items() if not metric.reference]
-
-
-def _check_files(name: str) -> None:
-    """FileNotFoundError, in one sentence, where the metric's files are absent."""
-    if missing := missing_files(name):
-        raise FileNotFoundError(
-            f"{name}: files are missing and nothing is downloaded, so put {'; '.join(missing)}"
         )
 
 
@@ -161,7 +142,7 @@ def load(name: str, device: str | torch.device = "cpu") -> Score:
         raise ValueError(
             f"{name} is one number for two sets of pictures: call metrics.fid with their files"
         )
-    _check_files(name)
+    quality.check_files(name, metric.files)
     # NIQE computes in double precision, and so does SSIM; Apple's GPUs do not have that.
     device = torch.device("cpu" if torch.device(device).type == "mps" else device)
     compare = (
@@ -191,7 +172,7 @@ def check_fid(pictures: int) -> None:
             f"fid needs {FID_LEAST} pictures or more, got {pictures}: its covariance of 2,048 "
             f"features would be mostly noise"
         )
-    _check_files("fid")
+    quality.check_files("fid", METRICS["fid"].files)
 
 
 def fid(

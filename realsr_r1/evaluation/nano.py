@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from realsr_r1 import perceptual, tokenizer, vlcot
 from realsr_r1.common import atomic, generator, write_text
 from realsr_r1.degradation import LABELS, from_words
+from realsr_r1.evaluation.tables import row
 from realsr_r1.photographs import Pairs, Photograph
 from realsr_r1.pipeline import RealSR, reads_clean
 from realsr_r1.rewards import understanding_reward
@@ -171,11 +172,6 @@ def interval(rows: list[dict], key: str, minus: list[dict] | None = None) -> Int
     return clustered(values, [cluster_of(r) for r in rows])
 
 
-def _head(title: str, groups: list[str | None]) -> list[str]:
-    names = " | ".join(g or "pooled" for g in groups)
-    return ["", f"| {title} | {names} |", "|---|" + "---|" * len(groups)]
-
-
 def table(rows: list[dict]) -> str:
     """Markdown: every method by severity and pooled, the chain's differences, consistency and
     words."""
@@ -185,24 +181,24 @@ def table(rows: list[dict]) -> str:
     def of(method: str, severity: str | None) -> list[dict]:
         return [r for r in rows if r["method"] == method and severity in (None, r["severity"])]
 
-    def line(name: str, cells: list) -> str:
-        return f"| {name} | {' | '.join(map(str, cells))} |"
+    def head(title: str) -> list[str]:
+        return row(title, *(g or "pooled" for g in groups), head=True)
 
-    out = _head("LPIPS ↓ / PSNR ↑", groups)[1:]
+    out = head("LPIPS ↓ / PSNR ↑")
     for m in methods:
         both = [(interval(of(m, g), "lpips"), interval(of(m, g), "psnr")) for g in groups]
-        out.append(line(m, [f"{d.mean:.3f} / {p.mean:.2f}" for d, p in both]))
+        out += row(m, *(f"{d.mean:.3f} / {p.mean:.2f}" for d, p in both))
     for key, unit in (("lpips", "LPIPS"), ("psnr", "dB")):
-        out += _head(f"chain minus …, {unit}", groups)
+        out += ["", *head(f"chain minus …, {unit}")]
         for m in (m for m in methods if m != "chain"):
-            out.append(line(m, [interval(of("chain", g), key, of(m, g)) for g in groups]))
-    out += _head("consistency with the LR photo, dB ↑", groups)
+            out += row(m, *(str(interval(of("chain", g), key, of(m, g))) for g in groups))
+    out += ["", *head("consistency with the LR photo, dB ↑")]
     for m in methods:
-        out.append(line(m, [f"{interval(of(m, g), 'consistency').mean:.1f}" for g in groups]))
-    out += _head("words right", groups)
+        out += row(m, *(f"{interval(of(m, g), 'consistency').mean:.1f}" for g in groups))
+    out += ["", *head("words right")]
     names = (*LABELS, "subject", "background", "color")
     for name in (k for k in of("chain", None)[0] if k in names):
-        out.append(line(name, [interval(of("chain", g), name) for g in groups]))
+        out += row(name, *(str(interval(of("chain", g), name)) for g in groups))
     return "\n".join(out) + "\n"
 
 

@@ -13,6 +13,7 @@ on the CPU, which needs no graphics driver.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -139,28 +140,20 @@ def files(name: str) -> list[Path]:
     return [stem.parent / f"{stem.name}{suffix}" for suffix in (".param", ".bin")] if stem else []
 
 
-def load(name: str, threads: int | None = None, window: int = WINDOW) -> Callable[[Tensor], Tensor]:
+def load(name: str) -> Callable[[Tensor], Tensor]:
     """The method as a function of LR pictures (b, 3, h, w) in [0, 1] → (b, 3, 4h, 4w) in [0, 1], on
     the LR's device. `name` is one of METHODS, or "ncnn:FOLDER/NAME" for another ×4 model with the
     blobs "data" and "output".
 
-    Networks run on the CPU with `threads` threads (None: as many as torch), picture by picture. One
-    larger than `window` LR pixels is cut into windows that overlap by 32, so that memory stays
-    bounded; a smaller `window` needs less. Raises ValueError for an unknown name or a wrong input,
-    RuntimeError with what to install if something is missing.
+    Networks run on the CPU with as many threads as torch, picture by picture. A larger one is cut
+    into windows that overlap, so that memory stays bounded. Raises ValueError for an unknown name
+    or a wrong input, RuntimeError with what to install if something is missing.
     """
-    if window <= 2 * OVERLAP:
-        raise ValueError(
-            f"window must be above {2 * OVERLAP} LR pixels (two overlaps), got {window}"
-        )
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads must be at least 1, got {threads}")
     filters = {"bicubic": _bicubic, "lanczos": _lanczos}
     enlarge = filters.get(name)
     if enlarge is None:
-        stem = files(name)[0].with_suffix("")
-        network = _network(stem, threads or torch.get_num_threads())
-        enlarge = lambda x: in_windows(network, x, window)  # noqa: E731
+        network = _network(files(name)[0].with_suffix(""), torch.get_num_threads())
+        enlarge = partial(in_windows, network)
 
     def run(lr: Tensor) -> Tensor:
         _check(lr)

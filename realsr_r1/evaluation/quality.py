@@ -51,6 +51,14 @@ def absent(files: tuple[str, ...]) -> list[str]:
     return out
 
 
+def check_files(name: str, files: tuple[str, ...]) -> None:
+    """FileNotFoundError, in one sentence, where some of `files` are `absent`."""
+    if missing := absent(files):
+        raise FileNotFoundError(
+            f"{name}: files are missing and nothing is downloaded, so put {'; '.join(missing)}"
+        )
+
+
 def create(metric: str, device: str | torch.device = "cpu", **options) -> Callable[..., Tensor]:
     """One metric of pyiqa, by pyiqa's name, without any download: check for its files first."""
     import pyiqa
@@ -88,12 +96,7 @@ class PyiqaExpert:
     where files are absent: nothing is downloaded."""
 
     def __init__(self, metrics: tuple[str, ...], device: str | torch.device = "cpu"):
-        missing = absent(tuple(f for m in metrics for f in METRICS[m][2]))
-        if missing:
-            raise FileNotFoundError(
-                f"{', '.join(metrics)}: files are missing and nothing is downloaded, so put "
-                f"{'; '.join(missing)}"
-            )
+        check_files(", ".join(metrics), tuple(f for m in metrics for f in METRICS[m][2]))
         # NIQE computes in double precision, which Apple's GPUs do not have.
         self.device = torch.device("cpu" if torch.device(device).type == "mps" else device)
         self.metrics = {m: create(m, self.device) for m in metrics}

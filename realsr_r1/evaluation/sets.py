@@ -199,8 +199,9 @@ def eval_photos(presets: tuple[str, ...] = SEVERITIES, side: int = SIDE) -> Benc
         hr = center_square(photos.open_photo(path), side)
         for preset in presets:
             d = degradation.degrade(hr[None], f"nano-{preset}", torch.Generator().manual_seed(i))
-            read, name = partial(_both, d.lr[0], hr), f"{path.stem}-{preset}"
-            items.append(Item(name, read, d.labels[0], group=path.stem))
+            pair = d.lr[0], hr
+            name = f"{path.stem}-{preset}"
+            items.append(Item(name, lambda x=pair: x, d.labels[0], group=path.stem))
     name = "eval" if presets == SEVERITIES else f"eval-{'-'.join(presets)}"
     note = (
         f"shipped photos that no training has seen, center squares of {side} px, LR "
@@ -217,18 +218,13 @@ def annotated(folder: str | None = None) -> BenchSet:
 
     def item(i: int, preset: str) -> Item:
         pair, photo = sets[preset][i], chosen[i]
-        lr, hr = (pair[k].float() / 255 for k in ("lr", "hr"))
-        labels = degradation.from_words(pair["degradation"])
-        read = partial(_both, lr, hr)
-        return Item(f"{photo.file}-{preset}", read, labels, photo, cluster_of(vars(photo)))
+        both = tuple(pair[k].float() / 255 for k in ("lr", "hr"))
+        labels, name = degradation.from_words(pair["degradation"]), f"{photo.file}-{preset}"
+        return Item(name, lambda: both, labels, photo, cluster_of(vars(photo)))
 
     items = [item(i, preset) for i in range(len(chosen)) for preset in SEVERITIES]
     note = "annotated test photographs, HR 128 px, LR 32 px, degradations light, medium, heavy"
     return BenchSet(f"photographs-{_mark(folder)}" if folder else "photographs", items, True, note)
-
-
-def _both(lr: Tensor, hr: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    return lr, hr
 
 
 # ---------------------------------------------------------------- folders
@@ -252,11 +248,6 @@ def _check_scale(name: str, lr: tuple[int, int], hr: tuple[int, int]) -> None:
         raise ValueError(
             f"the pair of {name} is not ×{SCALE}, LR {lr[0]}x{lr[1]} and HR {hr[0]}x{hr[1]}: {what}"
         )
-
-
-def _size(path: Path) -> tuple[int, int]:
-    """Width and height as seen, upright. ValueError where the picture cannot be read whole."""
-    return photos.open_photo(path).size
 
 
 # What is taken off names that have no partner as they are, step by step: DIV2K's folder, then the
@@ -345,7 +336,7 @@ def from_folder(folder: str | Path, name: str | None = None, note: str = "") -> 
     items, left_out, paired = [], [], False
     for key, lr, hr in find_pairs(folder):
         try:
-            sizes = _size(lr), hr and _size(hr)
+            sizes = photos.open_photo(lr).size, hr and photos.open_photo(hr).size
         except ValueError as e:
             left_out.append(str(e))
             continue
@@ -374,7 +365,8 @@ def prepared(kind: str, folder: str | Path) -> BenchSet:
     entry of KNOWN[kind]."""
     found = find_pairs(folder)
     paired = found[0][2] is not None
-    sizes = [{_size(f) for _, *pair in found if (f := pair[side])} for side in (0, 1)]
+    _, *sides = zip(*found, strict=True)
+    sizes = [{photos.open_photo(f).size for f in side if f} for side in sides]
     for known in KNOWN[kind]:
         fits = (
             known.count in (None, len(found)),

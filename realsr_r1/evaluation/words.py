@@ -16,7 +16,7 @@ from realsr_r1.grpo import WORDS
 from realsr_r1.photographs import Photograph
 from realsr_r1.policy import ChainPolicy
 from realsr_r1.sampling import Sampling, sample
-from realsr_r1.stats import Interval, clustered
+from realsr_r1.stats import clustered
 from realsr_r1.vlcot import render
 
 TRIES = 8
@@ -84,11 +84,6 @@ def measure(policy: ChainPolicy, photos: list[Photograph], seed: int = 0, batch:
     return Words(scores, clusters)
 
 
-def gain(after: Words, before: Words, mode: str, name: str) -> Interval:
-    """Paired difference of two policies."""
-    return clustered(after.of(mode, name) - before.of(mode, name), after.clusters)
-
-
 def table(found: dict[str, Words]) -> str:
     """Markdown: each policy's rewards by mode; from the second on the gain over the first."""
     first = next(iter(found.values()))
@@ -99,6 +94,7 @@ def table(found: dict[str, Words]) -> str:
             cells = [f"{words.of(m, name).mean():.3f}" for m in modes]
             out.append(f"| {name}, {policy} | {' | '.join(cells)} |")
             if words is not first:
-                gains = [str(gain(words, first, m, name)) for m in modes]
-                out.append(f"| its gain | {' | '.join(gains)} |")
+                gains = [words.of(m, name) - first.of(m, name) for m in modes]
+                cells = [str(clustered(g, words.clusters)) for g in gains]
+                out.append(f"| its gain | {' | '.join(cells)} |")
     return "\n".join(out) + "\n"

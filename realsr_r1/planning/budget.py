@@ -51,8 +51,8 @@ PNG = 1.6  # bytes a pixel
 
 
 def plans() -> dict[str, tuple[Shape, Run]]:
-    """Runs whose fit is tabled. nano and 0.6 B: this project's chain with 20 words a text; 7 B: the
-    paper's chain."""
+    """Runs whose fit is tabled. nano and 0.4 B (Qwen3-0.6B with our vocabulary): this project's
+    chain with 20 words a text; 7 B: the paper's chain."""
     p, c = chain_tokens()
     middle, ours = qwen3(PolicyConfig().vocab_size), {"checkpointing": True, "fused": False}
     shards = REFERENCE | {"sharded": True}
@@ -61,8 +61,8 @@ def plans() -> dict[str, tuple[Shape, Run]]:
     return {
         "nano, SFT, batch 64": (nano(), Run("sft", p, c, 64, optimizer="muon", average=True)),
         "nano, GRPO, 4 × 8, micro-batch 8": (nano(), Run("grpo", p, c, 8, 4, 4, 8, fused=False)),
-        "0.6 B, SFT, all weights, batch 4": (middle, Run("sft", p, c, 4, average=True, **ours)),
-        "0.6 B, GRPO, all weights, KL, 2 × 8, micro-batch 4": (middle, groups),
+        "0.4 B, SFT, all weights, batch 4": (middle, Run("sft", p, c, 4, average=True, **ours)),
+        "0.4 B, GRPO, all weights, KL, 2 × 8, micro-batch 4": (middle, groups),
         "7 B, SFT, LoRA": (seven, Run("sft", **lora)),
         "7 B, GRPO, LoRA, group 5": (seven, Run("grpo", **lora, group=5, accumulate=5)),
         "7 B, SFT, all weights, FSDP2 or ZeRO-3": (seven, Run("sft", **shards)),

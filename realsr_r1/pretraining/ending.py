@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -16,35 +15,26 @@ from realsr_r1.pretraining.recipes import Run, autocast, on_drawn
 from realsr_r1.sampling import Sampling
 from realsr_r1.tokenizer import VQModel
 
-
-@dataclass(frozen=True)
-class EndingLoss:
-    """What the decoder's second ending learns from (see `train_ending`)."""
-
-    l1: float = 5.0
-    lpips: float = 0.6
-    truth: float = 0.25  # LPIPS to the photograph itself
-    side: int = 48  # pixels, of 128, at which the teacher is shown a chain's picture
-    alone: float = 0.25  # share of the samples without codes
-    reuse: int = 8
-
+L1, LPIPS = 5.0, 0.6  # weights, to the teacher's picture
+TRUTH = 0.25  # that of LPIPS to the photograph itself
+SMALL = 48  # pixels, of 128, at which the teacher is shown a chain's picture
+ALONE = 0.25  # share of the samples without codes
+REUSE = 8
 
 Teacher = Callable[[Tensor], Tensor]  # pictures (b, 3, h, w) in [0, 1] → (b, 3, 4h, 4w)
 
 
-def taught(picture: Tensor, teacher: Teacher, side: int) -> Tensor:
-    """A picture (3, s, s) in [0, 1] as the teacher makes it from what is left at `side` pixels: the
+def taught(picture: Tensor, teacher: Teacher) -> Tensor:
+    """A picture (3, s, s) in [0, 1] as the teacher makes it from what is left at SMALL pixels: the
     same content, drawn by a cleaner hand."""
 
     def scaled(x: Tensor, size: int) -> Tensor:
         return F.interpolate(x, size=size, mode="bicubic", antialias=True).clamp(0, 1)
 
-    return scaled(teacher(scaled(picture[None], side)), picture.shape[-1])[0]
+    return scaled(teacher(scaled(picture[None], SMALL)), picture.shape[-1])[0]
 
 
-def _lessons(
-    before: RealSR, batches: Iterator[dict], teacher: Teacher, loss: EndingLoss
-) -> Iterator[dict]:
+def _lessons(before: RealSR, batches: Iterator[dict], teacher: Teacher) -> Iterator[dict]:
     """Pictures, LR photos, codes of chains drawn as at restoration, how far they are trusted, and
     what the teacher makes: of the chain's picture, or of the LR photo itself, where the chain reads
     it as clean or codes are left out."""
@@ -54,11 +44,11 @@ def _lessons(
         generator = torch.Generator().manual_seed(i)
         drawn = before.sample(batch["lr"], Sampling(image_temperature=heat), generator)
         clean = torch.tensor([reads_clean(c) for c in drawn.chains])
-        alone = torch.rand(len(lr)) < loss.alone
+        alone = torch.rand(len(lr)) < ALONE
         made = before.finish(drawn.chains, lr)
         target = torch.stack(
             [
-                teacher(lr[j : j + 1])[0] if clean[j] or alone[j] else taught(y, teacher, loss.side)
+                teacher(lr[j : j + 1])[0] if clean[j] or alone[j] else taught(y, teacher)
                 for j, y in enumerate(made)
             ]
         )
@@ -68,9 +58,7 @@ def _lessons(
         yield bytes_ | {"drawn": drawn.codes, "trust": trust}
 
 
-def train_ending(
-    start: RealSR, data: Dataset, run: Run, teacher: Teacher, loss: EndingLoss = EndingLoss()
-) -> VQModel:
+def train_ending(start: RealSR, data: Dataset, run: Run, teacher: Teacher) -> VQModel:
     """A second ending of the decoder, for pictures beside an LR photo: clean where the first paints
     strokes. It is deeper and learns by distillation (Hinton et al. 2015, arXiv 1503.02531): a
     teacher for super-resolution shows how a clean picture of the same content looks. It goes on
@@ -80,8 +68,8 @@ def train_ending(
     model.eval().requires_grad_(False)
     ending = model.decoder.clean or model.decoder.new_ending()
     model.decoder.clean = ending.requires_grad_(True)
-    lessons = partial(_lessons, before, teacher=teacher, loss=loss)
-    fit, source = on_drawn(model, start.policy, data, run, loss.reuse, lessons)
+    lessons = partial(_lessons, before, teacher=teacher)
+    fit, source = on_drawn(model, start.policy, data, run, REUSE, lessons)
     generator = torch.Generator().manual_seed(run.fit.seed)
 
     def loss_of(step: int, done: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -93,7 +81,7 @@ def train_ending(
             l1 = (y - target).abs().mean()
             away = losses.robust_distance(y, target, generator).mean()
             true = losses.robust_distance(y, x, generator).mean()
-        total = loss.l1 * l1 + loss.lpips * away + loss.truth * true
+        total = L1 * l1 + LPIPS * away + TRUTH * true
         return total, {"l1": l1.detach(), "lpips": away.detach(), "truth": true.detach()}
 
     return fit.run(loss_of, run.preview)

@@ -54,12 +54,15 @@ def autocast(device: str | torch.device) -> torch.autocast:
     return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
 
 
-def forever(data: Dataset, machine: Machine, sampler, collate=None) -> Iterator[dict]:
-    """Endless batches on the device, pictures as floats in [0, 1]."""
+def forever(
+    data: Dataset, machine: Machine, start: Callable[[], float], collate: Callable
+) -> Iterator[dict]:
+    """Endless batches on the device, pictures as floats in [0, 1], from the item that `start` says
+    when the first is wanted: a training that is resumed goes on with new items."""
     loader = DataLoader(
         data,
         machine.batch,
-        sampler=sampler,
+        sampler=itertools.count(int(start())),
         num_workers=machine.workers,
         collate_fn=collate,
         drop_last=True,
@@ -67,7 +70,7 @@ def forever(data: Dataset, machine: Machine, sampler, collate=None) -> Iterator[
         persistent_workers=machine.workers > 0,
         prefetch_factor=6 if machine.workers else None,
     )
-    for batch in itertools.chain.from_iterable(itertools.repeat(loader)):
+    for batch in loader:
         out = {k: v.to(machine.device, non_blocking=True) for k, v in batch.items()}
         yield out | {k: out[k].float() / 255 for k in ("hr", "lr")}
 
@@ -224,17 +227,6 @@ class Mixture(Dataset):
         return self.sets[k][i]
 
 
-class Counting(torch.utils.data.Sampler):
-    """Item numbers without end, from what `start` says when the first is wanted: a training that is
-    resumed goes on with new items."""
-
-    def __init__(self, start: Callable[[], float] = lambda: 0):
-        self.start = start
-
-    def __iter__(self) -> Iterator[int]:
-        return itertools.count(int(self.start()))
-
-
 def train_tokenizer(
     model: VQModel, data: Dataset, run: Run, loss: TokenizerLoss = TokenizerLoss()
 ) -> VQModel:
@@ -245,8 +237,7 @@ def train_tokenizer(
         model.parameters(), lr=run.fit.lr, betas=(0.9, 0.95), weight_decay=0.01
     )
     fit = run.of(model, optimizer)
-    used = Counting(lambda: fit.step * run.machine.batch)
-    batches = forever(data, run.machine, used, _stack)
+    batches = forever(data, run.machine, lambda: fit.step * run.machine.batch, _stack)
     training = TokenizerTraining(model, batches, run.machine, loss)
     fit.extra = {"critic": training.critic, "critic_step": training.critic_step}
     # No weights hold how often each code was used: without it, a training that goes on would take
@@ -335,8 +326,7 @@ def train_policy(
     weights = sft.token_weights(policy.vocabulary, loss.text_weight).to(device)
     collate = sft.collate(policy.vocabulary, loss.tags)
     fit = run.of(policy, optimizer)
-    used = Counting(lambda: fit.step * batch / loss.reuse)
-    batches = forever(data, run.machine, used, collate)
+    batches = forever(data, run.machine, lambda: fit.step * batch / loss.reuse, collate)
     source = Replay(_chains(policy, tokenizer, batches), batch, loss.reuse)
 
     def loss_of(step: int, done: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -386,8 +376,8 @@ def on_drawn(
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=run.fit.lr, betas=(0.9, 0.95), weight_decay=0.01)
     fit = run.of(model, optimizer)
-    used = Counting(lambda: fit.step * machine.batch / reuse)
-    batches = forever(data, replace(machine, batch=machine.draws), used, _stack)
+    draws = replace(machine, batch=machine.draws)
+    batches = forever(data, draws, lambda: fit.step * machine.batch / reuse, _stack)
     return fit, Replay(draw(batches), machine.batch, reuse, ahead=2)  # a teacher is slow
 
 

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as parquet
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -145,22 +145,12 @@ class Preview:
         return preview
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A picture without annotation, for the tokenizer; at its own size, for crops
-    of fine texture."""
-
-    read: Callable[[], bytes]
-
-    def image(self) -> Image.Image:
-        return images.open_photo(self.read())
-
-
-def pictures(where: str | Path, name: str) -> list[Picture]:
-    """Pictures without annotation, from `name`-*.parquet of a folder; [] where there are none."""
+def pictures(where: str | Path, name: str) -> list[SimpleNamespace]:
+    """Pictures without annotation, at their own size, for crops of fine texture, from
+    `name`-*.parquet of a folder; [] where there are none."""
     files = sorted(Path(where).glob(f"{name}-*.parquet"))
     rows = parquet.read_table(files, columns=["image"])["image"].to_pylist() if files else []
-    return [Picture(partial(bytes, r)) for r in rows]
+    return [SimpleNamespace(image=partial(images.open_photo, r)) for r in rows]
 
 
 def _crops(s: Settings, what: str) -> recipes.Mixture:

@@ -187,8 +187,8 @@ def test_published_calibration(name):
     folder = Path(os.environ.get("CALIBRATION", Path(pyiqa.__file__).parents[1] / "ResultsCalibra"))
     if not (folder / "ref_dir" / "I03.bmp").exists():
         pytest.skip(f"{folder} lacks pyiqa's calibration pictures: set CALIBRATION to their folder")
-    if metrics.missing_files(name):
-        pytest.skip(f"{name} needs {metrics.missing_files(name)}")
+    if missing := quality.absent(metrics.METRICS[name].files):
+        pytest.skip(f"{name} needs {missing}")
     out, hr = (
         torch.cat(
             [
@@ -240,11 +240,12 @@ def test_absent_files_are_named_with_their_folder_and_not_downloaded(hub, monkey
         and str(hub) in said
         and "\n" not in said
     )
-    assert len(metrics.missing_files(name)) == said.count("; ") + 1 >= 1
+    assert len(quality.absent(metrics.METRICS[name].files)) == said.count("; ") + 1 >= 1
 
 
 def test_nothing_ready_needs_a_file(hub):
-    assert [k for k in metrics.METRICS if not metrics.missing_files(k)] == list(READY)
+    ready = [k for k, m in metrics.METRICS.items() if not quality.absent(m.files)]
+    assert ready == list(READY)
 
 
 @pytest.mark.parametrize("name", READY)
@@ -309,7 +310,7 @@ def test_fid_hands_over_two_folders_of_every_picture_and_warns(tmp_path, monkeyp
         assert [Image.open(side[0]).getpixel((0, 0))[0] for side in seen] == [10, 200]
         return np.float64(12.5)
 
-    monkeypatch.setattr(metrics, "missing_files", lambda name: [])
+    monkeypatch.setattr(quality, "absent", lambda files: [])
     monkeypatch.setattr(metrics.quality, "create", lambda name, device: fake)
     with pytest.warns(UserWarning, match="FID of 100 pictures is biased"):
         assert (

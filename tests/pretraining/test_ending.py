@@ -45,24 +45,22 @@ def test_what_an_ending_learns_from(data, tiny):
     before.sample = sample
     batch = {k: torch.stack([data[i][k] for i in range(6)]).float() / 255 for k in ("hr", "lr")}
     torch.manual_seed(0)
-    out = next(
-        ending._lessons(before, iter([batch]), lambda x: 1 - bicubic(x), ending.EndingLoss())
-    )
+    out = next(ending._lessons(before, iter([batch]), lambda x: 1 - bicubic(x)))
     assert sorted({round(x, 2) for x in out["trust"].tolist()}) == [0.0, 0.35, 0.6]
     for i, trust in enumerate(out["trust"]):
         codes, lr = out["drawn"][i : i + 1], batch["lr"][i : i + 1]
         expected = 1 - bicubic(lr)[0]
         if trust == vq.config.trust:
-            expected = ending.taught(before.decode(codes, lr)[0], lambda x: 1 - bicubic(x), 48)
+            expected = ending.taught(before.decode(codes, lr)[0], lambda x: 1 - bicubic(x))
         assert trust in (0.0, float(vq.trust(torch.tensor(float(i < 3)))))
         torch.testing.assert_close(out["target"][i] / 255, expected, atol=0.01, rtol=0)
 
 
 def test_what_a_teacher_is_shown_keeps_its_content():
     smooth = torch.linspace(0.2, 0.8, 128).expand(3, 128, 128)
-    torch.testing.assert_close(ending.taught(smooth, bicubic, 48), smooth, atol=0.01, rtol=0)
+    torch.testing.assert_close(ending.taught(smooth, bicubic), smooth, atol=0.01, rtol=0)
     fine = torch.rand(3, 128, 128)
-    assert ending.taught(fine, bicubic, 48).std() < 0.5 * fine.std()
+    assert ending.taught(fine, bicubic).std() < 0.5 * fine.std()
 
 
 def test_a_training_goes_on_from_the_ending_that_is_there(data, tmp_path, tiny):
