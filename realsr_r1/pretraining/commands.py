@@ -6,7 +6,7 @@ from pathlib import Path
 
 from realsr_r1.files.options import filled, integer, leaf, place, real
 
-REWARDS = ("format", "degradation", "understanding", "generation", "reference")
+REWARDS = ("format", "degradation", "understanding", "generation", "reference", "place")
 
 
 def train(a: argparse.Namespace) -> None:
@@ -24,8 +24,10 @@ def grpo(a: argparse.Namespace) -> None:
     names = a.rewards or list(REWARDS[1:3] if a.words else REWARDS[:4])
     if a.words:
         settings = replace(settings, parts=WORDS)
-        if images := sorted({"format", "generation", "reference"} & set(names)):
+        if images := sorted({"format", "generation", "reference", "place"} & set(names)):
             raise ValueError(f"words alone cannot earn {' or '.join(images)}: leave them out")
+    if "place" in names and (len(names) > 1 or a.whole_chain):
+        raise ValueError("the reward place gives each code its own credit: ask for it alone")
     stages.reinforce(a.model, a.photographs, names, a.out, settings, a.device)
 
 
@@ -41,7 +43,8 @@ def add_grpo(leaves) -> None:
         "--rewards",
         nargs="+",
         choices=REWARDS,
-        help="which rewards; if left out the paper's four, with --words the two on words",
+        help="which rewards; if left out the paper's four, with --words the two on words. Two know "
+        "the truth: reference, LPIPS of the picture; place, alone, that of each code's region",
     )
     p.add_argument("--steps", type=integer(), default=40, help="a killed run goes on")
     p.add_argument("--prompts", type=integer(), default=4, help="LR photos per step")

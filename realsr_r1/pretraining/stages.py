@@ -297,6 +297,7 @@ def reinforce(
     from realsr_r1 import grpo, rewards
     from realsr_r1.ablations import rewards as variants
     from realsr_r1.evaluation.experts import load_expert
+    from realsr_r1.pretraining.placed import PlacedTrainer
     from realsr_r1.pretraining.sharded import ShardedTrainer
 
     start = RealSR.from_pretrained(model, device)
@@ -316,5 +317,8 @@ def reinforce(
     data = grpo.prompts(
         photos, settings.steps * settings.prompts, seed=seed_of("grpo", settings.seed)
     )
+    if names == ["place"]:
+        grpo.finish(PlacedTrainer(start, data, place, settings, device))
+        return
     chosen = [known[n]() for n in names]
     grpo.finish(ShardedTrainer(start.policy, data, chosen, place, settings, device))

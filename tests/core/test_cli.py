@@ -128,6 +128,7 @@ def test_the_pipeline_loads_no_trainer():
         ("restore {photo} -o {tmp}", "would replace the photo"),
         ("restore {photo} -o {tmp}/o.png --trace {photo}", "would replace the photo"),
         ("train grpo --words --rewards format degradation", "words alone cannot earn format"),
+        ("train grpo --rewards place format", "ask for it alone"),
         ("restore {photo} {tmp}/b/photo.jpg -o {tmp}", "would get one name"),
         ("restore {photo} {tmp}/b/PHOTO.jpg -o {tmp}", "would get one name"),
         ("restore {tmp}/photo.jpg -o {tmp}", "exists beside photo.jpg and would be replaced"),
