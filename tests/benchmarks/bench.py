@@ -23,11 +23,12 @@ import peer_degradation
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from record import SERIES, Peak, Record, side_by_side
+from record import SERIES, Record, side_by_side
 
 from realsr_r1 import degradation, grpo, images, photographs, rewards
 from realsr_r1.evaluation import experts, peers
 from realsr_r1.pipeline import RealSR
+from realsr_r1.planning import budget
 from realsr_r1.sampling import Sampling, sample
 
 PHOTO = photographs.ASSETS / "eval" / "scikit-image-astronaut.webp"
@@ -187,14 +188,14 @@ def grpo_step(prompts: int, group: int, words: bool) -> tuple[float, float, floa
         settings = replace(settings, parts=grpo.WORDS)
         judges = judges[1:3]
     data = grpo.prompts(photographs.load("train"), prompts)
-    with tempfile.TemporaryDirectory() as folder, Peak() as peak:
+    with tempfile.TemporaryDirectory() as folder, budget.Meter() as peak:
         trainer = grpo.ChainGRPOTrainer(model.policy, data, judges, Path(folder), settings, "cpu")
         spent: dict[str, float] = {}
         timed(spent, trainer, rollout_func="sampling", _calculate_rewards="rewards")
         started = time.perf_counter()
         trainer.train()
         total = time.perf_counter() - started
-    return total, spent["sampling"], spent["rewards"], peak.gib
+    return total, spent["sampling"], spent["rewards"], peak.megabytes * 1e6 / 2**30
 
 
 def grpo_section(b: Bench) -> None:
@@ -236,7 +237,7 @@ def restore_rows(b: Bench, sides: tuple[int, ...]) -> None:
         lr, seconds = photo.resize((side, side), Image.Resampling.LANCZOS), {}
         megapixels = (4 * side) ** 2 / 1e6
         for name, run in runs.items():
-            with Peak() as peak:
+            with budget.Meter() as peak:
                 start = time.perf_counter()
                 run(lr)
                 s = seconds[name] = time.perf_counter() - start
@@ -245,7 +246,7 @@ def restore_rows(b: Bench, sides: tuple[int, ...]) -> None:
             ratio = "" if name == "restore" else f": our time is {seconds['restore'] / s:.2f}× its"
             result = (
                 f"{s:.1f} s, {s / megapixels:.1f} s per output megapixel, peak memory "
-                f"{peak.gib:.1f} GiB{ratio}"
+                f"{peak.megabytes * 1e6 / 2**30:.1f} GiB{ratio}"
             )
             b.row(what, result, series=name, x=side**2, seconds=s)
 

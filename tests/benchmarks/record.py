@@ -8,13 +8,15 @@ be measured again alone: the table shows the newest row of each name, with its d
 import csv
 import math
 import os
-import resource
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+
+from realsr_r1.common import write_text
+from realsr_r1.files.writable import append_row
 
 FIELDS = ("section", "what", "result", "series", "x", "seconds", "date", "machine")
 # What grows, on which axis, and how it is drawn: Okabe and Ito's colors, and a marker of its own
@@ -53,9 +55,7 @@ class Record:
         self.out.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             with self.path.open(newline="", encoding="utf-8-sig") as f:
-                self.rows = [
-                    r for r in csv.DictReader(f) if None not in r.values()
-                ]  # a line cut by a kill is left out
+                self.rows = list(csv.DictReader(f))
 
     @property
     def path(self) -> Path:
@@ -83,15 +83,7 @@ class Record:
             machine(),
         )
         new = dict(zip(FIELDS, values, strict=True))
-        fresh = not self.path.exists() or not self.path.stat().st_size
-        broken = not fresh and not self.path.read_bytes().endswith(b"\n")
-        with self.path.open("a", newline="", encoding="utf-8") as f:
-            if broken:
-                f.write("\n")
-            writer = csv.DictWriter(f, FIELDS, lineterminator="\n")
-            if fresh:
-                writer.writeheader()
-            writer.writerow(new)
+        append_row(self.path, new)
         self.rows.append(new)
         print(f"| {what} | {result} |", flush=True)
         self.write_table()
@@ -125,9 +117,7 @@ class Record:
             )
         if (self.out / "fuzz.md").exists():
             lines.append("What damaged files do to the reader of pictures: [fuzz.md](fuzz.md).\n")
-        part = self.out / "bench.md.part"
-        part.write_text("\n".join(lines), encoding="utf-8")
-        part.replace(self.out / "bench.md")
+        write_text(self.out / "bench.md", "\n".join(lines))
 
     def write_figure(self) -> dict[str, float]:
         """Draw every series of at least two points, and return their exponents."""
@@ -183,42 +173,3 @@ def side_by_side(contestants: dict, repeats: int = 3) -> dict[str, float]:
             if i:
                 times[name].append(time.perf_counter() - start)
     return {name: sorted(t)[len(t) // 2] for name, t in times.items()}
-
-
-def _gib(name: str) -> float:
-    """A line of the process's own memory figures, on Linux."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 2**20
-
-
-def _forget() -> bool:
-    """Make the system forget the earlier peak; whether it does, and sees a block that comes and
-    goes. Some containers take the order and do not carry it out, others keep no peak at all."""
-    order = Path("/proc/self/clear_refs")
-    try:
-        order.write_text("5", encoding="utf-8")
-        before, block = _gib("VmHWM"), bytearray(b"1") * 2**27
-        del block
-        seen = _gib("VmHWM") - before
-        order.write_text("5", encoding="utf-8")
-        return seen > 0.1 and _gib("VmHWM") < before + 0.02
-    except OSError:
-        return False
-
-
-class Peak:
-    """Peak memory of the process in GiB since `with Peak() as peak:` began (`peak.gib`); where the
-    system cannot tell (`peak.exact` is False: not Linux, some containers), that of the whole
-    process."""
-
-    def __enter__(self):
-        self.exact = _forget()
-        return self
-
-    def __exit__(self, *_):
-        if self.exact:
-            self.gib = _gib("VmHWM")
-        else:
-            # Kibibytes on Linux, bytes on macOS.
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            self.gib = peak / (2**30 if os.uname().sysname == "Darwin" else 2**20)

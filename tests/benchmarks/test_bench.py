@@ -7,7 +7,7 @@ import pytest
 import torch
 from bench import main
 from PIL import Image
-from record import Peak, Record, exponent, side_by_side
+from record import Record, exponent, side_by_side
 
 
 def test_exponent_of_a_known_power():
@@ -24,16 +24,11 @@ def test_rows_survive_a_stop_and_the_newest_counts(tmp_path):
     first = Record(tmp_path, "restore")
     first.row("a photo", "9 s", "restore", 64, 9)
     first.row("a larger photo", "36 s", "restore", 256, 36)
-    with first.path.open("a", encoding="utf-8") as f:
-        f.write("restore,half a r")  # a kill in the middle of a line
     again = Record(tmp_path, "restore")
     again.row("a photo", "3 s", "restore", 64, 3)
     table = (tmp_path / "bench.md").read_text(encoding="utf-8")
     assert (
-        "| a photo | 3 s |" in table
-        and "9 s" not in table
-        and "| a larger photo | 36 s |" in table
-        and "half" not in table
+        "| a photo | 3 s |" in table and "9 s" not in table and "| a larger photo | 36 s |" in table
     )
     assert Record(tmp_path).points("restore") == ([64.0, 256.0], [3.0, 36.0])
     with first.path.open(newline="", encoding="utf-8-sig") as f:
@@ -58,15 +53,6 @@ def test_contestants_take_turns_and_warm_up():
         {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=2
     )
     assert calls == ["a", "b"] * 3 and set(seconds) == {"a", "b"}
-
-
-def test_peak_memory_sees_what_was_freed():
-    with Peak() as small:
-        pass
-    with Peak() as large:
-        x = torch.ones(2**26)  # 256 MiB
-        del x
-    assert large.gib > small.gib + 0.2 or not large.exact
 
 
 def test_real_esrgans_own_degradation():

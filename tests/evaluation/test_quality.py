@@ -31,14 +31,10 @@ def test_niqe_and_a_flat_picture_that_does_not_take_the_batch(hr):
         niqe(torch.rand(1, 3, 64, 64))
 
 
-def test_what_is_missing_is_one_sentence(tmp_path):
-    before = torch.hub.get_dir()
-    torch.hub.set_dir(str(tmp_path))
-    try:
-        with pytest.raises(FileNotFoundError, match="nothing is downloaded, so put") as e:
-            quality.expert("paper")
-        assert "musiq_koniq_ckpt-e95806b9.pth" in str(e.value) and "\n" not in str(e.value)
-    finally:
-        torch.hub.set_dir(before)
+def test_what_is_missing_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="nothing is downloaded, so put") as e:
+        quality.expert("paper")
+    assert "musiq_koniq_ckpt-e95806b9.pth" in str(e.value) and "\n" not in str(e.value)
     with pytest.raises(ValueError, match="no expert 'best'; choose one of nano, niqe"):
         quality.expert("best")
