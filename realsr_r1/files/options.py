@@ -28,7 +28,7 @@ def add_model(p: argparse.ArgumentParser, policy: bool = True) -> None:
         "--model", type=filled, default="nano", help="a shipped name, a folder, or a hub id"
     )
     if policy:
-        text = "which of the policies; policy-cold and policy-cold-grpo know first words only"
+        text = "policy-sft (the cold start), policy-grpo, or policy-cold (first words only)"
         p.add_argument("--policy", type=filled, default="policy-sft", help=text)
     p.add_argument("--device", help="cpu, cuda or mps; the best there is if left out")
     text = "the same seed gives the same picture"

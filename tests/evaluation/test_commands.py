@@ -13,7 +13,7 @@ from realsr_r1.evaluation import demo
     [
         ("chains --severity light", "LPIPS under own texts: 0."),
         ("experts --experts nano", "nano: pairs in LPIPS order 0."),
-        ("words --policies policy-cold policy-cold-grpo", "| degradation, policy-cold-grpo |"),
+        ("words --policies policy-cold policy-grpo", "| degradation, policy-grpo |"),
         ("lattice", "true codes: "),
         ("blind --methods chain bicubic -o {tmp}/pairs", "1 pairs in"),
         ("table --peers lanczos -o {tmp}/out", "| lanczos |"),
