@@ -145,9 +145,9 @@ def load(name: str) -> Callable[[Tensor], Tensor]:
     the LR's device. `name` is one of METHODS, or "ncnn:FOLDER/NAME" for another ×4 model with the
     blobs "data" and "output".
 
-    Networks run on the CPU with as many threads as torch, picture by picture. A larger one is cut
-    into windows that overlap, so that memory stays bounded. Raises ValueError for an unknown name
-    or a wrong input, RuntimeError with what to install if something is missing.
+    Networks run on the CPU with as many threads as torch, picture by picture. One larger
+    than WINDOW is cut into windows that overlap, so that memory stays bounded. Raises ValueError
+    for an unknown name or a wrong input, RuntimeError with what to install if something is missing.
     """
     filters = {"bicubic": _bicubic, "lanczos": _lanczos}
     enlarge = filters.get(name)

@@ -1,9 +1,9 @@
 """GRPO with credit by place: a code answers for its own region of the picture.
 
-One reward for a whole picture says the same of its 336 codes, so with few chains the gradient is
-mostly noise. Here the picture is compared with the photograph place by place, and each code of an
-image has the advantage, within the group, of what lies around it. It needs the truth, as
-`ablations.rewards.ReferenceReward` does; words are not rewarded and only held by the KL.
+One reward for a whole picture says the same of its 336 codes. Here the picture is compared with
+the photograph place by place, and each code of an image has the advantage, within the group, of
+what lies around it. (Whether it learns faster so is not shown: figures/RESULTS.md.) It needs the
+truth, as `ablations.rewards.ReferenceReward` does; words are not rewarded and only held by the KL.
 """
 
 import copy
@@ -58,6 +58,7 @@ class PlacedTrainer(ShardedTrainer):
     ):
         rewards = [ReferenceReward(start.tokenizer)]
         super().__init__(start.policy, dataset, rewards, out, settings, device)
+        start.tokenizer.to(self.accelerator.device)
         self.start = start
 
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict:
@@ -68,10 +69,13 @@ class PlacedTrainer(ShardedTrainer):
         restored = self.start.finish(chains, out["pixel_values"]).to(ids.device)
         alone = self.start.decode(torch.stack([c.final_image for c in chains]))
         error = errors(restored, hr) + ALONE * errors(alone, hr)
+        error = self.accelerator.gather(error)  # the spread is that of all processes' chains
+        here = self.accelerator.process_index * len(ids)
         advantages = torch.zeros(ids.shape, device=ids.device)
         for tag, grid in zip(vlcot.IMAGE_TAGS, vlcot.GRIDS, strict=True):
             first = (ids == vocabulary.ids[f"<{tag}>"]).int().argmax(1) + 2  # after <image>
             places = first[:, None] + torch.arange(grid * grid, device=ids.device)
-            advantages.scatter_(1, places, credit(error, grid, self.settings.group))
+            found = credit(error, grid, self.settings.group)[here : here + len(ids)]
+            advantages.scatter_(1, places, found)
         out["advantages"] = advantages
         return out

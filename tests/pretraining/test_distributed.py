@@ -1,4 +1,5 @@
-"""GRPO on two processes: with copies of the policy, and with its weights sharded by FSDP2."""
+"""GRPO on two processes: with copies of the policy, with its weights sharded by FSDP2, and with
+credit by place."""
 
 import os
 import re
@@ -17,9 +18,12 @@ from torch.nn.utils import parameters_to_vector
 
 from realsr_r1 import grpo, photographs
 from realsr_r1.grpo import GrpoSettings
+from realsr_r1.pipeline import RealSR
 from realsr_r1.policy import ChainPolicy, PolicyConfig
+from realsr_r1.pretraining.placed import PlacedTrainer
 from realsr_r1.pretraining.sharded import ShardedTrainer
 from realsr_r1.rewards import degradation_reward
+from realsr_r1.tokenizer import TokenizerConfig, VQModel
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "realsr_r1" / "configs"
@@ -77,6 +81,12 @@ def train(folder: Path, name: str) -> None:
     grpo.ChainGRPOTrainer._rollouts = rollouts
     settings = GrpoSettings(2, 2, 4, 4, lr=1e-2, beta=0.05, save_steps=1)
     data, rewards = load_from_disk(str(folder / "prompts")), [low_codes, degradation_reward]
+    if name.startswith("placed"):
+        shape = {"encoder": (16, 16), "decoder": (16,) * 4, "lr_width": 16, "blocks": 1}
+        policy = start()  # it sets the seed for both
+        model = RealSR(VQModel(TokenizerConfig(codes=64, **shape)), policy)
+        grpo.finish(PlacedTrainer(model, data, folder / name, settings, "cpu"))
+        return
     grpo.finish(ShardedTrainer(start(), data, rewards, folder / name, settings, "cpu"))
 
 
@@ -111,22 +121,28 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grpo.ChainGRPOTrainer, "_rollouts", grpo.ChainGRPOTrainer._rollouts)
         train(out, "one")
+        train(out, "placed-one")
     return out
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name, more", (("copies", {}), ("fsdp2", {"first": AS_GPUS} | FSDP2)), ids=("copies", "FSDP2")
+    "name, alone, more",
+    (
+        ("copies", "one", {}),
+        ("fsdp2", "one", {"first": AS_GPUS} | FSDP2),
+        ("placed", "placed-one", {}),
+    ),
 )
-def test_two_processes_agree_with_one(folder, name, more):
+def test_two_processes_agree_with_one(folder, name, alone, more):
     launch(folder, name, **more)
-    one, two = (pd.read_csv(folder / n / "log.csv") for n in ("one", name))
-    for column in ("loss", "kl", "reward", "rewards/low_codes/mean", "entropy"):
+    one, two = (pd.read_csv(folder / n / "log.csv") for n in (alone, name))
+    for column in ("loss", "kl", "reward", "entropy"):
         torch.testing.assert_close(
             *(torch.tensor(x[column][:2].to_numpy()) for x in (one, two)), rtol=1e-3, atol=1e-5
         )
     with torch.no_grad():
-        a, b, before = weights(folder / "one"), weights(folder / name), start()
+        a, b, before = weights(folder / alone), weights(folder / name), start()
         moved = (a - parameters_to_vector(before.parameters())).norm()
     assert moved > 0.1 and (a - b).norm() < 0.01 * moved
 
