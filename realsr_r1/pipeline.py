@@ -101,12 +101,15 @@ class RealSR:
 
     @classmethod
     def from_pretrained(
-        cls, name: str | Path = "nano", device: str | None = None, policy: str = "policy-sft"
+        cls, name: str | Path = "nano", device: str | None = None, policy: str | None = None
     ) -> "RealSR":
         """Weights by the shipped name "nano", by folder, or by hub id; `policy`: which of the
-        folder's. ValueError or FileNotFoundError, in one sentence, where they cannot be had."""
+        folder's, if left out policy-grpo where there is one, else policy-sft, the cold start.
+        ValueError or FileNotFoundError, in one sentence, where they cannot be had."""
         dev = device_of(device)
         folder = find_weights(name)
+        trained = (folder / "policy-grpo" / "model.safetensors").exists()
+        policy = policy or ("policy-grpo" if trained else "policy-sft")
         parts = folder / "tokenizer", folder / policy
         for part in parts:
             if not (part / "model.safetensors").exists():

@@ -96,6 +96,7 @@ def add_chain(p: argparse.ArgumentParser) -> None:
     p.add_argument("--split", default="test", choices=("val", "test"), help="what is measured")
     p.add_argument("-n", type=integer(), default=200, help="photographs, spread over the split")
     add_model(p)
+    p.set_defaults(policy="policy-sft")  # its controls are fine-tuned alone, too
 
 
 def add_optimizer(p: argparse.ArgumentParser) -> None:

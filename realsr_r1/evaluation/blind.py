@@ -33,19 +33,21 @@ CHOICES = ("left", "same", "right")
 
 
 def method(name: str, model: RealSR, seed: int = 0, sampling: Sampling = Sampling()) -> Method:
-    """A method by name: chain, first ending (the chain by that ending of the decoder), LR alone,
-    bicubic, or one of `peers.METHODS`. Each picture has noise of its own, the same for two methods
-    of one seed."""
+    """A method by name: chain, cold start (the chain before GRPO), first ending (the chain by that
+    ending of the decoder), LR alone, bicubic, or one of `peers.METHODS`. Each picture has noise of
+    its own, the same for two methods of one seed."""
+    if name == "cold start":
+        model = RealSR.from_pretrained(model.name, str(model.device), "policy-sft")
     if name == "first ending":
         model = RealSR(copy.deepcopy(model.tokenizer), model.policy, model.name)
         model.tokenizer.decoder.clean = None
-    if name in ("chain", "first ending"):
+    if name in ("chain", "cold start", "first ending"):
         call, seeds = chain_method(model, sampling), itertools.count(seed)
         return lambda lr: call(lr, next(seeds))[0]
     if name == "LR alone":
         return lambda lr: model.decode(lr=lr).cpu()
     if name not in peers.METHODS and not name.startswith(peers.ANY):
-        known = ", ".join(("chain", "first ending", "LR alone", *peers.METHODS))
+        known = ", ".join(("chain", "cold start", "first ending", "LR alone", *peers.METHODS))
         raise ValueError(f"no method {name!r}; choose from {known}")
     return peers.load(name)
 

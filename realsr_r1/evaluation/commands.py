@@ -197,7 +197,7 @@ def register(sub) -> None:
 def add_table(leaves) -> None:
     p = measured(leaves, "table", table, "the chain beside its controls, by severity")
     p.add_argument("--batch", type=integer(), default=48, help="chains at a time")
-    p.add_argument("--peers", nargs="*", default=[], help="other methods, e.g. realesrgan-x4plus")
+    p.add_argument("--peers", nargs="*", default=[], help="other methods, as of realsr eval blind")
     text = "writes OUT.md and OUT.csv"
     p.add_argument("-o", "--out", type=place, default=Path("results"), help=text)
 
@@ -205,7 +205,7 @@ def add_table(leaves) -> None:
 def add_blind(leaves) -> None:
     text = "pairs of two methods in secret order, for people to choose"
     p = measured(leaves, "blind", blind, text, 60)
-    names = "chain, 'first ending', 'LR alone', bicubic, or a peer such as realesrgan-x4plus"
+    names = "chain, 'cold start', 'first ending', 'LR alone', bicubic, or a peer"
     p.add_argument("--methods", nargs=2, default=["chain", "bicubic"], help=names)
     text = "squares of the shipped real photos instead, as they are"
     p.add_argument("--real", action="store_true", help=text)
@@ -220,7 +220,9 @@ def add_benchmark(leaves) -> None:
     sets = "eval, real_lr, photographs, a folder of pairs, …: see evaluation.sets"
     p.add_argument("--data", type=filled, default="eval", help=sets)
     names = "chain-sft, chain-grpo, direct, lr-alone, plain, a peer, or ncnn:FOLDER/NAME"
-    p.add_argument("--methods", nargs="+", default=["bicubic", "chain-sft"], help=names)
+    p.add_argument(
+        "--methods", nargs="+", default=["bicubic", "chain-sft", "chain-grpo"], help=names
+    )
     names = ["psnr_y", "ssim_y", "lpips"]
     p.add_argument("--metrics", nargs="+", default=names, help="see evaluation.metrics")
     p.add_argument("--baseline", default="bicubic", help="what the others are held to")

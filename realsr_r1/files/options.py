@@ -28,8 +28,8 @@ def add_model(p: argparse.ArgumentParser, policy: bool = True) -> None:
         "--model", type=filled, default="nano", help="a shipped name, a folder, or a hub id"
     )
     if policy:
-        text = "policy-sft (the cold start), policy-grpo, or policy-cold (first words only)"
-        p.add_argument("--policy", type=filled, default="policy-sft", help=text)
+        text = "policy-grpo (if left out, where there is one), policy-sft (the cold start), or "
+        p.add_argument("--policy", type=filled, help=text + "policy-cold (first words only)")
     p.add_argument("--device", help="cpu, cuda or mps; the best there is if left out")
     text = "the same seed gives the same picture"
     p.add_argument("--seed", type=integer(0), default=0, help=text)

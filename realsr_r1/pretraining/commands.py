@@ -67,7 +67,7 @@ def expert(a: argparse.Namespace) -> None:
     from realsr_r1.pretraining import expert as training
     from realsr_r1.pretraining.loop import FitConfig
 
-    model = RealSR.from_pretrained(a.model, a.device)
+    model = RealSR.from_pretrained(a.model, a.device, "policy-sft")
     photos = photographs.load("train", a.photographs)
     seed = seed_of("expert", a.seed)
     bank = training.make_bank(model, photographs.Pairs(photos, seed=seed), a.n, seed)

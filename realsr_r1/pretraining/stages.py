@@ -251,7 +251,12 @@ def bring(home: Path, out: Path, *parts: str) -> None:
 
 
 def outdate(what: str, out: Path) -> None:
-    """What builds on a stage that is being trained begins anew, however this training ends."""
+    """What builds on a stage that is being trained begins anew, however this training ends; what
+    GRPO made of the policy before is put aside, or it would be used instead of the new one."""
+    if what in ("tokenizer", "policy") and (out / "policy-grpo").exists():
+        aside = out / "policy-grpo.before"
+        shutil.rmtree(aside, ignore_errors=True)
+        (out / "policy-grpo").rename(aside)
     stages = list(SHARES)
     for later in stages[stages.index(what) + 1 :]:
         forget(out / later)
@@ -273,13 +278,13 @@ def _stage(what: str, s: Settings) -> None:
     if what == "policy":
         bring(home, s.out, "tokenizer")
         known = s.init and (home / "policy-sft").exists()
-        start = RealSR.from_pretrained(home, device).policy if known else None
+        start = RealSR.from_pretrained(home, device, "policy-sft").policy if known else None
         outdate(what, s.out)
         policy = _policy(s, load_tokenizer(home / "tokenizer"), start)
         finish(s.out / what, policy, s.out / "policy-sft", s)
         return
     bring(home, s.out, "tokenizer", "policy-sft")
-    start = RealSR.from_pretrained(home, device)
+    start = RealSR.from_pretrained(home, device, "policy-sft")
     outdate(what, s.out)
     finish(s.out / what, _decoder(s, start, what), s.out / "tokenizer", s)
 
@@ -300,7 +305,7 @@ def reinforce(
     from realsr_r1.pretraining.placed import PlacedTrainer
     from realsr_r1.pretraining.sharded import ShardedTrainer
 
-    start = RealSR.from_pretrained(model, device)
+    start = RealSR.from_pretrained(model, device, "policy-sft")
     known = {
         "format": lambda: rewards.format_reward,
         "degradation": lambda: rewards.degradation_reward,

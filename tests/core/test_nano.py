@@ -586,6 +586,22 @@ def test_weights_go_to_a_folder_and_back(model, tmp_path, lr):
         RealSR.from_pretrained(tmp_path, device="cpu", policy="policy-grpo")
 
 
+def test_the_policy_after_grpo_is_used_where_there_is_one(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    (tmp_path / "policy-grpo").mkdir()  # a run under way: no weights yet
+    RealSR.from_pretrained(tmp_path, device="cpu")
+    later = RealSR(model.tokenizer, copy.deepcopy(model.policy))
+    with torch.no_grad():
+        next(later.policy.parameters()).add_(1)
+    later.save_pretrained(tmp_path, "policy-grpo")
+
+    first = [
+        next(RealSR.from_pretrained(tmp_path, "cpu", policy).policy.parameters())
+        for policy in (None, "policy-grpo", "policy-sft")
+    ]
+    assert first[0].equal(first[1]) and not first[0].equal(first[2])
+
+
 def test_a_second_ending_travels_with_the_weights_or_in_its_own_file(model, tmp_path, lr):
     model.save_pretrained(tmp_path / "one")
     two = RealSR.from_pretrained(tmp_path / "one", device="cpu")

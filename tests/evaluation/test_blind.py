@@ -73,7 +73,7 @@ def test_an_answer_is_for_the_pair_that_is_shown(comparison):
     assert "7 of 8 are open" in other.children[0].value
 
 
-def test_the_first_ending_is_a_method_and_leaves_the_model_alone():
+def test_first_ending_and_cold_start_are_methods_and_leave_the_model_alone():
     model = RealSR.from_pretrained("nano", "cpu")
     lr = next(blind.damaged(load("val")[:1])).lr[None]
     chain, first = (blind.method(name, model)(lr) for name in ("chain", "first ending"))
@@ -81,6 +81,11 @@ def test_the_first_ending_is_a_method_and_leaves_the_model_alone():
     torch.testing.assert_close(chain, model.finish(drawn.chains, lr))
     torch.testing.assert_close(first, model.finish(drawn.chains, lr, clean=False))
     assert (chain - first).abs().mean() > 0.003
+    start = RealSR.from_pretrained("nano", "cpu", "policy-sft")
+    drawn = start.sample(lr, generator=torch.Generator().manual_seed(0))
+    before = blind.method("cold start", model)(lr)
+    torch.testing.assert_close(before, start.finish(drawn.chains, lr))
+    assert not torch.equal(before, chain)
 
 
 def test_pairs_have_noise_of_their_own_and_both_methods_the_same():

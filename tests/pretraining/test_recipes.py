@@ -255,9 +255,11 @@ def test_what_builds_on_a_stage_that_is_trained_anew_begins_anew(tmp_path, monke
     monkeypatch.setattr(stages, "_stage", stage)
     monkeypatch.setattr(stages.peers, "missing", {"absent": "no weights"}.get)
     settings, stops = stages.Settings(out=tmp_path, minutes=10), "policy"
+    (tmp_path / "policy-grpo").mkdir()  # of the policy before
     with pytest.raises(KeyboardInterrupt):
         stages.run("all", settings)
     assert done == ["tokenizer", "policy"]
+    assert [p.name for p in tmp_path.glob("policy-grpo*")] == ["policy-grpo.before"]
     done, stops = [], ""
     stages.run("all", replace(settings, workers=2))
     assert done == ["policy", "decoder", "ending"]
