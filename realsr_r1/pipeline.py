@@ -103,14 +103,11 @@ class RealSR:
     def from_pretrained(
         cls, name: str | Path = "nano", device: str | None = None, policy: str | None = None
     ) -> "RealSR":
-        """Weights by the shipped name "nano", by folder, or by hub id; `policy`: which of the
-        folder's, if left out policy-grpo where there is one, else policy-sft, the cold start.
-        ValueError or FileNotFoundError, in one sentence, where they cannot be had."""
-        dev = device_of(device)
-        folder = find_weights(name)
+        """Weights by shipped name, folder or hub id; without `policy`, policy-grpo where there is
+        one, else policy-sft. ValueError or FileNotFoundError, in a sentence, if there are none."""
+        dev, folder = device_of(device), find_weights(name)
         trained = (folder / "policy-grpo" / "model.safetensors").exists()
-        policy = policy or ("policy-grpo" if trained else "policy-sft")
-        parts = folder / "tokenizer", folder / policy
+        parts = folder / "tokenizer", folder / (policy or f"policy-{'grpo' if trained else 'sft'}")
         for part in parts:
             if not (part / "model.safetensors").exists():
                 where = f"weights {part.name} are missing in {folder.name}/"
