@@ -37,7 +37,10 @@ def add_grpo(leaves) -> None:
     p.add_argument("--model", default="nano", help="where to start: a name, a folder, a hub id")
     p.add_argument("--photographs", type=place, help="as in the other leaves")
     p.add_argument(
-        "--out", type=place, default=Path("runs/nano"), help="gets policy-grpo and a log"
+        "--out",
+        type=place,
+        default=Path("runs/nano"),
+        help="gets policy-grpo, which restore then uses, and a log",
     )
     p.add_argument(
         "--rewards",

@@ -11,6 +11,8 @@ from realsr_r1.pipeline import decode_grid
 from realsr_r1.rewards import degradation_reward
 from realsr_r1.sampling import sample
 
+POLICIES = ("policy-grpo", "policy-sft")
+
 
 @pytest.fixture(scope="module")
 def model() -> RealSR:
@@ -26,6 +28,15 @@ def pairs() -> tuple[torch.Tensor, torch.Tensor]:
 
 def lpips(y: torch.Tensor, hr: torch.Tensor) -> float:
     return float(perceptual.distance(y, hr).mean())
+
+
+def test_the_policy_after_grpo_ships_and_restores(model):
+    """Without its file restorations would silently be those of the cold start."""
+    restores, after, before = (
+        next(m.policy.parameters())
+        for m in (model, *(RealSR.from_pretrained("nano", "cpu", p) for p in POLICIES))
+    )
+    assert restores.equal(after) and not restores.equal(before)
 
 
 @pytest.mark.slow
