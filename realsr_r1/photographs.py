@@ -95,8 +95,11 @@ class Photograph:
         return tuple(dict.fromkeys((self.subject, *self.background, *self.extras)))
 
     def image(self) -> Image.Image:
-        """The RGB picture, scaled down so that its short side has at most SHORT_SIDE pixels."""
-        image = images.open_photo(self.read())
+        """The RGB picture, its short side scaled down to SHORT_SIDE; ValueError names the file."""
+        try:
+            image = images.open_photo(self.read())
+        except ValueError as e:
+            raise ValueError(f"{self.file}: {e}") from e
         scale = SHORT_SIDE / min(image.size)
         if scale < 1:
             size = tuple(max(SHORT_SIDE, round(n * scale)) for n in image.size)
@@ -115,7 +118,7 @@ def from_row(row: dict, read: Callable[[], bytes] | None = None) -> Photograph:
     for a field that is missing or that no caption can be made of."""
     for name in ("file", "subject", "view", "colors", "background", *CLOSED):
         value, choice = row.get(name), CLOSED.get(name)
-        if not value or (choice and value not in choice):
+        if not (value or "").strip("+") or (choice and value not in choice):
             what = f"choose one of {', '.join(choice)}" if choice else "give it a word"
             raise ValueError(f"the annotation of {row.get('file')} has {name} {value!r}: {what}")
     lists = ("colors", "background", "extras")

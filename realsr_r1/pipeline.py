@@ -11,7 +11,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from realsr_r1 import images, vlcot
-from realsr_r1.common import device_of, generator, out_of_memory, write_text
+from realsr_r1.common import check_number, device_of, generator, out_of_memory, write_text
 from realsr_r1.policy import ChainPolicy
 from realsr_r1.sampling import Samples, Sampling, sample
 from realsr_r1.tokenizer import FACTOR, SCALE, VQModel
@@ -181,12 +181,13 @@ class RealSR:
 
         Args:
             photo: whatever `images.read` takes: a path, bytes, a PIL image, an array.
-            seed, sampling: how tokens are chosen; the same seed gives the same picture.
+            seed, sampling: how tokens are chosen, one chain a tile; same seed, same picture.
             batch: tiles at a time, halved where memory runs out; progress: show a bar.
             max_pixels: refuse larger photos.
         Raises ValueError, in one sentence, for unreadable or too large photos. Ctrl-C keeps what is
         done: the rest comes from the LR photo alone."""
-        photo = opened(photo, max_pixels)
+        check_number("batch", batch, 1)
+        photo, sampling = opened(photo, max_pixels), replace(sampling, num_generations=1)
         w, h = photo.image.size
         lr = pad(images.to_tensor(photo.image))
         reading = self.read(lr, sampling, generator(seed))

@@ -150,9 +150,11 @@ class ChainPolicy(PreTrainedModel):
     def look(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """LR photos (b, 3, 32, 32) in [0, 1], or the eye's maps (b, hidden, 16, 16) cut from a
         larger photo's, → the prompt's patches (b, 64, hidden) and what the eye and the positions
-        give each cell (b, cells, hidden)."""
+        give each cell (b, cells, hidden). ValueError for photos of another size."""
         features = pixel_values.to(self.dtype)
         if features.shape[1] == 3:
+            if tuple(features.shape[2:]) != (2 * GRIDS[-1], 2 * GRIDS[-1]):
+                raise ValueError(f"the policy reads 32x32 pixels, got {tuple(features.shape)}")
             features = self.eye(features)
         patches = self.eye.patches(features) + self.patch_position.weight
         pooled = [F.adaptive_avg_pool2d(features, n).flatten(2) for n in GRIDS]

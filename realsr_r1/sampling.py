@@ -141,22 +141,18 @@ def sample(
     sampling: Sampling = Sampling(),
     generator: Generators = None,
     grammar: LayoutGrammar | None = None,
-    prefix: Tensor | None = None,
 ) -> Samples:
     """`num_generations` chains for each LR photo (b, 3, 32, 32) in [0, 1], or each of the eye's
     maps (b, hidden, 16, 16), adjacent. Same generator state, same chains, up to rounding.
 
     Args:
         generator: one for all, or one for each photo, whose chains then do not depend on the batch.
-        grammar: the layout; None is the whole chain.
-        prefix: first tokens (b, n) of this layout that are not chosen, such as a true chain's;
-            where the layout leaves one token alone, it is that one."""
+        grammar: the layout; None is the whole chain."""
     grammar, lr = (grammar or policy.grammar()).to(policy.device), lr.to(policy.device)
     photos = [lr.to(policy.dtype)]
     if sampling.guidance != 1.0:
         photos.append(photos[0].new_full((len(lr), 3, 2 * GRIDS[-1], 2 * GRIDS[-1]), 0.5))
     writer = Writer(policy, photos, grammar, sampling.num_generations, sampling.lag)
-    given = None if prefix is None else prefix.to(policy.device)
 
     def uniform(settled: Tensor, inside: Tensor, n: int) -> Tensor:
         return _uniform(generator, settled | (~inside & sampling.greedy_text), n)
@@ -164,10 +160,7 @@ def sample(
     def pick(logits: list[Tensor], place: Tensor, inside: Tensor, u: Tensor) -> Tensor:
         guided = _guided(logits, inside, sampling.guidance)
         token = _chosen(guided, inside, sampling, policy.vocabulary, u.to(guided.device))
-        if given is None:
-            return token.view_as(place)
-        n = given.shape[1]
-        return torch.where(place < n, given.gather(1, place.clamp(max=n - 1)), token.view_as(place))
+        return token.view_as(place)
 
     writer.run(pick, uniform)
     return _collect(writer)

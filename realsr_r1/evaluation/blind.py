@@ -20,7 +20,6 @@ from realsr_r1 import images
 from realsr_r1.evaluation import peers
 from realsr_r1.evaluation.benchmark import chain_method
 from realsr_r1.evaluation.nano import SEVERITIES, cluster_of
-from realsr_r1.files.writable import append_row
 from realsr_r1.photographs import ASSETS, Pairs, Photograph
 from realsr_r1.pipeline import RealSR
 from realsr_r1.sampling import Sampling
@@ -131,7 +130,10 @@ def answer(out: Path, pair: int, choice: str) -> None:
     """Keep one answer; ValueError for anything but CHOICES."""
     if choice not in CHOICES:
         raise ValueError(f"an answer is left, right or same, not {choice!r}")
-    append_row(out / "answers.csv", {"pair": pair, "choice": choice})
+    path = out / "answers.csv"
+    row = f"{pair},{choice}\n" if path.exists() else f"pair,choice\n{pair},{choice}\n"
+    with path.open("a", encoding="utf-8") as f:  # not rewritten: others may be at work, too
+        f.write(row)
 
 
 @dataclass(frozen=True)

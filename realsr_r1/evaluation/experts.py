@@ -66,7 +66,10 @@ class NanoExpert(nn.Module):
         return F.pixel_unshuffle(torch.cat([x - 0.5, 8 * high, contrast], 1), 4)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Quality before the sigmoid, (b,): what the ranking loss compares."""
+        """Quality before the sigmoid, (b,): what the ranking loss compares. ValueError for 8-bit
+        pictures."""
+        if not x.is_floating_point():
+            raise ValueError(f"the expert takes floats in [0, 1], got {x.dtype}: divide by 255")
         fine = self.fine(self.inputs(x.to(self.local.weight.device)))
         coarse, pooled = self.coarse(fine), []
         for m in (fine.float(), coarse.float()):

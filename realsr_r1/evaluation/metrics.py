@@ -120,6 +120,8 @@ def check(name: str, output: Tensor, original: Tensor | None) -> None:
             f"{name} compares pictures of one size, got {shape} and {tuple(original.shape)}: "
             f"scale or crop one of them"
         )
+    if not all(p.is_floating_point() for p in (output, original) if p is not None):
+        raise ValueError(f"{name} takes floats in [0, 1]: divide 8-bit pictures by 255")
     if min(shape[-2:]) < metric.smallest:
         size = f"{shape[-1]}x{shape[-2]}"
         raise ValueError(

@@ -436,6 +436,8 @@ def from_hub(name: str) -> BenchSet:
 
     def read(i: int) -> tuple[Tensor, Tensor | None]:
         row = data[i]
+        if row[lr] is None or (hr and row[hr] is None):
+            raise ValueError(f"row {i} has no picture: mend or remove it")
         return _opened(f"row {i}", row[lr], hr and row[hr])
 
     items = [Item(f"{i:05d}", partial(read, i)) for i in range(len(data))]

@@ -70,7 +70,10 @@ def _scored(said: list[str], items: list[dict], mode: str) -> dict[tuple[str, st
 
 
 def measure(policy: ChainPolicy, photos: list[Photograph], seed: int = 0, batch: int = 64) -> Words:
-    """Sample the first words for each photograph at each severity, and score them."""
+    """Sample the first words for each photograph at each severity, and score them. ValueError for
+    a single photograph: its control is another's truth."""
+    if len(photos) < 2:
+        raise ValueError("one photograph has no other's truth: take two or more (-n)")
     items, clusters = [], []
     for severity in SEVERITIES:
         items += held_out(photos, severity, seed, labels=True)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from realsr_r1 import images, perceptual, photographs, sft
-from realsr_r1.common import device_of, seed_of
+from realsr_r1.common import device_of, seed_of, write_text
 from realsr_r1.evaluation import peers, sheets
 from realsr_r1.evaluation.chains import chain_metrics
 from realsr_r1.files.writable import claim
@@ -205,8 +205,7 @@ def finish(run: Path, part: nn.Module, weights: Path, settings: Settings) -> Non
             clean.unlink(missing_ok=True)
     part.float()
     (weights / "README.md").unlink(missing_ok=True)  # the hub's empty card
-    text = json.dumps(asdict(settings), default=str, indent=1)
-    (run / "settings.json").write_text(text, encoding="utf-8")
+    write_text(run / "settings.json", json.dumps(asdict(settings), default=str, indent=1))
     forget(run)
 
 
@@ -251,16 +250,27 @@ def bring(home: Path, out: Path, *parts: str) -> None:
 
 
 def outdate(what: str, out: Path) -> None:
-    """What builds on a stage that is being trained begins anew, however this training ends; what
-    GRPO made of the policy before is put aside, or it would be used instead of the new one."""
-    if what in ("tokenizer", "policy") and (out / "policy-grpo").exists():
-        aside = out / "policy-grpo.before"
-        shutil.rmtree(aside, ignore_errors=True)
-        (out / "policy-grpo").rename(aside)
+    """What builds on a stage that is being trained begins anew, however this training ends;
+    policies that would be used although they belong to what was before are put aside."""
+    put_aside = {"tokenizer": ("policy-sft", "policy-grpo"), "policy": ("policy-grpo",)}
+    for name in put_aside.get(what, ()):
+        if (out / name).exists():
+            shutil.rmtree(out / f"{name}.before", ignore_errors=True)
+            (out / name).rename(out / f"{name}.before")
     stages = list(SHARES)
     for later in stages[stages.index(what) + 1 :]:
         forget(out / later)
         (out / later / "settings.json").unlink(missing_ok=True)
+
+
+def _begin(what: str, s: Settings) -> None:
+    """ValueError where a training of other settings was stopped: it would go on with these."""
+    outdate(what, s.out)
+    kept = s.out / what / "checkpoint.json"
+    if not list(kept.parent.glob("checkpoint*.pt")):
+        kept.unlink(missing_ok=True)  # there is nothing to go on with
+    longer = (*ANYWHERE, "minutes", "steps")
+    claim(kept, {k: v for k, v in asdict(s).items() if k not in longer})
 
 
 def _stage(what: str, s: Settings) -> None:
@@ -270,7 +280,7 @@ def _stage(what: str, s: Settings) -> None:
         raise ValueError(f"{home} holds no tokenizer: train one first (realsr train tokenizer)")
     if what == "tokenizer":
         start = load_tokenizer(home / what) if s.init else None
-        outdate(what, s.out)
+        _begin(what, s)
         finish(s.out / what, _tokenizer(s, start), s.out / what, s)
         return
     if what != "policy" and not (home / "policy-sft").exists():
@@ -279,13 +289,13 @@ def _stage(what: str, s: Settings) -> None:
         bring(home, s.out, "tokenizer")
         known = s.init and (home / "policy-sft").exists()
         start = RealSR.from_pretrained(home, device, "policy-sft").policy if known else None
-        outdate(what, s.out)
+        _begin(what, s)
         policy = _policy(s, load_tokenizer(home / "tokenizer"), start)
         finish(s.out / what, policy, s.out / "policy-sft", s)
         return
     bring(home, s.out, "tokenizer", "policy-sft")
     start = RealSR.from_pretrained(home, device, "policy-sft")
-    outdate(what, s.out)
+    _begin(what, s)
     finish(s.out / what, _decoder(s, start, what), s.out / "tokenizer", s)
 
 

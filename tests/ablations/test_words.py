@@ -27,6 +27,12 @@ def test_a_start_a_run_and_its_control_are_measured_alike(tmp_path, monkeypatch)
         words.run(model, [], replace(settings, cold=3))
 
 
+def test_one_photograph_has_no_other_ones_truth():
+    policy = RealSR.from_pretrained("nano", "cpu").policy
+    with pytest.raises(ValueError, match="take two or more"):
+        evaluation.measure(policy, photographs.load("test")[:1])
+
+
 def test_who_says_the_truth_earns_it_from_his_own_photo_alone():
     """The control: a list for everybody would earn the same from both."""
     data = photographs.Pairs(photographs.load("test")[:6], training=False)

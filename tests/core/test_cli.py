@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from realsr_r1 import __version__
-from realsr_r1.cli import main, parser
+from realsr_r1.cli import main, one_sentence, parser
 from realsr_r1.sampling import Sampling
 
 
@@ -163,6 +163,13 @@ def test_too_little_memory_gets_one_sentence(said, tmp_path, monkeypatch, capsys
     Image.new("RGB", (32, 32)).save(tmp_path / "photo.png")
     assert main(["restore", str(tmp_path / "photo.png"), "-o", str(tmp_path / "out.png")]) == 2
     assert "too little memory: take smaller photos, a lower --batch" in capsys.readouterr().err
+
+
+def test_an_error_of_a_loaders_worker_is_its_last_line():
+    said = (
+        "Caught ValueError in DataLoader worker process 0.\nTraceback:\n  at x\nValueError: a: b\n"
+    )
+    assert one_sentence(ValueError(said)) == "a: b"
 
 
 @pytest.mark.slow

@@ -261,12 +261,6 @@ def test_given_texts_are_written(model, lr):
         assert {k: getattr(chain, k) for k in texts} == texts
 
 
-def test_prefix_is_kept(model, lr):
-    ids = true_ids(model.policy)[:, :30]
-    s = sample(model.policy, lr, Sampling(), torch.Generator().manual_seed(0), prefix=ids)
-    assert torch.equal(s.ids[:, :30], ids)
-
-
 def test_guidance_of_one_is_off_and_others_change_images(model, lr):
     def draw(w):
         return model.sample(lr, Sampling(guidance=w), torch.Generator().manual_seed(0)).codes
@@ -553,11 +547,25 @@ def test_memory_running_out_halves_the_batch(model, monkeypatch):
     [
         ("no/such.jpg", {}, "does not exist"),
         (Image.new("RGB", (64, 64)), {"max_pixels": 100}, "scale it down"),
+        (Image.new("RGB", (64, 64)), {"batch": 0}, "batch must be an integer of at least 1"),
     ],
 )
 def test_bad_photos_get_one_sentence(model, photo, options, message):
     with pytest.raises(ValueError, match=message):
         model(photo, progress=False, **options)
+
+
+def test_a_tile_has_one_chain_whatever_the_sampling_says(model):
+    photo = Image.effect_noise((40, 32), 60).convert("RGB")
+    one, two = (
+        model(photo, sampling=Sampling(num_generations=n), progress=False).trace for n in (1, 2)
+    )
+    assert one == two and len(one["tiles"]) == 2
+
+
+def test_the_policy_refuses_a_photo_that_is_no_tile(model):
+    with pytest.raises(ValueError, match=r"reads 32x32 pixels, got \(1, 3, 16, 32\)"):
+        model.sample(torch.rand(1, 3, 16, 32))
 
 
 def test_save_says_where_it_cannot_write(model, tmp_path):

@@ -66,12 +66,25 @@ def test_tags_are_what_the_understanding_reward_can_ask_for():
 
 
 @pytest.mark.parametrize(
-    "change", [{"place": "in the midle"}, {"colors": ""}, {"split": None}, {"count": "three"}]
+    "change",
+    [
+        {"place": "in the midle"},
+        {"colors": ""},
+        {"split": None},
+        {"count": "three"},
+        {"background": "+"},
+        {"colors": "+"},
+    ],
 )
 def test_an_annotation_that_no_caption_can_be_made_of(change):
     name = next(iter(change))
     with pytest.raises(ValueError, match=f"annotation of .* has {name}"):
         from_row(ROW | change)
+
+
+def test_a_photograph_that_cannot_be_read_is_named():
+    with pytest.raises(ValueError, match=f"^{ROW['file']}: "):
+        from_row(ROW, lambda: b"no picture").image()
 
 
 def test_an_annotation_with_a_word_that_captions_do_not_have():

@@ -315,6 +315,13 @@ def image(w, h, level):
     return Image.fromarray(np.full((h, w, 3), level, np.uint8))
 
 
+def test_a_row_without_a_picture_is_named(local):
+    found = benchsets.load(local(lr=[image(8, 6, 10), None]))
+    assert found.items[0].read()
+    with pytest.raises(ValueError, match="row 1 has no picture"):
+        found.items[1].read()
+
+
 def test_a_data_set_with_pairs_and_its_test_split(local):
     spec = local(LR=[image(8, 6, 10), image(8, 6, 20)], HR=[image(32, 24, 30), image(32, 25, 40)])
     found = benchsets.load(spec)

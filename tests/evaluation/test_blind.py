@@ -1,5 +1,6 @@
 import base64
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -71,6 +72,14 @@ def test_an_answer_is_for_the_pair_that_is_shown(comparison):
         page.children[2].children[side].click()
     assert blind.read_answers(comparison) == {0: "right"}
     assert "7 of 8 are open" in other.children[0].value
+
+
+def test_no_answer_is_lost_when_several_people_choose(comparison):
+    blind.answer(comparison, 0, "left")
+    with ThreadPoolExecutor(8) as people:
+        list(people.map(lambda i: blind.answer(comparison, i % 8, "same"), range(80)))
+    rows = (comparison / "answers.csv").read_text(encoding="utf-8").splitlines()
+    assert rows[:2] == ["pair,choice", "0,left"] and len(rows) == 82
 
 
 def test_first_ending_and_cold_start_are_methods_and_leave_the_model_alone():

@@ -29,6 +29,11 @@ def test_one_number_a_picture_whatever_the_batch(nano, hr):
     assert sum(p.numel() for p in nano.parameters()) < 600_000
 
 
+def test_bytes_are_refused(nano):
+    with pytest.raises(ValueError, match="takes floats"):
+        nano(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+
+
 @pytest.mark.parametrize("size", [(16, 16), (37, 50), (128, 200)])
 def test_pictures_of_any_size_and_flat_ones(nano, size):
     x = torch.cat([torch.rand(2, 3, *size), torch.full((1, 3, *size), 0.5)])

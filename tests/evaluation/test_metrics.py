@@ -268,6 +268,9 @@ def test_wrong_calls_are_refused_in_a_sentence(pair):
         metrics.load("ssim_y")(x, x[..., :64, :])
     with pytest.raises(ValueError, match="add the batch dimension"):
         metrics.load("piqe")(x[0])
+    for pictures in ((x * 255).byte(), x), (x, (x * 255).byte()):
+        with pytest.raises(ValueError, match=r"psnr_y takes floats .* 8-bit pictures by 255"):
+            metrics.load("psnr_y")(*pictures)
     with pytest.raises(ValueError, match=r"call metrics\.fid"):
         metrics.load("fid")
 

@@ -16,7 +16,7 @@ from realsr_r1 import photographs
 from realsr_r1.grpo import GrpoSettings
 from realsr_r1.pipeline import RealSR
 from realsr_r1.pretraining import recipes, stages
-from realsr_r1.pretraining.loop import Fit, FitConfig
+from realsr_r1.pretraining.loop import Fit, FitConfig, forget
 from realsr_r1.pretraining.muon import MuonAdamW, orthogonalize
 from realsr_r1.pretraining.recipes import Machine, PolicyLoss, Replay, Run, TokenizerLoss
 
@@ -165,6 +165,35 @@ def test_the_seed_reaches_the_decoder(tmp_path, monkeypatch):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_a_second_training_in_the_same_place_is_refused(tmp_path):
+    model = torch.nn.Linear(1, 1)
+
+    def fit() -> Fit:
+        how = FitConfig(steps=2, lr=1e-3, warmup=1)
+        return Fit(model, torch.optim.SGD(model.parameters(), lr=1e-3), tmp_path, how)
+
+    def loss_of(step: int, done: float):
+        with pytest.raises(ValueError, match="another run is at work"):
+            fit().run(loss_of)
+        return model(torch.ones(1, 1)).square().sum(), {}
+
+    fit().run(loss_of)
+    assert pd.read_csv(tmp_path / "log.csv")["step"].tolist() == [2]
+
+
+def test_a_stopped_stage_goes_on_with_its_own_settings_alone(tmp_path):
+    s = stages.Settings(out=tmp_path, batch=8, minutes=5)
+    stages._begin("policy", s)
+    stages._begin("policy", replace(s, batch=4))  # there is nothing yet to go on with
+    (tmp_path / "policy" / "checkpoint.pt").touch()
+    stages._begin("policy", replace(s, batch=4, minutes=10, device="cpu", workers=2))
+    for other in ({"batch": 8}, {"batch": 4, "init": tmp_path / "other"}):
+        with pytest.raises(ValueError, match="holds a run of other settings"):
+            stages._begin("policy", replace(s, **other))
+    forget(tmp_path / "policy")
+    assert not [*(tmp_path / "policy").iterdir()]
+
+
 def test_a_lost_loss_is_neither_kept_nor_returned(tmp_path):
     model = torch.nn.Linear(1, 1)
     for minutes in (0.0, 60.0):  # at a checkpoint; at the end
@@ -255,11 +284,13 @@ def test_what_builds_on_a_stage_that_is_trained_anew_begins_anew(tmp_path, monke
     monkeypatch.setattr(stages, "_stage", stage)
     monkeypatch.setattr(stages.peers, "missing", {"absent": "no weights"}.get)
     settings, stops = stages.Settings(out=tmp_path, minutes=10), "policy"
-    (tmp_path / "policy-grpo").mkdir()  # of the policy before
+    for name in ("policy-sft", "policy-grpo"):  # of the tokenizer before
+        (tmp_path / name).mkdir()
     with pytest.raises(KeyboardInterrupt):
         stages.run("all", settings)
     assert done == ["tokenizer", "policy"]
-    assert [p.name for p in tmp_path.glob("policy-grpo*")] == ["policy-grpo.before"]
+    put_aside = {p.name for p in tmp_path.glob("policy-*")}
+    assert put_aside == {"policy-sft.before", "policy-grpo.before"}
     done, stops = [], ""
     stages.run("all", replace(settings, workers=2))
     assert done == ["policy", "decoder", "ending"]

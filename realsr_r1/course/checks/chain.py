@@ -52,14 +52,14 @@ def labels(student) -> None:
         torch.equal(ids, kept),
         "you changed the ids themselves: work on a clone, the model still needs them as its input",
     )
-    expect_shape(out, tuple(ids.shape), "one label a word")
+    expect_shape(out, tuple(ids.shape), "one label a token")
     if torch.equal(out.long(), want):
         padded = ids.where(ids != 0, 2)  # another padding in the same places
         other = padded.where(ids != 0, -100)
         other[:, :2] = -100
         expect(
             torch.equal(student(padded, 2, 2).long(), other),
-            "right for a prompt of 3 words and the padding 0 only: use the arguments",
+            "right for a prompt of 3 tokens and the padding 0 only: use the arguments",
         )
         return
     shifted = torch.full_like(want, -100)
@@ -70,7 +70,7 @@ def labels(student) -> None:
     )
     expect(
         not bool((out[:, :prompt] != -100).all()),
-        "you train on the prompt: its labels must be -100, not its words",
+        "you train on the prompt: its labels must be -100, not its tokens",
     )
     expect(
         not bool((out[:, prompt:][kept[:, prompt:] == 0] != -100).any()),
@@ -78,17 +78,17 @@ def labels(student) -> None:
     )
     expect(
         bool((out[:, prompt] != -100).all()),
-        "the first word of the completion is masked, too: the prompt ends just before it",
+        "the first token of the completion is masked, too: the prompt ends just before it",
     )
     expect(
         bool((out[:, :prompt] == -100).all()),
-        "the last word of the prompt is not masked: count again from where the completion starts",
+        "the last token of the prompt is not masked: count again from where the completion starts",
     )
     expect(
         bool((out[kept == 1] == 1).all()),
-        "you masked the end word: without it the model never learns to stop",
+        "you masked the end token: without it the model never learns to stop",
     )
-    raise Mistake("the labels of the completion must be its own words, unchanged")
+    raise Mistake("the labels of the completion must be its own tokens, unchanged")
 
 
 @check
@@ -120,7 +120,7 @@ def weighted_cross_entropy(student) -> None:
     )
     expect(
         abs(value - total / 3) > 1e-4,
-        "you divided by the number of words: divide by the sum of their weights, or a larger "
+        "you divided by the number of tokens: divide by the sum of their weights, or a larger "
         "weight is only a larger learning rate",
     )
     expect(
@@ -134,7 +134,7 @@ def weighted_cross_entropy(student) -> None:
     )
     expect(
         abs(value - sum(loss) / 3) > 1e-4,
-        "the weights have no effect: multiply each position's loss by the weight of its word",
+        "the weights have no effect: multiply each position's loss by the weight of its token",
     )
     doubled = F.cross_entropy(probabilities[target >= 0], target[target >= 0], reduction="none")
     wrong = float((doubled * weights[target[target >= 0]]).sum() / 7)
@@ -145,10 +145,10 @@ def weighted_cross_entropy(student) -> None:
     by_position = (3 * loss[0] + loss[1] + 2 * loss[2]) / 6
     expect(
         abs(value - by_position) > 1e-4,
-        "you took the weights in the order of the positions: look them up by word, weights[target]",
+        "you took the weights in the order of positions: look them up by token, weights[target]",
     )
     raise Mistake(
-        f"expected {right:.4f} for three words of weights 3, 1, 3 (one more is masked), got "
+        f"expected {right:.4f} for three tokens of weights 3, 1, 3 (one more is masked), got "
         f"{value:.4f}"
     )
 
@@ -199,7 +199,7 @@ def sequence_logprob(student) -> None:
     logp = logits.log_softmax(-1)
 
     def pick(table: torch.Tensor, first: int, last: int, offset: int) -> torch.Tensor:
-        """The entries of words first … last - 1, read `offset` positions before."""
+        """The entries of tokens first … last - 1, read `offset` positions before."""
         rows = range(first, last)
         return torch.stack([table[:, i - offset].gather(1, ids[:, i, None])[:, 0] for i in rows], 1)
 
@@ -207,11 +207,11 @@ def sequence_logprob(student) -> None:
     out = student(logits, ids, p)
     expect(isinstance(out, torch.Tensor), f"return a tensor, not {type(out).__name__}")
     expect(
-        out.shape != (b, n - p), "that is one number a word: sum over the words of the completion"
+        out.shape != (b, n - p), "that is one number a token: sum over the tokens of the completion"
     )
     expect(
         out.dim() > 0,
-        "one number for each row of the batch, not one for all: sum over the words only",
+        "one number for each row of the batch, not one for all: sum over the tokens only",
     )
     expect_shape(out, (b,), "one number a row")
 
@@ -221,31 +221,31 @@ def sequence_logprob(student) -> None:
     if is_(right):
         expect(
             torch.allclose(student(logits, ids, 2).float(), pick(logp, 2, n, 1).sum(1), atol=1e-4),
-            "right for a prompt of 3 words only: use the prompt length that is given",
+            "right for a prompt of 3 tokens only: use the prompt length that is given",
         )
         return
     expect(
         not is_(pick(logp, p, n, 0).sum(1)),
-        "you forgot to shift by one: the logits at position i are about word i + 1",
+        "you forgot to shift by one: the logits at position i are about token i + 1",
     )
     expect(
         not is_(pick(logp, p, n - 1, -1).sum(1)),
-        "you shifted the wrong way: word i is predicted by the logits at i - 1",
+        "you shifted the wrong way: token i is predicted by the logits at i - 1",
     )
     expect(
         not is_(pick(logp, 1, n, 1).sum(1)), "the prompt is in your sum: it was given, not chosen"
     )
     expect(
         not is_(pick(logp, p + 1, n, 1).sum(1)),
-        "the first word of the completion is missing: the last position of the prompt predicts it",
+        "the first token of the completion is missing: the last position of the prompt predicts it",
     )
     expect(
         not is_(pick(logp, p - 1, n, 1).sum(1)),
-        "the last word of the prompt is in your sum: start one word later",
+        "the last token of the prompt is in your sum: start one token later",
     )
     expect(
         not is_(right / (n - p)),
-        "you took the mean: the log-probability of a sequence is the sum over its words",
+        "you took the mean: the log-probability of a sequence is the sum over its tokens",
     )
     expect(
         not is_(pick(logits, p, n, 1).sum(1)),
@@ -290,7 +290,7 @@ def entropy_top_k(student) -> None:
     h = math.log(300)
     expect(
         not (near(k[0], 14.4) and near(k[1], 14.4)),
-        "your entropy is always 0: take the softmax over the words (the last axis), of each row",
+        "your entropy is always 0: take the softmax over the tokens (the last axis), of each row",
     )
     one = 1 + 1 / (1 + math.exp(5 - h))
     expect(
@@ -309,12 +309,10 @@ def entropy_top_k(student) -> None:
     expect(not near(k[0], formula(h + 5)), "subtract 5 from the entropy inside the sigmoid")
     expect(
         near(k[0], formula(h)),
-        f"300 equally likely words have H = {h:.2f} nats and k = {formula(h):.0f}, yours is "
+        f"300 equally likely tokens have H = {h:.2f} nats and k = {formula(h):.0f}, yours is "
         f"{float(k[0]):.0f}",
     )
-    expect(
-        near(k[1], formula(0)), f"one certain word has H = 0 and k = 14, yours is {float(k[1]):.0f}"
-    )
+    expect(near(k[1], formula(0)), f"one certain token has H = 0, so k = 14: not {float(k[1]):.0f}")
     expect(
         abs(float(k[0]) - round(formula(h))) < 0.6 and abs(float(k[1]) - round(formula(0))) < 0.6,
         f"k is 1 + 1999·sigmoid(H − 5), rounded: {round(formula(h))} and {round(formula(0))} here, "
@@ -323,19 +321,19 @@ def entropy_top_k(student) -> None:
     out = float(student(masked)[0])
     expect(
         math.isfinite(out) and out >= 1 and out < 1e6,
-        "words that the grammar forbids (logit -inf) make your entropy nan: 0·(-inf) must count "
+        "tokens that the grammar forbids (logit -inf) make your entropy nan: 0·(-inf) must count "
         "as 0",
     )
     expect(
         near(out, formula(math.log(148))),
-        "words that the grammar forbids (logit -inf) change your entropy: they must count as 0",
+        "tokens that the grammar forbids (logit -inf) change your entropy: they must count as 0",
     )
     wide = float(student(torch.zeros(1, 60_000))[0])
     expect(
         near(wide, formula(10)),
-        "clamp the entropy to 0–10 nats: 60,000 equally likely words give k = 1987",
+        "clamp the entropy to 0–10 nats: 60,000 equally likely tokens give k = 1987",
     )
     expect(
         not torch.is_floating_point(student(torch.zeros(1, 5))),
-        "k is a number of words: round it and make it an integer",
+        "k is a number of tokens: round it and make it an integer",
     )
