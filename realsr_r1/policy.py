@@ -198,7 +198,7 @@ class ChainPolicy(PreTrainedModel):
         **_,
     ) -> CausalLMOutput:
         """Logits (b, n, vocabulary), of the last `logits_to_keep` positions if above 0. `labels`
-        (b, n): -100 is left out of the loss."""
+        (b, n), as transformers' Trainer gives them: -100 is left out of the loss."""
         x = self.drop(self.embed(input_ids, pixel_values))
         h = self.model(inputs_embeds=x, attention_mask=attention_mask, use_cache=False)
         logits = self.head(h.last_hidden_state[:, -logits_to_keep:])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from transformers import Trainer, TrainingArguments
 
 from realsr_r1 import images, sampling, sft, vlcot
 from realsr_r1.common import generator
@@ -259,6 +260,32 @@ def test_given_texts_are_written(model, lr):
     for chain in chains:
         assert chain.complete
         assert {k: getattr(chain, k) for k in texts} == texts
+
+
+def test_the_trainer_of_transformers_takes_the_policy_as_it_is(model, lr, tmp_path):
+    """(TRL's SFTTrainer does not: its fused loss wants a body that reads ids alone.)"""
+    policy = copy.deepcopy(model.policy)
+    ids = with_prompt(policy, true_ids(policy))
+    labels = ids.clone()
+    labels[:, : len(policy.vocabulary.prompt)] = -100
+    rows = [{"input_ids": ids[i], "labels": labels[i], "pixel_values": lr[i]} for i in (0, 1) * 3]
+    args = TrainingArguments(
+        str(tmp_path),
+        max_steps=3,
+        per_device_train_batch_size=2,
+        learning_rate=1e-3,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+    )
+    trainer = Trainer(policy, args, train_dataset=rows)
+    trainer.train()
+    losses = [x["loss"] for x in trainer.state.log_history if "loss" in x]
+    expected = sft.token_losses(model.policy, ids, lr)[0].mean().item()
+    assert float(losses[0]) == pytest.approx(expected, rel=0.05)
+    assert float(losses[2]) < float(losses[0])
 
 
 def test_guidance_of_one_is_off_and_others_change_images(model, lr):
