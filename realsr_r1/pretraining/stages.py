@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from realsr_r1 import images, perceptual, photographs, sft
 from realsr_r1.common import device_of, seed_of, write_text
+from realsr_r1.corpus.folders import alone
 from realsr_r1.evaluation import peers, sheets
 from realsr_r1.evaluation.chains import chain_metrics
 from realsr_r1.files.writable import claim
@@ -326,14 +328,17 @@ def reinforce(
     photos, place = photographs.load("train", folder), out / "policy-grpo"
     fixed = {"model": model, "photographs": folder, "rewards": names} | asdict(settings)
     fixed.pop("steps")  # a run may well be made longer
-    if os.environ.get("RANK", "0") == "0":  # one of several processes
+    first = os.environ.get("RANK", "0") == "0"  # of several processes
+    if first:
         bring(find_weights(model), out, "tokenizer")
         claim(place / "settings.json", fixed)
     data = grpo.prompts(
         photos, settings.steps * settings.prompts, seed=seed_of("grpo", settings.seed)
     )
-    if names == ["place"]:
-        grpo.finish(PlacedTrainer(start, data, place, settings, device))
-        return
-    chosen = [known[n]() for n in names]
-    grpo.finish(ShardedTrainer(start.policy, data, chosen, place, settings, device))
+    with alone(place) if first else nullcontext():
+        if names == ["place"]:
+            trainer = PlacedTrainer(start, data, place, settings, device)
+        else:
+            chosen = [known[n]() for n in names]
+            trainer = ShardedTrainer(start.policy, data, chosen, place, settings, device)
+        grpo.finish(trainer)

@@ -198,6 +198,7 @@ def test_grpo_starts_from_a_folder_of_weights(tmp_path, capsys):
     """A step on two groups of two, and the policy can be restored with."""
     import torch
 
+    from realsr_r1.corpus.folders import alone
     from realsr_r1.pipeline import RealSR
     from realsr_r1.policy import ChainPolicy, PolicyConfig
     from realsr_r1.tokenizer import TokenizerConfig, VQModel
@@ -214,6 +215,9 @@ def test_grpo_starts_from_a_folder_of_weights(tmp_path, capsys):
     assert (out / "policy-grpo" / "log.csv").exists() and again.policy.config.codes == 64
     assert main([*command.split(), "--micro-batch", "2", "--device", "cpu"]) == 2
     assert "holds a run of other settings" in capsys.readouterr().err
+    with alone(out / "policy-grpo"):
+        assert main([*command.split(), "--micro-batch", "4", "--device", "cpu"]) == 2
+    assert "another run is at work" in capsys.readouterr().err
 
 
 @pytest.mark.slow
