@@ -29,9 +29,10 @@ def one_sentence(e: Exception) -> str:
 
         if out_of_memory(e):
             return "too little memory: take smaller photos, a lower --batch or another --device"
+    if str(e).startswith("Caught "):  # a loader's worker sends its whole traceback
+        return str(e).strip().splitlines()[-1].split(": ", 1)[-1]
     if not isinstance(e, OSError) or (isinstance(e, FileNotFoundError) and e.errno is None):
-        last = str(e).strip().rpartition("\n")[2]  # a loader's worker sends its whole traceback
-        return last.partition(": ")[2] if "DataLoader worker" in str(e) else str(e)
+        return str(e)
     where = f"{e.filename} cannot be used" if e.filename else "the system refused"
     return f"{where}, {e.strerror}" if e.strerror else " ".join(str(e).split())
 

@@ -158,9 +158,8 @@ def sample(
         return _uniform(generator, settled | (~inside & sampling.greedy_text), n)
 
     def pick(logits: list[Tensor], place: Tensor, inside: Tensor, u: Tensor) -> Tensor:
-        guided = _guided(logits, inside, sampling.guidance)
-        token = _chosen(guided, inside, sampling, policy.vocabulary, u.to(guided.device))
-        return token.view_as(place)
+        x = _guided(logits, inside, sampling.guidance)
+        return _chosen(x, inside, sampling, policy.vocabulary, u.to(x.device)).view_as(place)
 
     writer.run(pick, uniform)
     return _collect(writer)

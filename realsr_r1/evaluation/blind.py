@@ -102,6 +102,7 @@ def prepare(
         key.append({"left": names[0], "right": names[1]} | about)
     sealed = base64.b64encode(json.dumps({"methods": list(methods), "pairs": key}).encode())
     (out / "key.sealed").write_bytes(sealed)  # so that nobody reads it by accident
+    (out / "answers.csv").write_text("pair,choice\n", encoding="utf-8")
     return len(key)
 
 
@@ -130,10 +131,8 @@ def answer(out: Path, pair: int, choice: str) -> None:
     """Keep one answer; ValueError for anything but CHOICES."""
     if choice not in CHOICES:
         raise ValueError(f"an answer is left, right or same, not {choice!r}")
-    path = out / "answers.csv"
-    row = f"{pair},{choice}\n" if path.exists() else f"pair,choice\n{pair},{choice}\n"
-    with path.open("a", encoding="utf-8") as f:  # not rewritten: others may be at work, too
-        f.write(row)
+    with (out / "answers.csv").open("a", encoding="utf-8") as f:  # others may be at work, too
+        f.write(f"{pair},{choice}\n" if f.tell() else f"pair,choice\n{pair},{choice}\n")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from realsr_r1.common import atomic, check_number
-from realsr_r1.corpus.folders import alone
 from realsr_r1.files.writable import append_row
 
 
@@ -141,12 +140,7 @@ class Fit:
         return norm
 
     def run(self, loss_of: LossOf, preview: Callable[[nn.Module], dict] | None = None) -> nn.Module:
-        """Train to the end; returns the averaged model. Raises RuntimeError if the loss is lost,
-        ValueError where another training is at work in the same place."""
-        with alone(self.out):
-            return self._run(loss_of, preview)
-
-    def _run(self, loss_of: LossOf, preview: Callable[[nn.Module], dict] | None) -> nn.Module:
+        """Train to the end; returns the averaged model. Raises RuntimeError if the loss is lost."""
         c, seen = self.config, {}
         self.resume()
         start, saved = time.time() - self.seconds, time.time()

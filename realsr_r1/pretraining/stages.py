@@ -266,27 +266,35 @@ def outdate(what: str, out: Path) -> None:
 
 
 def _begin(what: str, s: Settings) -> None:
-    """ValueError where a training of other settings was stopped: it would go on with these."""
-    outdate(what, s.out)
+    """ValueError where a training of other settings was stopped: it would go on with these. Else
+    what builds on this one is outdated."""
     kept = s.out / what / "checkpoint.json"
     if not list(kept.parent.glob("checkpoint*.pt")):
         kept.unlink(missing_ok=True)  # there is nothing to go on with
     longer = (*ANYWHERE, "minutes", "steps")
     claim(kept, {k: v for k, v in asdict(s).items() if k not in longer})
+    outdate(what, s.out)
 
 
 def _stage(what: str, s: Settings) -> None:
-    home, device = s.init or s.out, s.machine(what).device
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU
+    home = s.init or s.out
     if (s.init or what != "tokenizer") and not (home / "tokenizer/model.safetensors").exists():
         raise ValueError(f"{home} holds no tokenizer: train one first (realsr train tokenizer)")
+    if what not in ("tokenizer", "policy") and not (home / "policy-sft").exists():
+        raise ValueError(f"{home} holds no policy: train one first (realsr train policy)")
+    s.out.mkdir(parents=True, exist_ok=True)
+    with alone(s.out, "training"):  # one stage builds on another, and outdates it
+        _train(what, s, home)
+
+
+def _train(what: str, s: Settings, home: Path) -> None:
+    device = s.machine(what).device
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     if what == "tokenizer":
         start = load_tokenizer(home / what) if s.init else None
         _begin(what, s)
         finish(s.out / what, _tokenizer(s, start), s.out / what, s)
         return
-    if what != "policy" and not (home / "policy-sft").exists():
-        raise ValueError(f"{home} holds no policy: train one first (realsr train policy)")
     if what == "policy":
         bring(home, s.out, "tokenizer")
         known = s.init and (home / "policy-sft").exists()

@@ -165,11 +165,30 @@ def test_too_little_memory_gets_one_sentence(said, tmp_path, monkeypatch, capsys
     assert "too little memory: take smaller photos, a lower --batch" in capsys.readouterr().err
 
 
-def test_an_error_of_a_loaders_worker_is_its_last_line():
-    said = (
-        "Caught ValueError in DataLoader worker process 0.\nTraceback:\n  at x\nValueError: a: b\n"
-    )
-    assert one_sentence(ValueError(said)) == "a: b"
+@pytest.mark.parametrize(
+    ("kind", "said", "printed"),
+    [
+        (
+            ValueError,
+            "Caught ValueError in DataLoader worker process 0.\n at x\nValueError: a: b\n",
+            "a: b",
+        ),
+        (
+            PermissionError,
+            "Caught PermissionError in DataLoader worker process 0.\n at x\n"
+            "PermissionError: [Errno 13] Permission denied: 'f'",
+            "[Errno 13] Permission denied: 'f'",
+        ),
+        (ValueError, "Caught ValueError in pin memory thread.\nValueError: one\ntwo", "two"),
+        (
+            RuntimeError,
+            "DataLoader worker (pid(s) 1) exited unexpectedly",
+            "DataLoader worker (pid(s) 1) exited unexpectedly",
+        ),
+    ],
+)
+def test_an_error_of_a_loaders_worker_is_its_last_line(kind, said, printed):
+    assert one_sentence(kind(said)) == printed
 
 
 @pytest.mark.slow

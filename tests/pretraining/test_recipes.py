@@ -165,20 +165,23 @@ def test_the_seed_reaches_the_decoder(tmp_path, monkeypatch):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_a_second_training_in_the_same_place_is_refused(tmp_path):
-    model = torch.nn.Linear(1, 1)
+def test_a_second_training_in_the_same_place_is_refused_and_changes_nothing(tmp_path, monkeypatch):
+    s = stages.Settings(out=tmp_path)
+    (tmp_path / "policy-sft").mkdir()
+    (tmp_path / "decoder").mkdir()
+    (tmp_path / "decoder" / "checkpoint.pt").touch()
 
-    def fit() -> Fit:
-        how = FitConfig(steps=2, lr=1e-3, warmup=1)
-        return Fit(model, torch.optim.SGD(model.parameters(), lr=1e-3), tmp_path, how)
-
-    def loss_of(step: int, done: float):
+    def train(what, settings, home):
+        done.append(what)
         with pytest.raises(ValueError, match="another run is at work"):
-            fit().run(loss_of)
-        return model(torch.ones(1, 1)).square().sum(), {}
+            stages.run("tokenizer", replace(s, batch=4))
 
-    fit().run(loss_of)
-    assert pd.read_csv(tmp_path / "log.csv")["step"].tolist() == [2]
+    done = []
+    monkeypatch.setattr(stages, "_train", train)
+    stages.run("tokenizer", s)
+    stages.run("tokenizer", s)  # the first has ended
+    assert done == ["tokenizer", "tokenizer"]
+    assert (tmp_path / "policy-sft").exists() and (tmp_path / "decoder/checkpoint.pt").exists()
 
 
 def test_a_stopped_stage_goes_on_with_its_own_settings_alone(tmp_path):
@@ -187,9 +190,11 @@ def test_a_stopped_stage_goes_on_with_its_own_settings_alone(tmp_path):
     stages._begin("policy", replace(s, batch=4))  # there is nothing yet to go on with
     (tmp_path / "policy" / "checkpoint.pt").touch()
     stages._begin("policy", replace(s, batch=4, minutes=10, device="cpu", workers=2))
+    (tmp_path / "policy-grpo").mkdir()
     for other in ({"batch": 8}, {"batch": 4, "init": tmp_path / "other"}):
         with pytest.raises(ValueError, match="holds a run of other settings"):
             stages._begin("policy", replace(s, **other))
+    assert (tmp_path / "policy-grpo").exists()  # nothing was put aside
     forget(tmp_path / "policy")
     assert not [*(tmp_path / "policy").iterdir()]
 
