@@ -32,7 +32,7 @@ class TokenizerConfig:
     lr_width: int = 48
     blocks: int = 2  # residual blocks at 1/8 and 1/4
     commitment: float = 0.25
-    trust: float = 0.6  # of a code's vector beside an LR photo; the rest is that for "no codes"
+    trust: float = 0.5  # of a code's vector beside an LR photo; the rest is that for "no codes"
     trust_clean: float = 0.35  # the same beside one that is read as clean: it says more itself
     wide_blocks: int = 6  # of the second ending
 

@@ -13,14 +13,16 @@ from realsr_r1.photographs import Photograph
 from realsr_r1.pipeline import RealSR, reads_clean
 from realsr_r1.sampling import Sampling
 from realsr_r1.stats import clustered
-from realsr_r1.tokenizer import SCALE
+from realsr_r1.tokenizer import SCALE, TokenizerConfig
 from realsr_r1.vlcot import Chain
 
-SHIPPED = "trust 0.6, 0.35 where read as clean"
+TRUST, CLEAN = TokenizerConfig.trust, TokenizerConfig.trust_clean
+SHIPPED = f"trust {TRUST}, {CLEAN} where read as clean"
 WAYS = {  # trust, trust where the photo is read as clean, and whether the second ending is used
-    **{f"trust {t}": (t, t, True) for t in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)},
-    **{f"trust 0.6, {t} where read as clean": (0.6, t, True) for t in (0.5, 0.35, 0.2, 0.0)},
-    f"{SHIPPED}, first ending": (0.6, 0.35, False),
+    **{f"trust {t}": (t, t, True) for t in (1.0, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)},
+    f"trust 0.6, {CLEAN} where read as clean": (0.6, CLEAN, True),
+    **{f"trust {TRUST}, {t} where read as clean": (TRUST, t, True) for t in (CLEAN, 0.2, 0.0)},
+    f"{SHIPPED}, first ending": (TRUST, CLEAN, False),
 }
 
 

@@ -396,7 +396,7 @@ def test_codes_count_for_trust_alone(model, lr):
     alone = tokenizer.decode(lr=lr)
     gaps = [(tokenizer.decode(codes, lr, t) - alone).abs().mean().item() for t in (0, 0.6, 1)]
     assert gaps[0] < 1e-6 < gaps[1] and gaps[1] != gaps[2]
-    torch.testing.assert_close(tokenizer.decode(codes, lr), tokenizer.decode(codes, lr, 0.6))
+    torch.testing.assert_close(tokenizer.decode(codes, lr), tokenizer.decode(codes, lr, 0.5))
     with pytest.raises(ValueError, match="trust must be a number from 0"):
         TokenizerConfig(trust=1.5)
     with pytest.raises(ValueError, match="trust_clean must be a number from 0"):
@@ -455,7 +455,7 @@ def test_where_a_photo_reads_as_clean_codes_count_for_less(model, lr, words, cle
     made = model.finish([chain], lr[:1])
     trust = model.tokenizer.config.trust_clean if clean else model.tokenizer.config.trust
     torch.testing.assert_close(made, model.decode(codes[None], lr[:1], trust))
-    assert not torch.equal(made, model.decode(codes[None], lr[:1], 0.6 if clean else 0.35))
+    assert not torch.equal(made, model.decode(codes[None], lr[:1], 0.5 if clean else 0.35))
 
 
 def test_a_whole_photo_is_decoded_with_the_trust_of_its_tiles(model, monkeypatch):
@@ -469,7 +469,7 @@ def test_a_whole_photo_is_decoded_with_the_trust_of_its_tiles(model, monkeypatch
     monkeypatch.setattr("realsr_r1.pipeline.decode_grid", grid)
     photo = Image.effect_noise((40, 32), 60).convert("RGB")
     settings = [model(photo, progress=False).settings for _ in range(3)]
-    assert seen == pytest.approx([0.35, 0.35, 0.6]) and settings[2]["trust"] == seen[2]
+    assert seen == pytest.approx([0.35, 0.35, 0.5]) and settings[2]["trust"] == seen[2]
 
 
 def test_missing_codes_are_decoded_from_the_photo_alone(model):
