@@ -162,7 +162,7 @@ WRONG = [
     (checks.completion_logprobs, logprobs(raw=True), "forgot log_softmax"),
     (checks.completion_logprobs, logprobs(how=lambda x: x.sum(1)), "one number a chain"),
     (checks.completion_logprobs, logprobs(start=1), "the prompt is in it"),
-    (checks.completion_logprobs, logprobs(first=1), "first word of the completion is missing"),
+    (checks.completion_logprobs, logprobs(first=1), "first token of the completion is missing"),
     (checks.completion_logprobs, logprobs(how=torch.exp), "these are probabilities"),
     (checks.completion_logprobs, logprobs(dim=1), "runs over the positions"),
     (
@@ -173,7 +173,7 @@ WRONG = [
     (
         checks.completion_logprobs,
         lambda logits, ids, p: logits.log_softmax(-1)[:, p - 1 : -1].max(-1).values,
-        "best word at each place",
+        "best token at each place",
     ),
     (checks.masked_mean, lambda x, m: x.mean(), "the mask has no effect"),
     (checks.masked_mean, lambda x, m: right.masked_mean(x.detach(), m), "reaches no gradient"),
@@ -188,7 +188,7 @@ WRONG = [
         lambda r, g, eps=1e-4: right.group_advantages(r, g, 1e-4),
         "as it is given",
     ),
-    (checks.masked_mean, lambda x, m: (x * m).mean(), "still divide by all words"),
+    (checks.masked_mean, lambda x, m: (x * m).mean(), "you divide by all of them"),
     (checks.masked_mean, lambda x, m: (x * m).sum() / m.sum(), "long chains weigh more"),
     (checks.masked_mean, lambda x, m: (x * m).sum(), "that is a sum"),
     (checks.masked_mean, lambda x, m: (x * m).sum(1) / m.sum(1), "one number a chain"),

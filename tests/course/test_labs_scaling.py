@@ -169,7 +169,7 @@ WRONG = [
     ("accept_or_redraw", accept(left=lambda p, q: p), "draw anew from p"),
     ("accept_or_redraw", accept(scale=False), "does not sum to 1"),
     ("accept_or_redraw", accept(redraw=False), "you keep every guess"),
-    ("accept_or_redraw", accept(best=True), "likeliest word"),
+    ("accept_or_redraw", accept(best=True), "likeliest token"),
     ("accept_or_redraw", lambda p, q, x, u, v: float(x), "as one integer"),
     ("grpo_cost", lambda *_: 7.0, "return two numbers"),
     ("grpo_cost", cost_of(time=3600), "those are seconds"),

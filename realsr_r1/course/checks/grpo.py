@@ -16,7 +16,7 @@ from realsr_r1.course.checks import Mistake, check, expect, expect_shape
 
 def _completion_logprobs(logits: Tensor, ids: Tensor, prompt: int) -> Tensor:
     """Logits (b, p + n, v) of prompt and completion, their ids (b, p + n), p → log-probability of
-    each completion word, (b, n)."""
+    each completion token, (b, n)."""
     logp = logits[:, prompt - 1 : -1].log_softmax(-1)
     return logp.gather(-1, ids[:, prompt:, None])[..., 0]
 
@@ -148,11 +148,11 @@ def clipped_surrogate(student) -> None:
     except RuntimeError as error:
         if "size" in str(error):
             raise Mistake(
-                "advantages (b,) and words (b, n) do not fit together: every word of a chain "
+                "advantages (b,) and tokens (b, n) do not fit together: every token of a chain "
                 "has its advantage, advantages[:, None]"
             ) from error
         raise
-    expect_shape(out, (3, 4), "one number a word")
+    expect_shape(out, (3, 4), "one number a token")
     if not _near(out, right):
         clipped = ratio.clamp(1 - e, 1 + e)
         expect(
@@ -167,7 +167,7 @@ def clipped_surrogate(student) -> None:
         expect(
             not _near(out, clipped * a),
             "you always clip: take the minimum of the plain and the clipped product, so that a "
-            "word that moved the wrong way can come back",
+            "token that moved the wrong way can come back",
         )
         expect(
             not _near(out, torch.maximum(ratio * a, clipped * a)),
@@ -216,16 +216,16 @@ def kl_k3(student) -> None:
     out = student(logp, ref)
     expect(isinstance(out, Tensor), f"return a tensor, not {type(out).__name__}")
     expect(
-        out.dim() > 0, "that is one number: keep the shape, the mean over free words comes later"
+        out.dim() > 0, "that is one number: keep the shape, the mean over free tokens comes later"
     )
-    expect_shape(out, (2, 3), "one number a word")
+    expect_shape(out, (2, 3), "one number a token")
     if _near(out, right):
         x = logp.clone().requires_grad_()
         _learns(student(x, ref), x, torch.exp(ref - x) - (ref - x) - 1, "the policy's logp")
         return
     expect(
         not _near(out, torch.exp(-x) + x - 1),
-        "the two are swapped: the exponent is ref - logp, because the words were drawn from the "
+        "the two are swapped: the exponent is ref - logp, because the tokens were drawn from the "
         "policy",
     )
     expect(
@@ -251,7 +251,7 @@ def kl_k3(student) -> None:
     p, q = logp.exp(), ref.exp()
     expect(
         not _near(out, p * (logp - ref)),
-        "you weighted by the probability: the words were drawn with it already",
+        "you weighted by the probability: the tokens were drawn with it already",
     )
     expect(
         not _near(out, torch.exp(q - p) - (q - p) - 1),
@@ -272,7 +272,7 @@ def completion_logprobs(student) -> None:
     logp = logits.log_softmax(-1)
 
     def pick(table: Tensor, offset: int) -> Tensor:
-        """The completion's words, each looked up `offset` positions before its own."""
+        """The completion's tokens, each looked up `offset` positions before its own."""
         rows = range(p, min(length, length + offset))
         return torch.stack([table[:, i - offset].gather(1, ids[:, i, None])[:, 0] for i in rows], 1)
 
@@ -289,21 +289,21 @@ def completion_logprobs(student) -> None:
     expect(isinstance(out, Tensor), f"return a tensor, not {type(out).__name__}")
     expect(
         tuple(out.shape) != (b,),
-        "that is one number a chain: keep one for each word, the ratio is taken word by word",
+        "that is one number a chain: keep one for each token, the ratio is taken token by token",
     )
     expect(
         tuple(out.shape) not in ((b, length), (b, length - 1)),
-        "the prompt is in it: it was given, not chosen; keep the words from `prompt` on",
+        "the prompt is in it: it was given, not chosen; keep the tokens from `prompt` on",
     )
     expect(
         tuple(out.shape) != (b, length - p - 1),
-        "the first word of the completion is missing: the last position of the prompt predicts it",
+        "the first token of the completion is missing: the last position of the prompt predicts it",
     )
     expect(
         tuple(out.shape) != (b, length - p, 1),
         "one axis too many is left: take [..., 0] after gather",
     )
-    expect_shape(out, (b, length - p), "one number a completion word")
+    expect_shape(out, (b, length - p), "one number a completion token")
     if _near(out, right):
         expect(
             _near(student(logits, ids, 2), _completion_logprobs(logits, ids, 2)),
@@ -314,7 +314,7 @@ def completion_logprobs(student) -> None:
         return
     expect(
         not _near(out, pick(logp, 0)),
-        "you forgot to shift by one: the logits at position i are about word i + 1",
+        "you forgot to shift by one: the logits at position i are about token i + 1",
     )
     expect(
         not _near(out, pick(logits, 1)), "you forgot log_softmax: logits are not log-probabilities"
@@ -331,7 +331,7 @@ def completion_logprobs(student) -> None:
     )
     expect(
         not _near(out, logp[:, p - 1 : -1].max(-1).values),
-        "that is the best word at each place: look up the word that was said, with gather",
+        "that is the best token at each place: look up the token that was said, with gather",
     )
     raise Mistake(
         f"for a small random example {[round(x, 3) for x in right[0].tolist()]} is right, yours "
@@ -352,14 +352,16 @@ def masked_mean(student) -> None:
     expect(out.dim() == 0, "return one number, a tensor without axes")
     value, per_chain = float(out), (8 / 3, 30.0)
     if abs(value - sum(per_chain) / 2) > 1e-4:
-        expect(abs(value - 110 / 8) > 1e-4, "the mask has no effect: forced words are in your mean")
+        expect(
+            abs(value - 110 / 8) > 1e-4, "the mask has no effect: forced tokens are in your mean"
+        )
         expect(
             abs(value - 38 / 8) > 1e-4,
-            "masked words are 0, but you still divide by all words: divide by the sum of the mask",
+            "masked tokens are 0, but you divide by all of them: divide by the sum of the mask",
         )
         expect(
             abs(value - 38 / 4) > 1e-4,
-            "you averaged over all free words of the batch: that is another loss (TRL's bnpo), "
+            "you averaged over all free tokens of the batch: that is another loss (TRL's bnpo), "
             "in which long chains weigh more; first each chain, then the chains",
         )
         expect(
@@ -371,12 +373,12 @@ def masked_mean(student) -> None:
         )
         expect(
             abs(value - 38 / 2) > 1e-4,
-            "you divided by the chains only: each chain is first a mean over its free words",
+            "you divided by the chains only: each chain is first a mean over its free tokens",
         )
         inverse = (2 / 1 + 70 / 3) / 2
         expect(
             abs(value - inverse) > 1e-4,
-            "the mask is the wrong way round: 1 marks the words that count",
+            "the mask is the wrong way round: 1 marks the tokens that count",
         )
         expect(
             abs(value + sum(per_chain) / 2) > 1e-4,
@@ -386,11 +388,11 @@ def masked_mean(student) -> None:
     empty = student(x, torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]]))
     expect(
         bool(empty.isfinite()),
-        "a chain without any free word gives 0/0: clamp the divisor to at least 1",
+        "a chain without any free token gives 0/0: clamp the divisor to at least 1",
     )
     expect(
         abs(float(empty) - 1.25) < 1e-4,
-        "a chain without any free word counts as 0 among the chains, as in TRL",
+        "a chain without any free token counts as 0 among the chains, as in TRL",
     )
     free = x.clone().requires_grad_()
     _learns(student(free, mask), free, objective.masked_mean(free, mask), "x")

@@ -294,8 +294,8 @@ def accept_or_redraw(student) -> None:
                 student(p, q, x, u, v)
                 for v in ((0.1, 0.3, 0.5, 0.7, 0.9) if u * q[x] >= p[x] else (0.5,))
             ]
-            expect(all(is_whole(e) for e in ends), "return the word as one integer")
-            expect(all(0 <= e < 4 for e in ends), "a word is an index into p, from 0 on")
+            expect(all(is_whole(e) for e in ends), "return the token as one integer")
+            expect(all(0 <= e < 4 for e in ends), "a token is an index into p, from 0 on")
             kept[x] += sum(e == x for e in ends) / len(ends) / steps
             for e in ends:
                 out[e] += q[x] / len(ends) / steps
@@ -322,7 +322,7 @@ def accept_or_redraw(student) -> None:
     share = torch.bincount(torch.tensor(ends), minlength=4) / steps
     expect(
         not torch.allclose(share, p, atol=0.03),
-        "you draw anew from p: then words that both like come up twice; draw from the positive "
+        "you draw anew from p: then tokens that both like come up twice; draw from the positive "
         "part of p − q",
     )
     left = (p - q).clamp(min=0)
@@ -333,16 +333,16 @@ def accept_or_redraw(student) -> None:
     )
     expect(
         len(set(ends)) > 1,
-        "you take the likeliest word after a refusal: draw with v instead, or the distribution "
+        "you take the likeliest token after a refusal: draw with v instead, or the distribution "
         "is not p",
     )
     expect(
         torch.allclose(share, left / left.sum(), atol=0.03),
-        f"after a refusal words 0 and 2 come up 4 : 1, yours {share.tolist()}",
+        f"after a refusal tokens 0 and 2 come up 4 : 1, yours {share.tolist()}",
     )
     expect(
         torch.allclose(out, p, atol=0.03),
-        f"over all guesses the words must come out as p = {p.tolist()}, yours {out.tolist()}",
+        f"over all guesses the tokens must come out as p = {p.tolist()}, yours {out.tolist()}",
     )
 
 
