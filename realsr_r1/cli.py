@@ -24,10 +24,10 @@ def parser() -> argparse.ArgumentParser:
 
 def one_sentence(e: Exception) -> str:
     """What is raised here is one sentence already; what torch and the system raise is not."""
-    if isinstance(e, RuntimeError):
+    if isinstance(e, RuntimeError | MemoryError):
         from realsr_r1.common import out_of_memory
 
-        if out_of_memory(e):
+        if isinstance(e, MemoryError) or out_of_memory(e):
             return "too little memory: take smaller photos, a lower --batch or another --device"
     if str(e).startswith("Caught "):  # a loader's worker sends its whole traceback
         return str(e).strip().splitlines()[-1].split(": ", 1)[-1]
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `realsr … | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as e:
+    except (ValueError, OSError, RuntimeError, MemoryError, ModuleNotFoundError) as e:
         print(f"error: {one_sentence(e)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

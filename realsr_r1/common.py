@@ -4,7 +4,7 @@ import math
 import numbers
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -69,7 +69,8 @@ def atomic(path: str | Path) -> Iterator[Path]:
         why = e.strerror or e
         raise ValueError(f"{path} cannot be written ({why}): choose another place") from e
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # not there, or a place where nothing can be
+            part.unlink()
 
 
 def write_text(path: str | Path, text: str) -> None:

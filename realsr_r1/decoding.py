@@ -176,7 +176,7 @@ class Writer:
     def _ready(self) -> Tensor:
         """Which chains (b,) stand before an image whose rows are drawn together."""
         first = torch.tensor(FIRST_CELL, device=self.at.device)
-        return torch.isin(self.grammar.cell[self.state], first) & (self.lag > 0)
+        return torch.isin(self.grammar.cell[self.state], first) & bool(self.lag)
 
     def _token(self) -> None:
         """One more token for every chain that does not wait; the others repeat their last one."""

@@ -23,6 +23,7 @@ from scipy.special import j1
 from torch import Tensor
 
 from realsr_r1.common import check_images
+from realsr_r1.images import to_image, to_tensor
 
 LEVELS = ("no", "light", "medium", "heavy")
 RESIZES = ("downsample", "keep", "upsample")
@@ -131,6 +132,13 @@ PRESETS = {
     "nano-medium": _nano("medium"),
     "nano-heavy": _nano("heavy"),
 }
+
+
+def preset(name: str) -> DegradationConfig:
+    """A preset by name; ValueError for an unknown one."""
+    if name not in PRESETS:
+        raise ValueError(f"no preset {name!r}; choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]
 
 
 @dataclass
@@ -305,10 +313,9 @@ def blur(x: Tensor, kernels: Tensor) -> Tensor:
 
 def jpeg(x: Tensor, quality: int) -> Tensor:
     """One (3, h, w) image in [0, 1] through the real codec (4:2:0, as cameras and the web do)."""
-    array = (x.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, "JPEG", quality=int(quality))
-    return torch.from_numpy(np.array(Image.open(buffer))).to(x.device).permute(2, 0, 1) / 255
+    to_image(x).save(buffer, "JPEG", quality=int(quality))
+    return to_tensor(Image.open(buffer)).to(x.device)
 
 
 def noise_for(x: Tensor, op: dict) -> Tensor:
@@ -423,9 +430,7 @@ def degrade(
     """Degrade a batch (b, 3, h, w) of floats in [0, 1] or uint8 by a config or a preset's name: LR
     images, draws and labels. ValueError for other input."""
     if isinstance(config, str):
-        if config not in PRESETS:
-            raise ValueError(f"no preset {config!r}; choose one of {', '.join(PRESETS)}")
-        config = PRESETS[config]
+        config = preset(config)
     hr = check_images(hr)
     h, w = hr.shape[-2:]
     if h % config.scale or w % config.scale:

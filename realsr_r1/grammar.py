@@ -22,7 +22,7 @@ class LayoutGrammar:
         texts: dict[str, str] | None = None,
     ):
         """`tags`: the parts of the layout. `texts`: parts whose words are given, so forced."""
-        self.vocabulary, self.tags = vocabulary, tags
+        self.vocabulary = vocabulary
         ids = vocabulary.ids
         text = frozenset(ids[w] for w in vocabulary.text)
         codes = frozenset(range(vocabulary.first_code, len(vocabulary)))

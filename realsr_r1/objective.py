@@ -22,19 +22,6 @@ def group_advantages(rewards: Tensor, group: int, scale: bool = True) -> Tensor:
     return (centered / (r.std(1, keepdim=True) + EPSILON) if scale else centered).flatten()
 
 
-def combined_advantages(
-    rewards: Tensor, weights: Tensor, group: int, normalize_first: bool = False
-) -> Tensor:
-    """Advantages (n,) of several rewards (n, k) with weights (k,).
-
-    GRPO sums the rewards and then normalizes, so a reward with a wide spread drowns a narrow one;
-    `normalize_first` normalizes each reward by itself (GDPO, arXiv 2601.05242)."""
-    if not normalize_first:
-        return group_advantages(rewards @ weights, group)
-    each = torch.stack([group_advantages(r, group) for r in rewards.unbind(1)], 1) @ weights
-    return (each - each.mean()) / (each.std() + EPSILON)
-
-
 def clipped_surrogate(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, epsilon: float = 0.2
 ) -> Tensor:

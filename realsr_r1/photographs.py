@@ -167,7 +167,7 @@ def _load(split: str, where: Path) -> list[Photograph]:
         import pyarrow.parquet as parquet  # comes with datasets; slow to import
 
         if rows := parquet.read_table(files, filters=[("split", "==", split)]).to_pylist():
-            return [from_row(r, partial(bytes, r["image"])) for r in rows]
+            return [from_row(r, partial(r.get, "image")) for r in rows]
     table = next(p for w in (where, ASSETS) if (p := w / "annotations.csv").exists())
     with table.open(newline="", encoding="utf-8-sig") as f:
         rows = [r for r in csv.DictReader(f) if r.get("split", split) == split]
@@ -228,7 +228,7 @@ class Pairs(Dataset):
         training: bool = True,
         labels: bool = True,
     ):
-        self.photos, self.config = photos, degradation.PRESETS[preset]
+        self.photos, self.config = photos, degradation.preset(preset)
         self.seed, self.training, self.labels = seed, training, labels
 
     def __len__(self) -> int:

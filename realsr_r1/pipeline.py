@@ -7,6 +7,7 @@ codes of all tiles as one grid, beside the LR photo. So tiles lie side by side.
 """
 
 import contextlib
+import copy
 import io
 import json
 import math
@@ -77,7 +78,7 @@ class Restoration:
             raise ValueError(f"picture and trace are both to go to {path}: give two names")
         images.write(images.Photo(self.image, self.alpha, self.exif), path, keep_gps)
         if trace:
-            write_text(trace, json.dumps(self.trace))
+            write_text(trace, json.dumps(self.trace, default=float))
 
     def _repr_png_(self) -> bytes:
         return self.image._repr_png_()
@@ -120,9 +121,7 @@ class RealSR:
     def save_pretrained(self, folder: str | Path, policy: str = "policy-sft") -> None:
         """Write both networks, in half precision, for `from_pretrained(folder)`."""
         for part, name in ((self.tokenizer, "tokenizer"), (self.policy, policy)):
-            dtype = next(part.parameters()).dtype
-            part.half().save_pretrained(Path(folder) / name)
-            part.to(dtype)
+            copy.deepcopy(part).half().save_pretrained(Path(folder) / name)
         for file in ("README.md", "clean.safetensors"):  # the hub's empty card; an older ending
             (Path(folder) / "tokenizer" / file).unlink(missing_ok=True)
 
@@ -187,6 +186,7 @@ class RealSR:
         Raises ValueError, in one sentence, for unreadable or too large photos. Ctrl-C keeps what is
         done: the rest comes from the LR photo alone."""
         check_number("batch", batch, 1)
+        check_number("seed", seed, -(2**63))
         photo, sampling = opened(photo, max_pixels), replace(sampling, num_generations=1)
         w, h = photo.image.size
         lr = pad(images.to_tensor(photo.image))
@@ -200,7 +200,7 @@ class RealSR:
                 put(grid, chain.final_image, place)
         except KeyboardInterrupt:
             print(f"stopped after {len(tiles)} of {len(places)} tiles: the rest is without a chain")
-        clean = torch.tensor(sum(reads_clean(t.chain) for t in tiles) / len(places))
+        clean = torch.tensor(sum(reads_clean(t.chain) for t in tiles) / max(1, len(tiles)))
         trust = float(self.tokenizer.trust(clean))
         out = decode_grid(self, grid, lr, trust)[:, : h * SCALE, : w * SCALE]
         settings = {"model": self.name, "seed": int(seed), "device": str(self.device)}

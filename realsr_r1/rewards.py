@@ -178,9 +178,7 @@ def understanding_reward(
     return [sum(t in text for t in wanted) / max(1, len(wanted)) for text, wanted in pairs]
 
 
-def final_images(
-    completions: Sequence, tokenizer: VQModel, batch: int = 32
-) -> Iterator[tuple[list[int], Tensor]]:
+def final_images(completions: Sequence, tokenizer: VQModel) -> Iterator[tuple[list[int], Tensor]]:
     """Final images (b, 3, h, w) of equal size that can be read, with their completions' indices."""
     book, groups = tokenizer.codebook.weight, defaultdict(list)
     for i, completion in enumerate(completions):
@@ -188,8 +186,8 @@ def final_images(
         if codes is not None and codes.numel() and int(codes.max()) < len(book):
             groups[codes.shape].append((i, codes))
     for members in groups.values():
-        for at in range(0, len(members), batch):
-            index, codes = zip(*members[at : at + batch], strict=True)
+        for at in range(0, len(members), 32):  # as many as fit a small memory
+            index, codes = zip(*members[at : at + 32], strict=True)
             yield list(index), tokenizer.decode(torch.stack(codes).to(book.device)).float()
 
 

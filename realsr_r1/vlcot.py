@@ -72,10 +72,12 @@ def parse_image(text: str) -> Tensor | None:
 
 
 def render(chain: Chain, tags: tuple[str, ...] = TAGS) -> str:
-    """A chain as the completion's text: the parts of `tags`, each in its tags, in their order."""
+    """The parts of `tags` as the completion's text, each in its tags; ValueError without one."""
     parts = []
     for tag in tags:
         value = getattr(chain, tag)
+        if value is None:
+            raise ValueError(f"the chain lacks its {tag}: leave it out of `tags`")
         text = image_tokens(value) if tag in IMAGE_TAGS else value.replace(",", " ,")
         parts += [f"<{tag}>", text, f"</{tag}>"]
     return " ".join(" ".join(parts).split())

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from realsr_r1 import degradation as labels_of
 from realsr_r1 import perceptual, photographs
+from realsr_r1.objective import EPSILON, group_advantages
 from realsr_r1.rewards import (
     SYNONYMS,
     Reward,
@@ -155,3 +156,16 @@ def pixels(value: Any, sample: int = 0) -> Tensor:
     raise ValueError(
         f"column 'hr', sample {sample}: expected pixels (3, h, w), got {short(value, 80)}"
     )
+
+
+def combined_advantages(
+    rewards: Tensor, weights: Tensor, group: int, normalize_first: bool = False
+) -> Tensor:
+    """Advantages (n,) of several rewards (n, k) with weights (k,).
+
+    GRPO sums the rewards and then normalizes, so a reward with a wide spread drowns a narrow one;
+    `normalize_first` normalizes each reward by itself (GDPO, arXiv 2601.05242)."""
+    if not normalize_first:
+        return group_advantages(rewards @ weights, group)
+    each = torch.stack([group_advantages(r, group) for r in rewards.unbind(1)], 1) @ weights
+    return (each - each.mean()) / (each.std() + EPSILON)

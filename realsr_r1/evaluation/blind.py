@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from realsr_r1 import images
+from realsr_r1.common import atomic
 from realsr_r1.evaluation import peers
 from realsr_r1.evaluation.benchmark import chain_method
 from realsr_r1.evaluation.nano import SEVERITIES, cluster_of
@@ -100,8 +101,9 @@ def prepare(
         images.to_image(torch.cat([pair[0], gap, pair[1]], 2)).save(out / f"{i:03d}.png")
         about = {"cluster": question.cluster, "severity": question.severity}
         key.append({"left": names[0], "right": names[1]} | about)
-    sealed = base64.b64encode(json.dumps({"methods": list(methods), "pairs": key}).encode())
-    (out / "key.sealed").write_bytes(sealed)  # so that nobody reads it by accident
+        sealed = base64.b64encode(json.dumps({"methods": list(methods), "pairs": key}).encode())
+        with atomic(out / "key.sealed") as part:  # so that nobody reads it by accident
+            part.write_bytes(sealed)
     (out / "answers.csv").write_text("pair,choice\n", encoding="utf-8")
     return len(key)
 

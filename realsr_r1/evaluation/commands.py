@@ -19,16 +19,21 @@ def table(a: argparse.Namespace) -> None:
     from realsr_r1.sampling import Sampling
 
     photos = photographs.load(a.split, a.photographs, a.n)
-    a.out.parent.mkdir(parents=True, exist_ok=True)  # an impossible place is told before the work
+    a.out.parent.mkdir(parents=True, exist_ok=True)
+    for suffix in (".csv", ".md"):  # an impossible place is told before the work
+        open(f"{a.out}{suffix}", "a", encoding="utf-8").close()
     model = model_of(a)
     sampling = Sampling(image_temperature=a.temperature)
     short = [Path(name).name for name in a.peers]  # of ncnn:FOLDER/NAME, where it is the only one
     names = [s if short.count(s) == 1 else name for s, name in zip(short, a.peers, strict=True)]
-    others = {k: blind.method(v, model) for k, v in zip(names, a.peers, strict=True)}
-    rows = nano.measure(model, photos, sampling=sampling, seed=a.seed, batch=a.batch, others=others)
+    pairs = zip(names, a.peers, strict=True)
+    others = {k: blind.method(v, model, a.seed, sampling) for k, v in pairs}
     command = shlex.join(["realsr", *sys.argv[1:]])
     note = f"`{command}` ({len(photos)} photographs, {model.device}, {date.today()})"
-    nano.write(rows, a.out, note)
+    rows = []
+    for severity in SEVERITIES:  # what is done stays after a kill
+        rows += nano.measure(model, photos, (severity,), sampling, a.seed, a.batch, others)
+        nano.write(rows, a.out, note)
     print(Path(f"{a.out}.md").read_text(encoding="utf-8"))
 
 

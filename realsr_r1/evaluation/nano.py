@@ -138,7 +138,7 @@ def measure(
             g = generator(seed, first)
             samples = model.sample(lr, sampling, g)
             made = pictures(model, lr, hr, samples.chains)
-            made |= {name: f(lr) for name, f in (others or {}).items()}
+            made |= {name: f(lr) for name, f in (others or {}).items() if name not in made}
             for name, y in made.items():
                 d, p = perceptual.distance(y, hr).tolist(), perceptual.psnr(y, hr).tolist()
                 again = F.interpolate(y, size=lr.shape[-1], mode="area")

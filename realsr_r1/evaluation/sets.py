@@ -191,12 +191,12 @@ def center_square(image: Image.Image, side: int = SIDE) -> Tensor:
     return photos.to_tensor(image.crop(box).resize((side, side), Image.Resampling.LANCZOS))
 
 
-def eval_photos(presets: tuple[str, ...] = SEVERITIES, side: int = SIDE) -> BenchSet:
+def eval_photos(presets: tuple[str, ...] = SEVERITIES) -> BenchSet:
     """The shipped `eval` photos, photo by photo under each preset; the draw's seed is the photo's
     number, so it never changes."""
     items = []
     for i, path in enumerate(sorted((photographs.ASSETS / "eval").glob("*.webp"))):
-        hr = center_square(photos.open_photo(path), side)
+        hr = center_square(photos.open_photo(path), SIDE)
         for preset in presets:
             d = degradation.degrade(hr[None], f"nano-{preset}", torch.Generator().manual_seed(i))
             pair = d.lr[0], hr
@@ -204,8 +204,8 @@ def eval_photos(presets: tuple[str, ...] = SEVERITIES, side: int = SIDE) -> Benc
             items.append(Item(name, lambda x=pair: x, d.labels[0], group=path.stem))
     name = "eval" if presets == SEVERITIES else f"eval-{'-'.join(presets)}"
     note = (
-        f"shipped photos that no training has seen, center squares of {side} px, LR "
-        f"{side // SCALE} px, degradations {', '.join(presets)}"
+        f"shipped photos that no training has seen, center squares of {SIDE} px, LR "
+        f"{SIDE // SCALE} px, degradations {', '.join(presets)}"
     )
     return BenchSet(name, items, True, note)
 

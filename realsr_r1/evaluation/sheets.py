@@ -2,7 +2,7 @@
 
 import textwrap
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from realsr_r1.images import to_image
@@ -11,9 +11,9 @@ from realsr_r1.images import to_image
 def fit_side(image: Image.Image, side: int) -> Image.Image:
     """Scale so that the longer side is `side`: pixels stay visible when enlarging, Lanczos when
     reducing."""
-    f = side / max(image.size)
-    size = (max(1, round(image.width * f)), max(1, round(image.height * f)))
-    return image.resize(size, Image.Resampling.NEAREST if f > 1 else Image.Resampling.LANCZOS)
+    larger = side > max(image.size)
+    how = Image.Resampling.NEAREST if larger else Image.Resampling.LANCZOS
+    return ImageOps.contain(image, (side, side), how)
 
 
 def grid(

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import pandas as pd
@@ -29,11 +28,12 @@ def check_writable(
         if not folder.is_dir():
             raise ValueError(f"output folder {folder} does not exist: create it first")
         try:
-            tempfile.TemporaryFile(dir=folder).close()
+            part = place.with_name(f".{place.name}.part")  # as `atomic` names it
+            part.touch()
+            part.unlink()
         except OSError as e:
-            raise ValueError(
-                f"{folder} cannot be written: choose another place for {place.name}"
-            ) from e
+            why = f"{place} cannot be written ({e.strerror or e})"
+            raise ValueError(f"{why}: choose another place or name") from e
         if shutil.disk_usage(folder).free < 3 * math.prod(size):
             raise ValueError(f"the disk of {folder} is full: choose another place")
     kind, side = images.format_of(path), max(size)

@@ -34,7 +34,8 @@ def grpo(a: argparse.Namespace) -> None:
 def add_grpo(leaves) -> None:
 
     p = leaf(leaves, "grpo", grpo, "reinforcement learning: groups of chains, four rewards")
-    p.add_argument("--model", default="nano", help="where to start: a name, a folder, a hub id")
+    text = "where to start: a name, a folder, a hub id"
+    p.add_argument("--model", type=filled, default="nano", help=text)
     p.add_argument("--photographs", type=place, help="as in the other leaves")
     p.add_argument(
         "--out",
@@ -66,16 +67,20 @@ def add_grpo(leaves) -> None:
 def expert(a: argparse.Namespace) -> None:
     from realsr_r1 import photographs
     from realsr_r1.common import seed_of
+    from realsr_r1.corpus.folders import alone
     from realsr_r1.pipeline import RealSR
     from realsr_r1.pretraining import expert as training
-    from realsr_r1.pretraining.loop import FitConfig
+    from realsr_r1.pretraining.loop import FitConfig, goes_on
 
     model = RealSR.from_pretrained(a.model, a.device, "policy-sft")
     photos = photographs.load("train", a.photographs)
     seed = seed_of("expert", a.seed)
-    bank = training.make_bank(model, photographs.Pairs(photos, seed=seed), a.n, seed)
     fit = FitConfig(10**6, a.steps, lr=1e-3, warmup=50, ema=0.99, seed=a.seed)
-    judge = training.train_expert(bank, a.out, fit)
+    a.out.mkdir(parents=True, exist_ok=True)
+    with alone(a.out, "training"):
+        goes_on(a.out, {k: getattr(a, k) for k in ("model", "photographs", "n", "seed")})
+        bank = training.make_bank(model, photographs.Pairs(photos, seed=seed), a.n, seed)
+        judge = training.train_expert(bank, a.out, fit)
     held_out = photographs.load("val", a.photographs, 60)
     data = photographs.Pairs(held_out, training=False)
     found = training.agreement(judge, training.make_bank(model, data, len(held_out)))
@@ -131,7 +136,7 @@ def add_stage(p: argparse.ArgumentParser, name: str) -> None:
 
 
 def register(sub) -> None:
-    text = "train the tokenizer, the policy, or the decoder on the policy's codes"
+    text = "train the networks, stage by stage or all, the visual expert, or by GRPO"
     group = sub.add_parser("train", help=text, description=text)
     leaves = group.add_subparsers(dest="what", required=True, metavar="WHAT")
     stages = {

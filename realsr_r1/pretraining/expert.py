@@ -19,6 +19,7 @@ from realsr_r1.sampling import Sampling
 from realsr_r1.tokenizer import bicubic
 
 DRAWN = 8  # chains per photograph in the bank
+KNOWN = 0.01  # difference of LPIPS from which on one picture counts as better
 LEVELS = (0.25, 0.5, 1.0)  # severities of each other way to spoil a picture
 
 
@@ -65,12 +66,12 @@ def make_bank(model: RealSR, data: Dataset, n: int, seed: int = 0, batch: int = 
     return Bank(torch.cat(pictures), torch.cat(away))
 
 
-def ranking_loss(logits: Tensor, away: Tensor, known: float = 0.01) -> tuple[Tensor, Tensor]:
+def ranking_loss(logits: Tensor, away: Tensor) -> tuple[Tensor, Tensor]:
     """Hinge loss over the pairs of one photograph, logits and LPIPS (b, v), whose LPIPS differs by
-    more than `known`: the better one's logit must lead by 0.2 and six times that difference. Also
+    more than KNOWN: the better one's logit must lead by 0.2 and six times that difference. Also
     the share of pairs in order."""
     worse, lead = away[:, None] - away[..., None], logits[..., None] - logits[:, None]
-    pairs = worse > known
+    pairs = worse > KNOWN
     return F.relu(6 * worse + 0.2 - lead)[pairs].mean(), (lead[pairs] > 0).float().mean()
 
 

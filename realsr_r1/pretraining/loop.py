@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from realsr_r1.common import atomic, check_number
-from realsr_r1.files.writable import append_row
+from realsr_r1.files.writable import append_row, claim
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,15 @@ def forget(out: Path) -> None:
     """Drop the checkpoints of a training in `out`: it is over, or to begin anew."""
     for kept in out.glob("checkpoint*"):
         kept.unlink()
+
+
+def goes_on(out: Path, settings: dict) -> None:
+    """Keep a training's settings in `out`; ValueError where one of other settings was stopped: it
+    would go on with these."""
+    kept = out / "checkpoint.json"
+    if not list(out.glob("checkpoint*.pt")):
+        kept.unlink(missing_ok=True)  # there is nothing to go on with
+    claim(kept, settings)
 
 
 LossOf = Callable[[int, float], tuple[Tensor, dict[str, Tensor]]]

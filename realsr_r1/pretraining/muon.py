@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 
-def orthogonalize(m: Tensor, steps: int = 5) -> Tensor:
+def orthogonalize(m: Tensor) -> Tensor:
     """The nearest (semi-)orthogonal matrix to each of (…, rows, columns), roughly: singular values
     end in about 0.7–1.2. The quintic's coefficients are Jordan's."""
     x = m / (m.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
-    for _ in range(steps):
+    for _ in range(5):
         a = x @ x.mT
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
     return x.mT if tall else x
@@ -50,8 +50,8 @@ class MuonAdamW(torch.optim.Optimizer):
         )
 
     @torch.no_grad()
-    def step(self, closure=None):
-        loss = closure() if closure else None
+    def step(self, closure=None) -> None:
+        """One update; `closure` is in torch's signature only, and not used."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             for p in params:
@@ -63,7 +63,6 @@ class MuonAdamW(torch.optim.Optimizer):
                 if p.ndim == 2:
                     p.mul_(1 - group["lr"] * group["weight_decay"])
             (self._muon if group["muon"] else self._adamw)(params, group)
-        return loss
 
     def _muon(self, params: list[Tensor], group: dict) -> None:
         """Matrices of one shape are made orthogonal together: many small products cost more."""

@@ -27,7 +27,7 @@ from realsr_r1.photographs import Pairs
 from realsr_r1.pipeline import RealSR, find_weights, load_tokenizer
 from realsr_r1.policy import ChainPolicy, PolicyConfig
 from realsr_r1.pretraining import ending, recipes
-from realsr_r1.pretraining.loop import FitConfig, forget
+from realsr_r1.pretraining.loop import FitConfig, forget, goes_on
 from realsr_r1.pretraining.recipes import Machine, PolicyLoss, Run, TokenizerLoss
 from realsr_r1.pretraining.redraw import final_codes, redraw
 from realsr_r1.sampling import sample
@@ -266,13 +266,9 @@ def outdate(what: str, out: Path) -> None:
 
 
 def _begin(what: str, s: Settings) -> None:
-    """ValueError where a training of other settings was stopped: it would go on with these. Else
-    what builds on this one is outdated."""
-    kept = s.out / what / "checkpoint.json"
-    if not list(kept.parent.glob("checkpoint*.pt")):
-        kept.unlink(missing_ok=True)  # there is nothing to go on with
+    """See `goes_on`; then what builds on this stage is outdated."""
     longer = (*ANYWHERE, "minutes", "steps")
-    claim(kept, {k: v for k, v in asdict(s).items() if k not in longer})
+    goes_on(s.out / what, {k: v for k, v in asdict(s).items() if k not in longer})
     outdate(what, s.out)
 
 
@@ -282,6 +278,12 @@ def _stage(what: str, s: Settings) -> None:
         raise ValueError(f"{home} holds no tokenizer: train one first (realsr train tokenizer)")
     if what not in ("tokenizer", "policy") and not (home / "policy-sft").exists():
         raise ValueError(f"{home} holds no policy: train one first (realsr train policy)")
+    for split in ("train", "val"):  # what is missing is told before anything is put aside
+        photographs.load(split, s.photographs, 1)
+    if s.vgg and not Path(s.vgg).exists():
+        raise ValueError(f"{s.vgg} does not exist: check --vgg")
+    if what == "ending":
+        peers.load(s.teacher)
     s.out.mkdir(parents=True, exist_ok=True)
     with alone(s.out, "training"):  # one stage builds on another, and outdates it
         _train(what, s, home)
@@ -337,13 +339,13 @@ def reinforce(
     fixed = {"model": model, "photographs": folder, "rewards": names} | asdict(settings)
     fixed.pop("steps")  # a run may well be made longer
     first = os.environ.get("RANK", "0") == "0"  # of several processes
-    if first:
-        bring(find_weights(model), out, "tokenizer")
-        claim(place / "settings.json", fixed)
-    data = grpo.prompts(
-        photos, settings.steps * settings.prompts, seed=seed_of("grpo", settings.seed)
-    )
-    with alone(place) if first else nullcontext():
+    out.mkdir(parents=True, exist_ok=True)
+    with alone(out, "training") if first else nullcontext():  # as a stage: it may put this aside
+        if first:
+            bring(find_weights(model), out, "tokenizer")
+            claim(place / "settings.json", fixed)
+        seed = seed_of("grpo", settings.seed)
+        data = grpo.prompts(photos, settings.steps * settings.prompts, seed=seed)
         if names == ["place"]:
             trainer = PlacedTrainer(start, data, place, settings, device)
         else:

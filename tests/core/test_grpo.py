@@ -8,7 +8,7 @@ from transformers.trainer_callback import TrainerState
 
 from realsr_r1 import grpo, photographs
 from realsr_r1.grpo import ChainGRPOTrainer, GrpoSettings, part_advantages
-from realsr_r1.objective import combined_advantages, grpo_loss
+from realsr_r1.objective import group_advantages, grpo_loss
 from realsr_r1.policy import ChainPolicy, PolicyConfig
 from realsr_r1.rewards import degradation_reward, format_reward, understanding_reward
 from realsr_r1.sampling import Sampling, logprobs_of, sample
@@ -48,8 +48,8 @@ def test_advantages_by_part_by_hand():
     decided = [torch.full((4,), 1), torch.full((4,), 3)]
     a = part_advantages(rewards, weights, decided, 4)
     assert a.shape == (4, 4)
-    both = combined_advantages(rewards, weights, 4)
-    late = combined_advantages(rewards, torch.tensor([0.0, 1.0]), 4)
+    both = group_advantages(rewards @ weights, 4)
+    late = group_advantages(rewards[:, 1], 4)
     torch.testing.assert_close(a[:, :2], both[:, None].expand(-1, 2))
     torch.testing.assert_close(a[:, 2:], late[:, None].expand(-1, 2))
     assert a[0, 0] > 0 > a[0, 3]  # its words were good, its picture was not
@@ -161,7 +161,7 @@ def test_without_credit_by_part_every_token_has_the_advantage_of_its_chain(rows,
     settings = GrpoSettings(prompts=1, group=4, micro_batch=4, by_part=False)
     trainer = ChainGRPOTrainer(tiny(), rows, REWARDS, tmp_path, settings, "cpu")
     whole = trainer._generate_and_score_completions([rows[0]] * 4)["advantages"]
-    want = combined_advantages(trainer.rewards, torch.ones(3), 4)
+    want = group_advantages(trainer.rewards.sum(1), 4)
     torch.testing.assert_close(whole, want, atol=1e-3, rtol=0)
 
 

@@ -157,7 +157,8 @@ def test_written_as_read(suffix, tmp_path):
         assert "sRGB" in ImageCms.getProfileDescription(profile)
 
 
-def test_camera_and_date_come_along_but_the_place_only_if_asked_for(tmp_path):
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
+def test_camera_and_date_come_along_but_the_place_only_if_asked_for(suffix, tmp_path):
     exif = Image.Exif()
     exif[271], exif[306], exif[274] = "Maker", "2020:01:01 00:00:00", 6
     exif.get_ifd(34665)[36867] = "2020:01:01 00:00:00"
@@ -165,11 +166,17 @@ def test_camera_and_date_come_along_but_the_place_only_if_asked_for(tmp_path):
     exif.get_ifd(34853)[1] = "N"
     photo = read(saved(Image.new("RGB", (8, 4)), "JPEG", exif=exif))
     for gps in (False, True):
-        write(photo, tmp_path / "out.jpg", keep_gps=gps)
-        got = Image.open(tmp_path / "out.jpg").getexif()
+        write(photo, tmp_path / f"out.{suffix}", keep_gps=gps)
+        got = Image.open(tmp_path / f"out.{suffix}").getexif()
         assert got[271] == "Maker" and got.get(274) is None
         assert dict(got.get_ifd(34665)) == {36867: "2020:01:01 00:00:00"}
         assert bool(got.get_ifd(34853)) == gps
+
+
+def test_damaged_camera_data_do_not_cost_the_picture(tmp_path):
+    photo = Photo(Image.new("RGB", (8, 4), "red"), exif={34853: {2: object()}, 271: "Maker"})
+    write(photo, tmp_path / "out.png", keep_gps=True)
+    assert Image.open(tmp_path / "out.png").getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_outputs_are_checked_before_the_work(tmp_path):
@@ -185,6 +192,11 @@ def test_outputs_are_checked_before_the_work(tmp_path):
         check_writable(tmp_path / "x.webp", size=(16_400, 4))
     with pytest.raises(ValueError, match="give two names"):
         check_writable(tmp_path / "x.png", tmp_path / "y" / ".." / "x.png")
+    with pytest.raises(ValueError, match="choose another place or name"):
+        check_writable(tmp_path / f"{'x' * 248}.png")  # fits, but not beside its unfinished part
+    with pytest.raises(ValueError, match=r"cannot be written \(Not a directory\)"):
+        (tmp_path / "file").touch()
+        write(Photo(Image.new("RGB", (4, 4))), tmp_path / "file" / "x.png")
     with pytest.raises(ValueError, match="is full"):
         check_writable(tmp_path / "x.png", size=(10**9, 10**9))
 

@@ -1,14 +1,8 @@
 import pytest
 import torch
 
-from realsr_r1.objective import (
-    clipped_surrogate,
-    combined_advantages,
-    group_advantages,
-    grpo_loss,
-    kl_k3,
-    masked_mean,
-)
+from realsr_r1.ablations.rewards import combined_advantages
+from realsr_r1.objective import clipped_surrogate, group_advantages, grpo_loss, kl_k3, masked_mean
 
 
 def test_advantages_compare_siblings_only():

@@ -143,6 +143,16 @@ def test_parquet_is_read(tmp_path):
     assert len(found) == 1 and found[0].image().size == (64, 48)
     with pytest.raises(FileNotFoundError, match="none of the annotated photographs of val"):
         photographs.load("val", tmp_path)
+    for image in (None, {"bytes": b"", "path": "x.jpg"}):
+        rows = [ROW | {"split": "test", "image": image}]
+        parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "annotated-00.parquet")
+        with pytest.raises(ValueError, match=ROW["file"]):
+            photographs.load("test", tmp_path)[0].image()
+
+
+def test_pairs_of_an_unknown_preset_are_refused():
+    with pytest.raises(ValueError, match="no preset 'hard'; choose one of paper, nano"):
+        photographs.Pairs([], "hard")
 
 
 def test_some_of_a_split_lie_evenly_over_it():

@@ -108,6 +108,18 @@ def test_pairs_have_noise_of_their_own_and_both_methods_the_same():
     assert torch.equal(first, again(lr)) and torch.equal(second, again(lr))
 
 
+def test_a_comparison_that_was_stopped_can_be_answered(tmp_path):
+    def stop(lr):
+        if len([*tmp_path.glob("pairs/*.png")]) == 1:
+            raise KeyboardInterrupt
+        return gray(1)(lr)
+
+    with pytest.raises(KeyboardInterrupt):
+        blind.prepare(load("val")[:2], {"a": gray(0), "b": stop}, tmp_path / "pairs")
+    blind.answer(tmp_path / "pairs", 0, "same")
+    assert "1 of 1 pairs" in str(blind.report(tmp_path / "pairs"))
+
+
 def test_errors_are_one_sentence(comparison, tmp_path):
     photos = load("val")[:1]
     with pytest.raises(ValueError, match="already holds a comparison"):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from realsr_r1 import photographs
+from realsr_r1.cli import main
 from realsr_r1.evaluation import chains, nano
 from realsr_r1.evaluation.nano import lattice
 from realsr_r1.pipeline import RealSR
@@ -61,6 +62,21 @@ def test_the_table_has_a_row_for_each_photograph_and_method(model, tmp_path):
     assert float(written[0]["lpips"]) == pytest.approx(rows[0]["lpips"], rel=1e-3)
     text = (tmp_path / "heat-0.5.md").read_text(encoding="utf-8")
     assert "chain minus …, dB" in text and "consistency" in text and "| subject |" in text
+
+
+def test_other_methods_draw_with_the_command_s_seed_and_temperature(tmp_path, monkeypatch):
+    """And a place that cannot be written is told before the work."""
+    asked = []
+
+    def method(name, model, seed, sampling):
+        asked.append((name, seed, sampling.image_temperature))
+        raise ValueError("enough")
+
+    monkeypatch.setattr("realsr_r1.evaluation.blind.method", method)
+    command = "eval table --peers chain --seed 7 --temperature 1 --device cpu -o".split()
+    assert main([*command, str(tmp_path / "a")]) == 2 and asked == [("chain", 7, 1.0)]
+    (tmp_path / "b.csv").mkdir()
+    assert main([*command, str(tmp_path / "b")]) == 2 and len(asked) == 1
 
 
 def test_random_codes_are_trusted_as_the_chains_are(model, monkeypatch):

@@ -184,6 +184,21 @@ def test_a_second_training_in_the_same_place_is_refused_and_changes_nothing(tmp_
     assert (tmp_path / "policy-sft").exists() and (tmp_path / "decoder/checkpoint.pt").exists()
 
 
+@pytest.mark.parametrize(
+    ("what", "wrong"),
+    [("tokenizer", {"photographs": "none"}), ("tokenizer", {"vgg": "none"}), ("ending", {})],
+)
+def test_what_is_missing_is_told_before_anything_is_put_aside(what, wrong, tmp_path):
+    for name in ("tokenizer", "policy-sft", "policy-grpo"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "tokenizer" / "model.safetensors").touch()
+    settings = stages.Settings(out=tmp_path, teacher="nobody")
+    wrong = {k: str(tmp_path / v) for k, v in wrong.items()}
+    with pytest.raises((ValueError, FileNotFoundError)):
+        stages._stage(what, replace(settings, **wrong))
+    assert (tmp_path / "policy-grpo").exists() and not [*tmp_path.glob("*.before")]
+
+
 def test_a_stopped_stage_goes_on_with_its_own_settings_alone(tmp_path):
     s = stages.Settings(out=tmp_path, batch=8, minutes=5)
     stages._begin("policy", s)
