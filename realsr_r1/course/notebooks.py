@@ -37,15 +37,14 @@ def start(seed: int = 0) -> tuple[torch.device, bool]:
     """Seed everything, choose the device, and decide between the quick and the full form of a
     lesson.
 
-    Returns (device, quick). `QUICK=1` or `QUICK=0` in the environment decides; without it a lesson
-    is quick on a CPU.
+    Returns (device, quick). A lesson is quick unless `QUICK=0` is in the environment.
     """
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  students may use it
     torch.manual_seed(seed)
     warnings.filterwarnings("ignore", category=FutureWarning)
     device = device_of(None)
-    quick = os.environ.get("QUICK", "1" if device.type == "cpu" else "0") != "0"
+    quick = os.environ.get("QUICK", "1") != "0"
     print(
         f"device {device}, seed {seed}, "
         f"{'quick: training is shortened, no lesson is skipped' if quick else 'full length'}"
@@ -286,14 +285,15 @@ def solved(exercise: Exercise) -> str:
 
 def edition(nb, kind: str):
     """A copy of the notebook without solutions and outputs: for `student` the stubs stay, for
-    `solutions` they are solved."""
-    nb = copy.deepcopy(nb)
+    `solutions` they are solved. It may lie anywhere, so what lies beside notebooks/ is linked to
+    where it is published."""
+    nb, published = copy.deepcopy(nb), f"](https://github.com/{repository()}/blob/main/"
     if kind == "solutions":
         for e in exercises(nb):
             nb.cells[e.at].source = solved(e)
     for cell in nb.cells:
         if cell.cell_type == "markdown":
-            cell.source = SOLUTION.sub("", cell.source).strip()
+            cell.source = SOLUTION.sub("", cell.source).replace("](../", published).strip()
         elif cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     nb.cells = [c for c in nb.cells if c.source.strip()]
@@ -310,8 +310,8 @@ def write_editions(kind: str, folder: Path | None = None) -> Path:
         nb = read(path)
         count += len(exercises(nb))
         write(edition(nb, kind), folder / path.name)
-    for beside in ("playground.ipynb", "GLOSSARY.md"):
-        shutil.copy(NOTEBOOKS / beside, folder)
+    write(edition(read(NOTEBOOKS / "playground.ipynb"), kind), folder / "playground.ipynb")
+    shutil.copy(NOTEBOOKS / "GLOSSARY.md", folder)
     print(
         f"{len(notebooks())} notebooks, {count} exercises → "
         f"{folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder}"

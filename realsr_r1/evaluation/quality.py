@@ -1,9 +1,9 @@
 """Metrics of pyiqa as they are, and as visual experts: `(b, 3, h, w) in [0, 1] → (b,) in [0, 1]`,
 higher is better.
 
-niqe, brisque, piqe: classic statistics of natural pictures; NIQE's parameters ship with the
-package. paper: the mean of TOPIQ-NR, MUSIQ/100, MANIQA-pipal and CLIPIQA, the reward of the
-released code. nano: ours, see `experts`.
+niqe, brisque: classic statistics of natural pictures; piqe: flat and restless blocks. NIQE's
+parameters ship with the package. paper: the mean of TOPIQ-NR, MUSIQ/100, MANIQA-pipal and CLIPIQA,
+the reward of the released code. nano: ours, see `experts`.
 
 pyiqa is under the PolyForm-Noncommercial licence; it is imported only when one of its metrics is
 asked for.

@@ -391,7 +391,8 @@ def report(
     parts = [
         "## What fits",
         fit_table(),
-        f"A card keeps {HEADROOM:.0%} free for what is not counted. LoRA: rank 16.",
+        f"Counted; what was measured, the last table says. A GB is 2^30 bytes. A card keeps "
+        f"{HEADROOM:.0%} free for what is not counted. LoRA: rank 16; 4 × 8: four groups of eight.",
         "## The paper's recipe, 7 B, on 8×H100",
         recipe(photos, rl_photos, price),
         f"Assumed: {photos:,} cold-start and {rl_photos:,} RL photos, {price:g} a card and "

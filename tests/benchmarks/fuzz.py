@@ -122,7 +122,9 @@ def main() -> None:
         rows.append(f"| {kind} | " + " | ".join(str(total[kind, o]) for o in outcomes) + " |")
     n = sum(v for k, v in total.items() if k[0] != "slowest")
     rows += ["", f"{n:,} files; slowest {slowest} s; processes that died: {died}."]
-    text = "\n".join(rows) + "\n"
+    head = "Picture files cut short, overwritten, doubled and swapped at random places: the reader "
+    head += "refuses each with one sentence, or opens it.\n\n"
+    text = head + "\n".join(rows) + "\n"
     print(text)
     if a.out:
         a.out.write_text(text, encoding="utf-8")
