@@ -37,7 +37,7 @@ def labels(a: argparse.Namespace) -> None:
     from realsr_r1 import photographs
     from realsr_r1.ablations import labels as ablation
     from realsr_r1.common import device_of, seed_of
-    from realsr_r1.pretraining.loop import FitConfig
+    from realsr_r1.pretraining.loop import FitConfig, forget, goes_on
     from realsr_r1.pretraining.recipes import Machine
 
     photos = photographs.load(a.split, a.photographs, a.n)
@@ -45,8 +45,10 @@ def labels(a: argparse.Namespace) -> None:
     data = photographs.Pairs(photographs.load("train", a.photographs), seed=seed)
     fit = FitConfig(minutes=a.minutes, steps=a.steps, lr=a.lr, ema=0.99, seed=a.seed)
     machine = Machine(str(device_of(a.device)), a.batch, a.workers)
+    goes_on(a.out, {k: getattr(a, k) for k in ("photographs", "batch", "reuse", "seed")})
     namer = ablation.train(data, a.out, machine, fit, a.reuse)
     print(ablation.report(ablation.measure(namer, photos), said))
+    forget(a.out)
 
 
 def names(a: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ from realsr_r1 import photographs
 from realsr_r1.degradation import LABELS, LEVELS, RESIZES, from_words
 from realsr_r1.evaluation.experts import NanoExpert
 from realsr_r1.evaluation.nano import SEVERITIES, cluster_of
-from realsr_r1.pretraining.loop import Fit, FitConfig, forget
+from realsr_r1.pretraining.loop import Fit, FitConfig
 from realsr_r1.pretraining.recipes import Machine, Replay, autocast, forever
 from realsr_r1.stats import clustered
 from realsr_r1.tokenizer import ResBlock
@@ -62,7 +62,7 @@ def _small(batches: Iterator[dict]) -> Iterator[dict]:
 
 def train(data: Dataset, out: Path, machine: Machine, fit: FitConfig, reuse: int = 2) -> Namer:
     """Cross-entropy on damaged photographs, each pair used about `reuse` times; returns the
-    averaged weights."""
+    averaged weights. They stay in the checkpoint, for a measuring that is stopped."""
     torch.manual_seed(fit.seed)
     model = Namer().to(machine.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=fit.lr, weight_decay=0.02)
@@ -78,7 +78,7 @@ def train(data: Dataset, out: Path, machine: Machine, fit: FitConfig, reuse: int
         return sum(F.cross_entropy(p.float(), t) for p, t in each), {}
 
     trained = training.run(loss_of).eval()
-    forget(out)
+    training.save()
     return trained
 
 

@@ -73,7 +73,9 @@ def run(model: RealSR, photos: list, s: Settings, machine: Machine) -> dict:
     """Train, measure, and add a row to `out`/optimizer.csv. Raises ValueError where `out` holds a
     run of this name with other settings."""
     photographs.load("train", s.photographs)  # what is missing is told before a place is claimed
-    claim(s.out / s.name / "settings.json", asdict(s) | {"batch": machine.batch})
+    claim(
+        s.out / s.name / "settings.json", asdict(s) | {"model": model.name, "batch": machine.batch}
+    )
     policy = train(model, s, machine).eval()
     steps = int(pd.read_csv(s.out / s.name / "log.csv")["step"].max())
     row = {"optimizer": s.name, "seed": s.seed, "steps": steps}

@@ -98,7 +98,8 @@ def kept(folder: Path, make: Callable[[], ChainPolicy], device: torch.device) ->
 def run(model: RealSR, photos: list, s: Settings) -> dict[str, words.Words]:
     """Cold start, GRPO and its control, of one seed, measured on `photos`; the policies and the
     log go to `out`. Raises ValueError where `out` holds a run of other settings."""
-    claim(s.out / f"settings-{s.seed}.json", asdict(s))
+    other = halves(photographs.load("train", s.photographs))[1]  # told before a place is claimed
+    claim(s.out / f"settings-{s.seed}.json", asdict(s) | {"model": model.name})
 
     def cold() -> ChainPolicy:
         torch.manual_seed(s.seed)
@@ -108,7 +109,6 @@ def run(model: RealSR, photos: list, s: Settings) -> dict[str, words.Words]:
 
     start = kept(s.out / f"start-{s.seed}", cold, model.device)
     found = {"cold start": words.measure(start, photos)}
-    other = halves(photographs.load("train", s.photographs))[1]
     g, out = s.run, s.out / f"grpo-{s.seed}"
 
     def reinforced() -> ChainPolicy:

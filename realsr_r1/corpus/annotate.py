@@ -160,7 +160,8 @@ def outline(
 ) -> int:
     """Draw SAM's masks of the boxes that `annotate` noted, those that are not there yet.
 
-    They are 8-bit PNGs: 1 + the index in "objects", 0 elsewhere. Returns how many are new."""
+    They are 8-bit PNGs of the photo's size, at most 1024 a side: 1 + the index in "objects", 0
+    elsewhere. Returns how many are new."""
     check_masks(where, masks)
     notes, count = folders.read_captions(where if out is None else out), 0
     for file in folders.photo_files(where)[shard[0] :: shard[1]]:
@@ -182,6 +183,6 @@ def outline(
 def shard_of(text: str) -> tuple[int, int]:
     """The share of one process in words: "0/4" → (0, 4)."""
     index, _, number = text.partition("/")
-    if not (index.isdigit() and number.isdigit() and int(index) < int(number)):
+    if not (index.isdecimal() and number.isdecimal() and int(index) < int(number)):
         raise ValueError(f"{text!r} is no share: those of four processes are 0/4, 1/4, 2/4 and 3/4")
     return int(index), int(number)

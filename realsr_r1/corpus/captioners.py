@@ -14,7 +14,9 @@ from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
 MOST_TAGS = 12
@@ -296,10 +298,10 @@ def load(
                 name, dtype=dtype, output_loading_info=True, **more
             )
             processor = transformers.AutoProcessor.from_pretrained(name, **more)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, SafetensorError, StrictDataclassError) as e:
         raise FileNotFoundError(
             f"the weights of {kind} are not complete in {name} (no such folder, not in the hub's "
-            f"cache, or a file is missing): where there is network {hint}"
+            f"cache, or a file is missing or damaged): where there is network {hint}"
         ) from e
     if config.model_type != model_type:
         raise ValueError(

@@ -13,7 +13,7 @@ SPLITS = ("train", "val", "test")  # as in photographs, which loads torch
 def get(a: argparse.Namespace) -> None:
     from realsr_r1.corpus import download
 
-    for name in a.names:
+    for name in dict.fromkeys(a.names):
         download.get(name, a.out, a.keep)
 
 
@@ -21,7 +21,9 @@ def shards(a: argparse.Namespace) -> None:
     from realsr_r1 import photographs
     from realsr_r1.corpus import shards
 
-    photos = [p for split in a.split or SPLITS for p in photographs.load(split, a.photographs)]
+    photos = [
+        p for s in dict.fromkeys(a.split or SPLITS) for p in photographs.load(s, a.photographs)
+    ]
     files = shards.write_shards(photos, a.out, a.per_file)
     print(f"{len(photos)} photographs in {len(files)} files: use them with --photographs {a.out}")
 
@@ -38,6 +40,8 @@ def annotate(a: argparse.Namespace) -> None:
         annotate.check_masks(a.folder, a.masks)
         if (a.model, a.tagger) == ("qwen2.5-vl", "none"):
             raise ValueError("masks need boxes, which qwen2.5-vl has not: add a --tagger")
+    for out in filter(None, (a.out, a.masks)):  # so is a place where nothing can be
+        out.mkdir(parents=True, exist_ok=True)
     captioner = captioners.load(a.model, a.weights, device, a.download)
     if a.tagger != "none":
         tagger = captioners.load(a.tagger, a.tagger_weights, device, a.download)

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterator
 from csv import DictReader
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import BinaryIO
 
@@ -66,7 +67,7 @@ def _open(url: str, first: int) -> BinaryIO:
         raise FileNotFoundError(
             f"{url} answers {e.code} ({e.reason}): look for a new address"
         ) from e
-    except (urllib.error.URLError, OSError) as e:
+    except (OSError, HTTPException) as e:
         raise FileNotFoundError(f"{url} cannot be reached: is there a network?") from e
 
 
@@ -88,9 +89,12 @@ def fetch(url: str, path: Path) -> None:
         total = first + int(answer.headers.get("Content-Length", 0))
         bar = tqdm(total=total or None, initial=first, unit="B", unit_scale=True, desc=path.name)
         with bar, part.open("ab" if first else "wb") as out:
-            while block := answer.read(CHUNK):
-                out.write(block)
-                bar.update(len(block))
+            try:
+                while block := answer.read(CHUNK):
+                    out.write(block)
+                    bar.update(len(block))
+            except (OSError, HTTPException) as e:
+                raise ValueError(f"{path.name} broke off: call again") from e
     if total and part.stat().st_size < total:
         raise ValueError(
             f"{path.name} broke off after {part.stat().st_size} of {total} bytes: call again"

@@ -158,6 +158,7 @@ def note_in(line: bytes) -> dict | None:
         note = json.loads(line.decode("utf-8"))
         whole = isinstance(note["file"], str) and isinstance(note["tags"], list)
         three = isinstance(note["captions"], list) and len(note["captions"]) == 3
-        return note if whole and three else None
+        boxes = isinstance(note.get("objects", []), list)
+        return note if whole and three and boxes else None
     except (ValueError, KeyError, TypeError, RecursionError):
         return None

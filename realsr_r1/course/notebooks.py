@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from realsr_r1.common import device_of
+from realsr_r1.common import atomic, device_of, write_text
 
 ROOT = Path(__file__).parents[2]  # of a checkout; the commands below need one, `start` does not
 NOTEBOOKS = ROOT / "notebooks"
@@ -72,9 +72,8 @@ def write(nb, path: Path) -> None:
     import nbformat
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    nbformat.write(nb, part)
-    part.replace(path)
+    with atomic(path) as part:
+        nbformat.write(nb, part)
 
 
 def fingerprint(nb) -> str:
@@ -361,13 +360,13 @@ def set_address(new: str, root: Path = ROOT) -> list[Path]:
     old = re.compile(rf"(github\.com/|/github/){re.escape(repository(root))}(?![\w-])")
     changed = []
     for path in [
-        root / "pyproject.toml",
         root / "README.md",
         *sorted((root / "notebooks").glob("*.ipynb")),
         *sorted((root / "notebooks").glob("*.md")),
+        root / "pyproject.toml",  # last: it holds the address that is looked for
     ]:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         if (fresh := old.sub(rf"\g<1>{new}", text)) != text:
-            path.write_text(fresh, encoding="utf-8")
+            write_text(path, fresh)
             changed.append(path)
     return changed

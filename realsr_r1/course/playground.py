@@ -131,6 +131,7 @@ class Playground(widgets.VBox):
                 chosen = images.open_photo(bytes(files[0]["content"]))
             self.hr = images.to_tensor(photographs.center(chosen, photographs.SIDE))
         except ValueError as e:
+            self.upload.value = type(self.upload.value)()  # else the photo before had its name
             self.tell(str(e))
             return
         self.lr = damaged(self.hr, self.blur.value, self.noise.value, self.jpeg.value)

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from realsr_r1 import images, photographs
+from realsr_r1.common import atomic
 from realsr_r1.evaluation import sheets
 from realsr_r1.pipeline import RealSR
 from realsr_r1.sampling import Sampling
@@ -79,7 +80,8 @@ def write(items: list[Shown], path: str | Path, milliseconds: int = 700) -> None
     pictures = [f.quantize(192, dither=Image.Dither.NONE) for f in frames(items)]
     times = [milliseconds] * (len(pictures) - 1) + [4000]
     options = {"save_all": True, "append_images": pictures[1:], "duration": times, "loop": 0}
-    pictures[0].save(path, "GIF", optimize=True, **options)
+    with atomic(path) as part:
+        pictures[0].save(part, "GIF", optimize=True, **options)
 
 
 def draw(model: RealSR, path: str | Path, seed: int = 0) -> None:

@@ -16,12 +16,13 @@ def table(a: argparse.Namespace) -> None:
 
     from realsr_r1 import photographs
     from realsr_r1.evaluation import blind, nano
+    from realsr_r1.files.writable import check_place
     from realsr_r1.sampling import Sampling
 
     photos = photographs.load(a.split, a.photographs, a.n)
     a.out.parent.mkdir(parents=True, exist_ok=True)
     for suffix in (".csv", ".md"):  # an impossible place is told before the work
-        open(f"{a.out}{suffix}", "a", encoding="utf-8").close()
+        check_place(Path(f"{a.out}{suffix}"))
     model = model_of(a)
     sampling = Sampling(image_temperature=a.temperature)
     short = [Path(name).name for name in a.peers]  # of ncnn:FOLDER/NAME, where it is the only one
@@ -163,7 +164,7 @@ def demo(a: argparse.Namespace) -> None:
     from realsr_r1.files.writable import check_writable
 
     check_writable(a.out)
-    (animation if a.out.endswith(".gif") else demo).draw(model_of(a), a.out, a.seed)
+    (animation if a.out.lower().endswith(".gif") else demo).draw(model_of(a), a.out, a.seed)
 
 
 def register(sub) -> None:

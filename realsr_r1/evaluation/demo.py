@@ -25,4 +25,4 @@ def draw(model: RealSR, out: str | Path, seed: int = 0) -> None:
         rows.append([large[0].clamp(0, 1), *steps, images.to_tensor(result.image)])
         print(f"{path.name}: {result.reading.final_understand}", flush=True)
     heads = ["LR, bicubic", "rough image", "middle image", "final image", "restored"]
-    sheets.grid(rows, heads, side=4 * CUT).save(out)
+    images.write(images.Photo(sheets.grid(rows, heads, side=4 * CUT)), out)

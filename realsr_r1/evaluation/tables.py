@@ -7,7 +7,7 @@ its items:
     {"set", "baseline", "note", "ids": [...], "groups": [...], "skipped": {name: reason}, "remarks":
       [...],
      "methods": {name: {"scores": {metric: [...]}, "said": {fact: [...]}, "seconds", "megapixels",
-       "megabytes", "fid"?}}}
+       "megabytes", "timed", "fid"?}}}
 
 Intervals resample groups, not pictures: one photo under three degradations is one draw, and so are
 all flowers of one photographer.

@@ -46,10 +46,10 @@ def model_of(a: argparse.Namespace):
 
 
 def integer(least: int = 1) -> Callable[[str], int]:
-    """The type of an option that counts: whole numbers from `least` on."""
+    """The type of an option that counts: whole numbers from `least` to 2^63 - 1."""
 
     def count(text: str) -> int:
-        if not text.strip().lstrip("+-").isdecimal() or int(text) < least:
+        if not text.strip().lstrip("+-").isdecimal() or not least <= int(text) < 2**63:
             raise argparse.ArgumentTypeError(
                 f"must be a whole number from {least} on, not {text!r}"
             )

@@ -14,6 +14,21 @@ from realsr_r1.common import atomic, write_text
 LARGEST = {"JPEG": 65_500, "WEBP": 16_383, "AVIF": 65_535, "GIF": 65_535, "ICO": 256}  # pixels
 
 
+def check_place(place: Path) -> None:
+    """Raise ValueError, in one sentence, unless a file can be written at `place`."""
+    if place.is_dir():
+        raise ValueError(f"{place} is a folder: give the name of a file")
+    if not place.parent.is_dir():
+        raise ValueError(f"output folder {place.parent} does not exist: create it first")
+    part = place.with_name(f".{place.name}.part")  # as `atomic` names it
+    try:
+        part.touch()
+        part.unlink()
+    except OSError as e:
+        why = f"{place} cannot be written ({e.strerror or e})"
+        raise ValueError(f"{why}: choose another place or name") from e
+
+
 def check_writable(
     path: str | Path, trace: str | Path | None = None, size: tuple[int, int] = (1, 1)
 ) -> None:
@@ -22,20 +37,9 @@ def check_writable(
     if trace and os.path.abspath(path) == os.path.abspath(trace):
         raise ValueError(f"picture and trace are both to go to {path}: give two names")
     for place in (Path(p) for p in (path, trace) if p is not None):
-        folder = place.parent
-        if place.is_dir():
-            raise ValueError(f"{place} is a folder: give the name of a file")
-        if not folder.is_dir():
-            raise ValueError(f"output folder {folder} does not exist: create it first")
-        try:
-            part = place.with_name(f".{place.name}.part")  # as `atomic` names it
-            part.touch()
-            part.unlink()
-        except OSError as e:
-            why = f"{place} cannot be written ({e.strerror or e})"
-            raise ValueError(f"{why}: choose another place or name") from e
-        if shutil.disk_usage(folder).free < 3 * math.prod(size):
-            raise ValueError(f"the disk of {folder} is full: choose another place")
+        check_place(place)
+        if shutil.disk_usage(place.parent).free < 3 * math.prod(size):
+            raise ValueError(f"the disk of {place.parent} is full: choose another place")
     kind, side = images.format_of(path), max(size)
     if side > LARGEST.get(kind, side):
         largest = LARGEST[kind]

@@ -10,13 +10,13 @@ COUNTS = ("batch", "accumulate", "prompts", "group", "lora", "devices")
 
 def cost(a: argparse.Namespace) -> None:
     from realsr_r1.common import write_text
+    from realsr_r1.files.writable import check_place
     from realsr_r1.planning import budget
     from realsr_r1.planning.cost import Run
 
     if a.out is not None:  # an impossible place is told before the work
         a.out.parent.mkdir(parents=True, exist_ok=True)
-        if a.out.is_dir():
-            raise ValueError(f"{a.out} is a folder: give the name of a file")
+        check_place(a.out)
     if a.table or a.measure:
         measured = budget.measured_table() if a.measure else ""
         text = budget.report(a.photos, a.rl_photos, 3.0 if a.price is None else a.price, measured)
@@ -44,6 +44,7 @@ def middle(a: argparse.Namespace) -> None:
 
     if any((a.out / part).exists() for part in ("tokenizer", "policy-sft")):
         raise ValueError(f"{a.out} holds weights already: choose another folder")
+    a.out.mkdir(parents=True, exist_ok=True)  # an impossible place is told before the work
     model = RealSR.from_pretrained("nano", "cpu")
     model.policy = qwen.start(a.source, model.tokenizer, a.seed)
     model.save_pretrained(a.out)

@@ -40,7 +40,7 @@ def register(sub) -> None:
     p.add_argument("--tokenizer", type=filled, help="LlamaGen's vq_ds8_c2i.pt; from the hub if not")
     text = "pixels of the chain's images, e.g. 128 256 512; the model chooses if left out"
     p.add_argument("--sizes", type=integer(), nargs="+", help=text)
-    p.add_argument("--bits", type=integer(), default=16, help="of the weights: 32, 16, 8 or 4")
+    p.add_argument("--bits", type=int, choices=(32, 16, 8, 4), default=16, help="of the weights")
     text = "guesses ahead, see reference.jacobi; 0: one token at a time"
     p.add_argument("--window", type=integer(0), default=0, help=text)
     p.add_argument("--batch", type=integer(), default=1, help="tiles at a time")

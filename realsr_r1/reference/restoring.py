@@ -52,11 +52,13 @@ def image_tokens(pixels: int, factor: int = 8) -> int:
 
 def check_sizes(sizes: tuple[int, ...] | None) -> None:
     """ValueError unless a chain of images of these sizes ends in a whole tile."""
-    side = TILE * SCALE
-    if sizes and (sizes[-1] != side or any(n % chameleon.SIZE_UNIT for n in sizes)):
+    side, unit = TILE * SCALE, chameleon.SIZE_UNIT
+    wrong = any(n % unit or n > unit * chameleon.LARGEST_SIZE for n in sizes or ())
+    if sizes and (sizes[-1] != side or wrong):
+        given, such = (" ".join(map(str, x)) for x in (sizes, CHAIN_SIZES))
         raise ValueError(
-            f"sizes {' '.join(map(str, sizes))} do not fit: multiples of {chameleon.SIZE_UNIT} "
-            f"pixels, the last of them {side}, such as {' '.join(map(str, CHAIN_SIZES))}"
+            f"sizes {given} do not fit: multiples of {unit} pixels, up to "
+            f"{unit * chameleon.LARGEST_SIZE}, the last of them {side}, such as {such}"
         )
 
 

@@ -3,6 +3,7 @@
 import csv
 
 import pytest
+import torch
 
 from realsr_r1 import photographs
 from realsr_r1.ablations import labels
@@ -14,8 +15,10 @@ from realsr_r1.pretraining.recipes import Machine
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     data = photographs.Pairs(photographs.load("train"), seed=1)
-    fit = FitConfig(minutes=10, steps=3, warmup=1)
-    namer = labels.train(data, tmp_path_factory.mktemp("run"), Machine(batch=4), fit)
+    fit, out = FitConfig(minutes=10, steps=3, warmup=1), tmp_path_factory.mktemp("run")
+    namer = labels.train(data, out, Machine(batch=4), fit)
+    again = labels.train(data, out, Machine(batch=4), fit)  # after a measuring that was stopped
+    assert all(map(torch.equal, namer.parameters(), again.parameters()))
     return labels.measure(namer, photographs.load("test")[:3])
 
 

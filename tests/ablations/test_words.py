@@ -25,6 +25,14 @@ def test_a_start_a_run_and_its_control_are_measured_alike(tmp_path, monkeypatch)
     assert list(words.run(model, photographs.load("test")[:2], settings)) == list(found)
     with pytest.raises(ValueError, match="other settings"):
         words.run(model, [], replace(settings, cold=3))
+    other = RealSR(model.tokenizer, model.policy, "another model")
+    with pytest.raises(ValueError, match="other settings"):
+        words.run(other, [], settings)
+    (tmp_path / "none").mkdir()
+    missing = replace(settings, photographs=str(tmp_path / "none"), out=tmp_path / "new")
+    with pytest.raises(FileNotFoundError, match="none of the annotated"):
+        words.run(model, [], missing)
+    assert not missing.out.exists()  # what is missing is told before a place is claimed
 
 
 def test_one_photograph_has_no_other_ones_truth():

@@ -6,6 +6,7 @@ import io
 import tarfile
 import threading
 import zipfile
+from http.client import IncompleteRead
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -107,6 +108,18 @@ def test_a_broken_download_goes_on(server, tmp_path, capsys):
     assert main(["data", "get", "pets", "--out", str(tmp_path)]) == 0
     assert server["ranges"] == [None, "bytes=100-"]
     assert len(photographs.load("train", tmp_path)) == 2
+
+
+def test_an_answer_that_is_cut_is_one_sentence(tmp_path, monkeypatch):
+    class Cut(io.BytesIO):
+        headers, status = {}, 200
+
+        def read(self, n=-1):
+            raise IncompleteRead(b"")
+
+    monkeypatch.setattr(download, "_open", lambda url, first: Cut())
+    with pytest.raises(ValueError, match=r"x.zip broke off: call again"):
+        download.fetch("http://nowhere/x.zip", tmp_path / "x.zip")
 
 
 def test_a_damaged_archive_is_removed(server, tmp_path, capsys):

@@ -74,7 +74,9 @@ def test_files_of_other_photographs_are_not_mixed_in(photos, tmp_path):
 
 def test_command_line(tmp_path, capsys):
     out = tmp_path / "out"
-    assert main(["data", "shards", str(out), "--split", "val", "test", "--per-file", "50"]) == 0
+    assert (
+        main(["data", "shards", str(out), "--split", "val", "test", "val", "--per-file", "50"]) == 0
+    )
     assert f"use them with --photographs {out}" in capsys.readouterr().out
     for split in ("val", "test"):
         assert plain(photographs.load(split, out)) == plain(photographs.load(split))

@@ -189,7 +189,7 @@ def test_fingerprint_sees_code_but_neither_prose_nor_address():
     assert course.fingerprint(a) == course.fingerprint(b) != course.fingerprint(c)
 
 
-def test_address_moves_everywhere(tmp_path):
+def test_address_moves_everywhere_also_after_a_kill(tmp_path, monkeypatch):
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "pyproject.toml").write_text(
         '[project]\nname = "x"\n[project.urls]\nRepository = "https://github.com/OWNER/realsr-r1"\n'
@@ -203,7 +203,18 @@ def test_address_moves_everywhere(tmp_path):
         notebook(("md", badge), ("code", "'git+https://github.com/OWNER/realsr-r1'")),
         tmp_path / "notebooks" / "00.ipynb",
     )
-    assert len(course.set_address("me/fork", tmp_path)) == 3
+    real, done = course.write_text, []
+
+    def killed(path, text):
+        if done:
+            raise KeyboardInterrupt
+        done.append(real(path, text))
+
+    monkeypatch.setattr(course, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        course.set_address("me/fork", tmp_path)
+    monkeypatch.setattr(course, "write_text", real)
+    assert len(course.set_address("me/fork", tmp_path)) == 2  # the rest
     assert course.repository(tmp_path) == "me/fork"
     nb = course.read(tmp_path / "notebooks" / "00.ipynb")
     assert (

@@ -116,3 +116,4 @@ def test_a_file_that_is_no_picture(page, monkeypatch):
     del page.upload
     page.damage()
     assert "is not an image" in page.said.value
+    assert not page.upload.value  # else what is shown would be saved under its name
