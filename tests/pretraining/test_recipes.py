@@ -264,7 +264,7 @@ def test_weights_of_two_trainings_are_not_mixed(tmp_path, tiny):
     stages.bring(a, c, "tokenizer")
     stages.bring(a, c, "tokenizer")  # a run that goes on
     stages.bring(a, b, "policy-sft")  # the same there
-    settings = stages.Settings(init=a, out=b, device="cpu")
+    settings = stages.Settings(init=a, out=b, device="cpu", teacher="bicubic")
     for stage in ("policy", "decoder", "ending"):
         with pytest.raises(ValueError, match=r"b holds another tokenizer than .*a: choose"):
             stages.run(stage, settings)
