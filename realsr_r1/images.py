@@ -196,7 +196,7 @@ def write(photo: Photo, path: str | Path, keep_gps: bool = False) -> None:
     kept[DETAILS] = {k: v for k, v in photo.exif.get(DETAILS, {}).items() if k in TAKEN}
     exif.update({k: v for k, v in kept.items() if v})
     options = OPTIONS.get(kind, {}) | {"icc_profile": SRGB.tobytes()}
-    with suppress(Exception):  # a damaged entry, for which Pillow raises many kinds, is left out
+    with suppress(Exception):  # Pillow raises many kinds: with a damaged entry all are left out
         options |= {"exif": exif.tobytes()} if len(exif) else {}  # TIFF takes them as bytes alone
     with atomic(path) as part:
         image.save(part, kind, **options)

@@ -131,9 +131,9 @@ class Playground(widgets.VBox):
                 chosen = images.open_photo(bytes(files[0]["content"]))
             self.hr = images.to_tensor(photographs.center(chosen, photographs.SIDE))
         except ValueError as e:
-            self.upload.value = type(self.upload.value)()  # else the photo before had its name
             self.tell(str(e))
             return
+        self.name = "mine" if self.upload.value else self.photo.value  # of what is shown
         self.lr = damaged(self.hr, self.blur.value, self.noise.value, self.jpeg.value)
         if self.upload.value and self.as_is.value:
             self.lr = images.to_tensor(photographs.center(chosen, self.lr.shape[-1]))
@@ -259,8 +259,7 @@ class Playground(widgets.VBox):
             self.tell("write a chain first")
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        name = "mine" if self.upload.value else self.photo.value
-        stem = self.folder / f"{name}-{self.seed.value}"
+        stem = self.folder / f"{self.name}-{self.seed.value}"
         image = images.to_image(self.restored(self.drawn))
         images.write(images.Photo(image), stem.with_suffix(".png"))
         chain = self.drawn.chains[0]  # what it was drawn under, not what the boxes say now

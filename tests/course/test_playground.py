@@ -116,4 +116,7 @@ def test_a_file_that_is_no_picture(page, monkeypatch):
     del page.upload
     page.damage()
     assert "is not an image" in page.said.value
-    assert not page.upload.value  # else what is shown would be saved under its name
+    page.write()
+    page.save()
+    saved = [p.name for p in page.folder.glob("*.png")]
+    assert saved == [f"{page.photo.value}-{page.seed.value}.png"]  # what is shown, not "mine"

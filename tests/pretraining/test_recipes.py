@@ -185,16 +185,21 @@ def test_a_second_training_in_the_same_place_is_refused_and_changes_nothing(tmp_
 
 
 @pytest.mark.parametrize(
-    ("what", "wrong"),
-    [("tokenizer", {"photographs": "none"}), ("tokenizer", {"vgg": "none"}), ("ending", {})],
+    ("what", "wrong", "said"),
+    [
+        ("tokenizer", {"photographs": "none"}, "none of the annotated photographs"),
+        ("policy", {"photographs": "none"}, "none of the annotated photographs"),
+        ("tokenizer", {"vgg": "none"}, "check --vgg"),
+        ("ending", {}, "nobody"),
+    ],
 )
-def test_what_is_missing_is_told_before_anything_is_put_aside(what, wrong, tmp_path):
+def test_what_is_missing_is_told_before_anything_is_put_aside(what, wrong, said, tmp_path):
     for name in ("tokenizer", "policy-sft", "policy-grpo"):
         (tmp_path / name).mkdir()
     (tmp_path / "tokenizer" / "model.safetensors").touch()
     settings = stages.Settings(out=tmp_path, teacher="nobody")
     wrong = {k: str(tmp_path / v) for k, v in wrong.items()}
-    with pytest.raises((ValueError, FileNotFoundError)):
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
         stages._stage(what, replace(settings, **wrong))
     assert (tmp_path / "policy-grpo").exists() and not [*tmp_path.glob("*.before")]
 
